@@ -1,0 +1,341 @@
+"""Every input of a run as frozen dataclasses, and every check of sizes that needs no GPU.
+
+Layer 0: imports nothing of the project and never imports torch. A configuration comes from TOML or JSON; an unknown key
+is an error that names the file, the key and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace")
+DISPATCHERS = ("basic", "overlapped", "padded")
+EXPERT_IMPLS = ("grouped", "loop")
+ONLINE_POLICIES = ("static", "greedy", "least_move")
+DTYPES = ("float32", "bfloat16", "float16")
+SCOPES = ("global", "local")
+ACTIVATIONS = ("gelu", "relu", "swiglu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a GPT whose every `moe_every`-th block has an MoE layer instead of a dense MLP."""
+
+    name: str = "custom"
+    num_layers: int = 4
+    hidden_size: int = 64
+    ffn_size: int = 128
+    num_heads: int = 4
+    seq_len: int = 64
+    vocab_size: int = 512
+    num_experts: int = 8
+    top_k: int = 2
+    moe_every: int = 1
+    activation: str = "gelu"
+    expert_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How tokens choose experts.
+
+    `capacity` c keeps at most ceil(c * tokens * top_k / num_experts) copies per expert and drops the rest; null = dropless.
+    `scope` "global" takes capacity and balance statistics over all ranks of a pipeline stage (what one process would
+    compute), "local" over the rank's own tokens (what FastMoE's artifact does: no communication).
+    """
+
+    kind: str = "naive"
+    capacity: float | None = None
+    scope: str = "global"
+    balance_weight: float = 0.01
+    trace: str | None = None
+    outgoing_fraction: float = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Which mechanism carries tokens to experts and back, and how experts are computed."""
+
+    dispatcher: str = "basic"
+    experts: str = "grouped"
+    overlap_groups: int = 2
+    shadowing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Online expert placement: the solver, and after how many iterations it is asked again."""
+
+    policy: str = "static"
+    interval: int = 10
+    min_gain: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library."""
+
+    global_batch_size: int = 16
+    micro_batch_size: int = 2
+    iterations: int = 20
+    warmup_iterations: int = 3
+    seed: int = 1234
+    dtype: str = "float32"
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    lr_warmup_iterations: int = 2
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    initial_loss_scale: float = 65536.0
+    data: tuple[str, ...] = ()
+    checkpoint_interval: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """A hybrid-parallel plan. World = pp * dp * tp; experts are spread over `ep` of the dp * tp ranks of a stage and
+    replicated over the remaining factor, `expert_dp`. `vpp` is the number of model chunks per pipeline rank (interleaving)."""
+
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+    recompute: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.dp * self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        return self.stage_size // self.ep
+
+    def describe(self) -> str:
+        text = f"pp{self.pp} dp{self.dp} tp{self.tp} ep{self.ep} expert-dp{self.expert_dp}"
+        return text + (f" vpp{self.vpp}" if self.vpp > 1 else "") + (" recompute" if self.recompute else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """A cluster by what plans and placement need to know of it. Bandwidths are per rank and direction."""
+
+    name: str = "cpu"
+    device: str = "cpu"
+    num_nodes: int = 1
+    ranks_per_node: int = 4
+    intra_node_gbytes_per_s: float = 1.0
+    inter_node_gbytes_per_s: float = 1.0
+    tflops: float = 0.02
+    memory_gbytes: float = 4.0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One complete training run."""
+
+    system: str = "smartmoe"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    workload: Workload = field(default_factory=Workload)
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    record_trace: bool = False
+    record_spans: bool = False
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.workload.global_batch_size // (self.workload.micro_batch_size * self.plan.dp)
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def check(config: RunConfig, where: str = "config") -> RunConfig:
+    """Return `config` unchanged, or raise ValueError listing every size that does not fit and how to mend it."""
+    problems = [*_model_problems(config), *_choice_problems(config), *_plan_problems(config), *_batch_problems(config)]
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+    return config
+
+
+def _model_problems(config: RunConfig) -> list[str]:
+    model, dtype_bytes = config.model, 4 if config.workload.dtype == "float32" else 2
+    sizes = ("num_layers", "hidden_size", "ffn_size", "num_heads", "seq_len", "num_experts", "top_k", "moe_every")
+    problems = [f"model.{key} = {getattr(model, key)} must be at least 1" for key in sizes if getattr(model, key) < 1]
+    if problems:
+        return problems
+    if model.vocab_size < 257:
+        problems.append(f"model.vocab_size = {model.vocab_size} must be at least 257 (256 bytes and end-of-text)")
+    if model.hidden_size % model.num_heads:
+        problems.append(f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}")
+    if model.top_k > model.num_experts:
+        problems.append(f"model.top_k = {model.top_k} is more than model.num_experts = {model.num_experts}")
+    if config.layer.experts == "grouped":
+        for key in ("hidden_size", "ffn_size"):
+            if getattr(model, key) * dtype_bytes % 16:
+                problems.append(
+                    f"model.{key} = {getattr(model, key)} makes rows that are no multiple of 16 bytes, which grouped GEMM "
+                    f'needs: take a multiple of {16 // dtype_bytes}, or layer.experts = "loop"'
+                )
+    if config.gate.kind == "switch" and model.top_k != 1:
+        problems.append(f"gate.kind = \"switch\" routes each token to one expert: set model.top_k = 1 (it is {model.top_k})")
+    if config.gate.kind == "gshard" and model.top_k != 2:
+        problems.append(f"gate.kind = \"gshard\" routes each token to two experts: set model.top_k = 2 (it is {model.top_k})")
+    return problems
+
+
+def _choice_problems(config: RunConfig) -> list[str]:
+    choices = (
+        ("gate.kind", config.gate.kind, GATES),
+        ("gate.scope", config.gate.scope, SCOPES),
+        ("layer.dispatcher", config.layer.dispatcher, DISPATCHERS),
+        ("layer.experts", config.layer.experts, EXPERT_IMPLS),
+        ("online.policy", config.online.policy, ONLINE_POLICIES),
+        ("workload.dtype", config.workload.dtype, DTYPES),
+        ("model.activation", config.model.activation, ACTIVATIONS),
+        ("cluster.device", config.cluster.device, ("cpu", "cuda")),
+    )
+    problems = [f'{key} = "{value}" is not one of {", ".join(known)}' for key, value, known in choices if value not in known]
+    if config.gate.capacity is not None and not config.gate.capacity > 0:
+        problems.append(f"gate.capacity = {config.gate.capacity} must be positive, or null for no limit")
+    if config.gate.kind == "trace" and not config.gate.trace:
+        problems.append('gate.kind = "trace" needs gate.trace, the path of an .npz trace')
+    if config.online.interval < 1:
+        problems.append(f"online.interval = {config.online.interval} must be at least 1")
+    if config.layer.overlap_groups < 1:
+        problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
+    if config.layer.shadowing and config.layer.dispatcher != "overlapped":
+        problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')
+    return problems
+
+
+def _plan_problems(config: RunConfig) -> list[str]:
+    plan, model, cluster = config.plan, config.model, config.cluster
+    problems = [f"plan.{key} = {getattr(plan, key)} must be at least 1" for key in ("pp", "vpp", "dp", "tp", "ep") if getattr(plan, key) < 1]
+    if problems:
+        return problems
+    if plan.world_size != cluster.num_ranks:
+        problems.append(
+            f"plan pp {plan.pp} x dp {plan.dp} x tp {plan.tp} = {plan.world_size} ranks, but cluster {cluster.name} has "
+            f"{cluster.num_nodes} x {cluster.ranks_per_node} = {cluster.num_ranks}"
+        )
+    if plan.stage_size % plan.ep:
+        problems.append(f"plan.ep = {plan.ep} does not divide the dp * tp = {plan.stage_size} ranks of a pipeline stage")
+    if model.num_experts % plan.ep:
+        problems.append(f"plan.ep = {plan.ep} does not divide model.num_experts = {model.num_experts}")
+    if model.num_heads % plan.tp:
+        problems.append(f"plan.tp = {plan.tp} does not divide model.num_heads = {model.num_heads}")
+    if model.seq_len % plan.tp:
+        problems.append(f"plan.tp = {plan.tp} does not divide model.seq_len = {model.seq_len} (tokens are sharded over tp)")
+    if model.ffn_size % plan.tp and model.moe_every > 1:
+        problems.append(f"plan.tp = {plan.tp} does not divide model.ffn_size = {model.ffn_size}")
+    if plan.pp == 1 and plan.vpp > 1:
+        problems.append(f"plan.vpp = {plan.vpp} interleaves pipeline stages: it needs plan.pp > 1")
+    if model.num_layers < plan.pp * plan.vpp:
+        problems.append(f"model.num_layers = {model.num_layers} is less than plan.pp * plan.vpp = {plan.pp * plan.vpp}")
+    return problems
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    work, plan = config.workload, config.plan
+    problems = [
+        f"workload.{key} = {getattr(work, key)} must be at least 1"
+        for key in ("global_batch_size", "micro_batch_size", "iterations")
+        if getattr(work, key) < 1
+    ]
+    if problems or plan.dp < 1:
+        return problems
+    step = work.micro_batch_size * plan.dp
+    if work.global_batch_size % step:
+        problems.append(
+            f"workload.global_batch_size = {work.global_batch_size} is not a multiple of micro_batch_size * dp = {step}"
+        )
+    elif plan.vpp > 1 and config.num_micro_batches % plan.pp:
+        problems.append(f"interleaving needs micro-batches ({config.num_micro_batches}) in multiples of plan.pp = {plan.pp}")
+    if not 0 <= work.warmup_iterations < work.iterations:
+        problems.append(f"workload.warmup_iterations = {work.warmup_iterations} must be below iterations = {work.iterations}")
+    if work.clip_grad < 0:
+        problems.append(f"workload.clip_grad = {work.clip_grad} must be positive, or 0 for no clipping")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------- dict, TOML, JSON
+
+
+def to_dict(config) -> dict:
+    """A JSON-ready dict of any of the dataclasses above."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, data: dict, where: str = "config"):
+    """Build dataclass `cls` from a plain dict.
+
+    Raises ValueError naming `where`, the key and the nearest known key when a key is unknown or a value has the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected a table of {cls.__name__} keys, got {type(data).__name__}")
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else f"; known keys: {', '.join(known)}"
+            raise ValueError(f'{where}: unknown key "{key}"{hint}')
+        values[key] = _coerce(hints[key], value, f"{where}: {key}")
+    return cls(**values)
+
+
+def _coerce(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{where}: expected a list of strings, got {value!r}")
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
+        names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
+        raise ValueError(f"{where}: expected {names}, got {value!r}")
+    return value
+
+
+def load(path: str | Path, cls: type = RunConfig):
+    """Read a TOML or JSON file into dataclass `cls`. Raises ValueError naming the file when it cannot be read or parsed."""
+    path = Path(path)
+    return from_dict(cls, read_table(path), str(path))
+
+
+def read_table(path: str | Path) -> dict:
+    """Parse a .toml or .json file. Raises ValueError with the file and the parser's line when it is not well formed."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot read this file: {error}") from None

@@ -1,0 +1,59 @@
+"""Run a function in a real torch.distributed world of processes on this machine (gloo on CPU, NCCL on GPUs)."""
+
+import os
+import socket
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 300.0):
+    """Call `fn(world_rank, *args)` in `world_size` processes and return their results by rank.
+
+    `fn` must be importable (a module-level function); its result is carried through `torch.save`. The first failing
+    rank's traceback is raised here as AssertionError.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        context = mp.get_context("spawn")
+        procs = [
+            context.Process(target=_entry, args=(fn, rank, world_size, port, backend, folder, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for proc in procs:
+            proc.start()
+        for proc in procs:
+            proc.join(timeout_s)
+        hung = [rank for rank, proc in enumerate(procs) if proc.is_alive()]
+        for proc in procs:
+            if proc.is_alive():
+                proc.kill()
+                proc.join()
+        errors = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime)
+        assert not errors, errors[0].read_text()
+        assert not hung, f"ranks {hung} did not finish within {timeout_s} s"
+        codes = [proc.exitcode for proc in procs]
+        assert not any(codes), f"exit codes by rank: {codes}"
+        return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def _entry(fn, rank, world_size, port, backend, folder, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        result = fn(rank, *args)
+        torch.save(result, Path(folder, f"result{rank}"))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        raise
