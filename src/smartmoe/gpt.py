@@ -1,0 +1,153 @@
+"""A GPT with MoE layers for one device. It knows nothing of torch.distributed: parallelism is applied from outside.
+
+Shapes: B samples, T tokens of a sample on this rank, D model dim, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from smartmoe.config import ModelConfig
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention without biases. Heads are the leading factor of both weights, so that slicing
+    `qkv` by rows and `out` by columns gives whole heads to each tensor-parallel rank."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.head_dim = model.hidden_size // model.num_heads
+        self.qkv = nn.Linear(model.hidden_size, 3 * model.hidden_size, bias=False)
+        self.out = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        qkv_BTX = self.qkv(x_BTD)
+        batch, tokens, _ = qkv_BTX.shape
+        qkv = qkv_BTX.view(batch, tokens, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        y_BHTd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+        return self.out(y_BHTd.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class DenseMLP(nn.Module):
+    """Two-matrix GELU MLP of the blocks that have no experts."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(model.hidden_size, model.ffn_size, bias=False)
+        self.down = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x_BTD)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MoE layer (`moe` given) or a dense MLP."""
+
+    def __init__(self, model: ModelConfig, moe: nn.Module | None):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(model.hidden_size)
+        self.attention = Attention(model)
+        self.mlp_norm = nn.LayerNorm(model.hidden_size)
+        self.moe = moe
+        self.mlp = DenseMLP(model) if moe is None else None
+
+    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        h_BTD = self.mlp_norm(x_BTD)
+        if self.moe is None:
+            return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
+        y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
+        return x_BTD + y_BTD, balance_loss
+
+
+class GPT(nn.Module):
+    """The blocks `layer_idxs` of a GPT, with the embedding when they begin with the first and the head when they end
+    with the last; all blocks make the whole model.
+
+    `make_moe(layer_idx)` builds the MoE layer of a block. Input and output embeddings are not tied.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        make_moe: Callable[[int], nn.Module],
+        layer_idxs: Iterable[int] | None = None,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        layer_idxs = list(range(model.num_layers) if layer_idxs is None else layer_idxs)
+        self.seq_len = model.seq_len
+        self.recompute = recompute
+        self.is_first = layer_idxs[0] == 0
+        self.is_last = layer_idxs[-1] == model.num_layers - 1
+        if self.is_first:
+            self.token_embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+            self.position_embedding = nn.Embedding(model.seq_len, model.hidden_size)
+        self.blocks = nn.ModuleDict(
+            {str(idx): Block(model, make_moe(idx) if has_experts(model, idx) else None) for idx in layer_idxs}
+        )
+        if self.is_last:
+            self.final_norm = nn.LayerNorm(model.hidden_size)
+            self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        balance_loss: torch.Tensor | None = None,
+        *,
+        token_id_BT: torch.Tensor,
+        target_BT: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run these blocks.
+
+        x: [B, T] int64 tokens for the first stage, [B, T, D] activations for a later one.
+        balance_loss: [1] float32, the sum over earlier stages; None for the first.
+        token_id_BT: [B, T] int64, global token ids (sample * seq_len + position).
+        target_BT: [B, T] int64, the next tokens; read by the last stage only.
+        Returns (activations [B, T, D], balance loss [1]), or from the last stage (cross-entropy summed over the tokens
+        [1] float32, balance loss [1]).
+        """
+        if self.is_first:
+            x = self.token_embedding(x) + self.position_embedding(token_id_BT % self.seq_len)
+            balance_loss = x.new_zeros(1, dtype=torch.float32).requires_grad_()
+        for block in self.blocks.values():
+            if self.recompute and self.training:
+                # Every rank must repeat the same collectives, so the recomputation is never cut short.
+                with set_checkpoint_early_stop(False):
+                    x, block_loss = checkpoint(block, x, token_id_BT, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, block_loss = block(x, token_id_BT)
+            balance_loss = balance_loss + block_loss
+        if not self.is_last:
+            return x, balance_loss
+        logits_SV = self.head(self.final_norm(x)).flatten(0, 1).float()
+        return F.cross_entropy(logits_SV, target_BT.flatten(), reduction="sum").view(1), balance_loss
+
+
+def has_experts(model: ModelConfig, layer_idx: int) -> bool:
+    """Whether block `layer_idx` has an MoE layer: the last block of every run of `moe_every`."""
+    return layer_idx % model.moe_every == model.moe_every - 1
+
+
+@torch.no_grad()
+def init_weights(module: GPT, seed: int, num_layers: int) -> None:
+    """Initialise everything but the MoE layers, each parameter from (seed, its name) alone: the same values on every rank
+    and under every plan. Normal with std 0.02, output projections scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
+    for name, param in module.named_parameters():
+        if ".moe." in name:
+            continue
+        if "norm" in name:
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = 0.02 / math.sqrt(2 * num_layers) if name.endswith(("out.weight", "down.weight")) else 0.02
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        values = torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        param.copy_(values)

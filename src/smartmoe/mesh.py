@@ -1,0 +1,83 @@
+"""Process groups of a hybrid-parallel plan: the only module that makes any.
+
+World rank = pp_stage * (dp * tp) + dp_rank * tp + tp_rank. The dp * tp ranks of one pipeline stage hold different tokens
+(dp shards samples, tp shards the sequence); experts are spread over contiguous runs of `ep` of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from smartmoe.config import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's coordinates and groups. A group of one rank is None: there is nobody to talk to."""
+
+    plan: ParallelPlan
+    device: torch.device
+    pp_stage: int
+    dp_rank: int
+    tp_rank: int
+    ep_rank: int
+    expert_dp_rank: int
+    world_group: dist.ProcessGroup | None
+    pp_group: dist.ProcessGroup | None
+    dp_group: dist.ProcessGroup | None
+    tp_mesh: DeviceMesh | None
+    stage_group: dist.ProcessGroup | None
+    ep_group: dist.ProcessGroup | None
+    expert_dp_group: dist.ProcessGroup | None
+
+    @property
+    def stage_rank(self) -> int:
+        return self.dp_rank * self.plan.tp + self.tp_rank
+
+    @property
+    def world_rank(self) -> int:
+        return self.pp_stage * self.plan.stage_size + self.stage_rank
+
+
+def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
+    """Make the process groups of `plan`.
+
+    Collective over the world, which must already be initialised and have `plan.world_size` ranks (a world of one needs no
+    initialisation). Raises ValueError when the sizes differ.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size != plan.world_size:
+        raise ValueError(f"plan {plan.describe()} needs {plan.world_size} ranks, but {world_size} were started")
+    if world_size == 1:
+        return Mesh(plan, device, 0, 0, 0, 0, 0, None, None, None, None, None, None, None)
+    dense = init_device_mesh(device.type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp"))
+    stages = init_device_mesh(device.type, (plan.pp, plan.stage_size), mesh_dim_names=("pp", "stage"))
+    experts = init_device_mesh(
+        device.type, (plan.pp, plan.expert_dp, plan.ep), mesh_dim_names=("pp", "expert_dp", "ep")
+    )
+    pp_stage, dp_rank, tp_rank = dense.get_coordinate()
+    _, expert_dp_rank, ep_rank = experts.get_coordinate()
+
+    def group(mesh: DeviceMesh, axis: str, size: int) -> dist.ProcessGroup | None:
+        return mesh.get_group(axis) if size > 1 else None
+
+    return Mesh(
+        plan=plan,
+        device=device,
+        pp_stage=pp_stage,
+        dp_rank=dp_rank,
+        tp_rank=tp_rank,
+        ep_rank=ep_rank,
+        expert_dp_rank=expert_dp_rank,
+        world_group=dist.group.WORLD,
+        pp_group=group(dense, "pp", plan.pp),
+        dp_group=group(dense, "dp", plan.dp),
+        tp_mesh=dense["tp"] if plan.tp > 1 else None,
+        stage_group=group(stages, "stage", plan.stage_size),
+        ep_group=group(experts, "ep", plan.ep),
+        expert_dp_group=group(experts, "expert_dp", plan.expert_dp),
+    )

@@ -1,0 +1,1 @@
+"""Parallelism applied from outside to a single-device model: tensor, pipeline, data."""

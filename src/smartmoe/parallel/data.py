@@ -1,0 +1,83 @@
+"""Data-parallel gradients: fp32 accumulation over micro-batches and one reduction per kind of parameter.
+
+A parameter's attribute `parallel` says who shares it: "dense" (the default) every rank of the stage, "tensor" the ranks
+with the same tensor slice (dp), "expert" the ranks that host the same experts (expert-dp). Losses are normalised by the
+global number of tokens, so gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+KINDS = ("dense", "tensor", "expert")
+
+
+@dataclass(frozen=True)
+class ParamRef:
+    """One parameter as the optimizer and the checkpoint see it: its storage on this rank and its fp32 gradient."""
+
+    name: str
+    kind: str
+    param: nn.Parameter
+    local: torch.Tensor
+    grad: torch.Tensor
+
+
+class GradientBuffers:
+    """Flat fp32 gradient buffers of a module, filled by autograd hooks and reduced over the right groups.
+
+    module: parameters of any dtype on one device. groups: kind -> process group (None = nobody else has a copy).
+    """
+
+    def __init__(self, named_params: list[tuple[str, nn.Parameter]], groups: dict[str, dist.ProcessGroup | None]):
+        self._groups = groups
+        self._flat: dict[str, torch.Tensor] = {}
+        self.refs: list[ParamRef] = []
+        for kind in KINDS:
+            members = [(name, p) for name, p in named_params if getattr(p, "parallel", "dense") == kind]
+            if members:
+                self._add(kind, members)
+
+    def _add(self, kind: str, members: list[tuple[str, nn.Parameter]]) -> None:
+        locals_ = [local_tensor(param) for _, param in members]
+        flat = torch.zeros(sum(t.numel() for t in locals_), dtype=torch.float32, device=locals_[0].device)
+        self._flat[kind] = flat
+        start = 0
+        for (name, param), local in zip(members, locals_, strict=True):
+            grad = flat[start : start + local.numel()].view(local.shape)
+            start += local.numel()
+            self.refs.append(ParamRef(name, kind, param, local, grad))
+            param.register_post_accumulate_grad_hook(_accumulate_into(grad))
+
+    def zero(self) -> None:
+        for flat in self._flat.values():
+            flat.zero_()
+
+    def reduce(self) -> None:
+        """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order."""
+        for kind, flat in self._flat.items():
+            if self._groups.get(kind) is not None:
+                dist.all_reduce(flat, group=self._groups[kind])
+
+    def scale(self, factor: float) -> None:
+        for flat in self._flat.values():
+            flat.mul_(factor)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The storage of a parameter on this rank, sharing memory: a DTensor's shard or the tensor itself, detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _accumulate_into(grad: torch.Tensor):
+    def hook(param: nn.Parameter) -> None:
+        grad.add_(local_tensor(param.grad))
+        param.grad = None
+
+    return hook

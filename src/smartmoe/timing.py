@@ -1,0 +1,65 @@
+"""Time spent in each MoE layer, forward and backward, without touching the layer.
+
+On a GPU the times come from events, which cost no synchronisation until they are read at the end of an iteration.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+
+class LayerTimer:
+    """Measures forward and backward of `layers` (layer_idx -> module called as module(x, token_id)).
+
+    Backward runs from the arrival of the output's gradient to the completion of the input's. A repetition of the forward
+    during recomputation is part of the backward, where it really happens, and is not counted twice.
+    """
+
+    def __init__(self, layers: dict[int, nn.Module], device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[tuple[int, str, object, object]] = []
+        self._open: dict[tuple[int, str], object] = {}
+        for layer_idx, layer in layers.items():
+            layer.register_forward_pre_hook(lambda module, args, idx=layer_idx: self._enter(idx, args[0]))
+            layer.register_forward_hook(lambda module, args, out, idx=layer_idx: self._leave(idx, out[0]))
+
+    def _now(self):
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, idx: int, part: str) -> None:
+        self._open[idx, part] = self._now()
+
+    def _end(self, idx: int, part: str) -> None:
+        start = self._open.pop((idx, part), None)
+        if start is not None:
+            self._marks.append((idx, part, start, self._now()))
+
+    def _enter(self, idx: int, x: torch.Tensor) -> None:
+        if x.requires_grad:
+            x.register_hook(lambda grad: self._end(idx, "backward"))
+        if torch._C._current_graph_task_id() == -1:  # -1: not inside a backward pass, so no recomputation
+            self._begin(idx, "forward")
+
+    def _leave(self, idx: int, y: torch.Tensor) -> None:
+        self._end(idx, "forward")
+        if y.requires_grad:
+            y.register_hook(lambda grad: self._begin(idx, "backward"))
+
+    def take(self) -> dict[int, dict[str, float]]:
+        """layer_idx -> {"forward_ms", "backward_ms"} summed since the last call. Synchronises with the device."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        sums: dict[int, dict[str, float]] = {}
+        for idx, part, start, end in self._marks:
+            elapsed_ms = start.elapsed_time(end) if self._is_cuda else (end - start) * 1e3
+            layer = sums.setdefault(idx, {"forward_ms": 0.0, "backward_ms": 0.0})
+            layer[f"{part}_ms"] += elapsed_ms
+        self._marks.clear()
+        return sums

@@ -1,0 +1,193 @@
+"""One rank's part of a training run: build the model of a RunConfig on a mesh, and run iterations of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from smartmoe import checkpoint
+from smartmoe.config import RunConfig, to_dict
+from smartmoe.data import TokenDataset
+from smartmoe.gpt import GPT, init_weights
+from smartmoe.layer import MoELayer
+from smartmoe.mesh import Mesh
+from smartmoe.online import OnlinePlacement
+from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
+from smartmoe.parallel.data import GradientBuffers
+from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
+from smartmoe.parallel.tensor import apply_tensor_parallel
+from smartmoe.placement import Placement
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """What one iteration gave, the same on every rank. Losses are means over the global batch."""
+
+    iteration: int
+    step_ms: float
+    lm_loss: float
+    balance_loss: float
+    optimizer: StepResult
+    load_max_over_mean: float
+    events: list[dict]
+    stop_requested: bool
+
+
+class Trainer:
+    """Model, data and optimizer of `config` on this rank of `mesh`. Building it is collective over the world."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, tokens: TokenDataset):
+        self.config, self.mesh, self.tokens = config, mesh, tokens
+        self.iteration = 0
+        model, plan, work = config.model, config.plan, config.workload
+        self.dtype = getattr(torch, work.dtype)
+        self.layers: dict[int, MoELayer] = {}
+        self.chunks = self._build_chunks()
+        named = [(name, p) for chunk in self.chunks for name, p in chunk.named_parameters()]
+        groups = {"dense": mesh.stage_group, "tensor": mesh.dp_group, "expert": mesh.expert_dp_group}
+        self.optimizer = MixedAdamW(
+            GradientBuffers(named, groups), work, mesh, model.num_layers, lambda name: self.layers[layer_of(name)].placement
+        )
+        self.runner = MicroBatchRunner(
+            self.chunks,
+            mesh,
+            config.num_micro_batches,
+            self._loss,
+            (work.micro_batch_size, model.seq_len // plan.tp, model.hidden_size),
+            self.dtype,
+        )
+        self.online = OnlinePlacement(
+            list(self.layers.values()),
+            config.online,
+            ep_group=mesh.ep_group,
+            stage_group=mesh.stage_group,
+            state_of=self._expert_state,
+        )
+
+    def _build_chunks(self) -> list[GPT]:
+        config, mesh = self.config, self.mesh
+        model, plan = config.model, config.plan
+        ranges = chunk_layers(model.num_layers, plan.pp * plan.vpp)
+        chunks = []
+        for chunk_idx in chunks_of_stage(mesh.pp_stage, plan.pp, plan.vpp):
+            chunk = GPT(model, self._make_moe, ranges[chunk_idx], recompute=plan.recompute)
+            init_weights(chunk, config.workload.seed, model.num_layers)
+            for name, child in chunk.named_modules():
+                if not isinstance(child, MoELayer) and ".moe." not in name:
+                    for param_name, param in child.named_parameters(recurse=False):
+                        child.register_parameter(param_name, torch.nn.Parameter(param.detach().to(mesh.device, self.dtype)))
+            apply_tensor_parallel(chunk.blocks, mesh.tp_mesh)
+            chunks.append(chunk)
+        return chunks
+
+    def _make_moe(self, layer_idx: int) -> MoELayer:
+        config, mesh = self.config, self.mesh
+        layer = MoELayer(
+            config,
+            layer_idx=layer_idx,
+            placement=Placement.identity(config.model.num_experts, config.plan.ep),
+            ep_group=mesh.ep_group,
+            stage_group=mesh.stage_group,
+            dtype=self.dtype,
+            device=mesh.device,
+        )
+        self.layers[layer_idx] = layer
+        return layer
+
+    def _loss(self, cross_entropy: torch.Tensor, balance_loss: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's share of the loss; the sum over micro-batches and ranks is the loss of the global batch."""
+        work = self.config.workload
+        tokens = work.global_batch_size * self.config.model.seq_len
+        weight = self.config.gate.balance_weight / self.config.num_micro_batches
+        return (cross_entropy / tokens + weight * balance_loss).sum() * self.optimizer.loss_scale
+
+    def _expert_state(self, layer: MoELayer) -> list[torch.Tensor]:
+        """Everything that belongs to the experts of `layer`: weights, fp32 masters, both moments."""
+        tensors = []
+        for idx, ref in enumerate(self.optimizer.buffers.refs):
+            if ref.kind == "expert" and layer_of(ref.name) == layer.layer_idx:
+                state = list(self.optimizer.state_tensors(idx).values())
+                shares_master = state[0].data_ptr() == ref.local.data_ptr()
+                tensors += state if shares_master else [ref.local, *state]
+        return tensors
+
+    def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's (tokens, token ids, targets) of an iteration counted from 0, each [num_micro_batches * B, T] int64."""
+        work, plan, seq_len = self.config.workload, self.config.plan, self.config.model.seq_len
+        first = iteration * work.global_batch_size
+        offsets = [
+            (micro * plan.dp + self.mesh.dp_rank) * work.micro_batch_size + row
+            for micro in range(self.config.num_micro_batches)
+            for row in range(work.micro_batch_size)
+        ]
+        sample_B = np.array([first + offset for offset in offsets])
+        tokens = torch.from_numpy(np.stack([self.tokens.sample(int(idx), seq_len) for idx in sample_B]))
+        width = seq_len // plan.tp
+        part = slice(self.mesh.tp_rank * width, (self.mesh.tp_rank + 1) * width)
+        token_id = torch.from_numpy(sample_B)[:, None] * seq_len + torch.arange(seq_len)[None]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        return tuple(t[:, part].contiguous().to(self.mesh.device) for t in (inputs, token_id, targets))
+
+    def run_iteration(self, stop_requested: bool = False) -> IterationResult:
+        """Train on the next global batch, then let online placement act. Collective over the world.
+
+        stop_requested: this rank was asked to stop; the result says whether any rank was.
+        """
+        work, batch = self.config.workload, self.batch(self.iteration)
+        if self.mesh.world_group is not None:
+            dist.barrier()
+        start = time.perf_counter()
+        losses = self.runner.run(*batch)
+        result = self.optimizer.step(self.iteration)
+        self.iteration += 1
+        events = self.online.after_step(self.iteration)
+        step_ms = (time.perf_counter() - start) * 1e3
+        if self.mesh.world_group is not None:
+            dist.all_reduce(losses)
+        worst = torch.tensor([step_ms, self.online.load_max_over_mean(), float(stop_requested)], dtype=torch.float64)
+        worst = worst.to(self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        step_ms, load, stop = worst.tolist()
+        tokens = work.global_batch_size * self.config.model.seq_len
+        return IterationResult(
+            iteration=self.iteration,
+            step_ms=step_ms,
+            lm_loss=losses[0].item() / tokens,
+            balance_loss=losses[1].item() / self.config.num_micro_batches,
+            optimizer=result,
+            load_max_over_mean=load,
+            events=events,
+            stop_requested=stop > 0,
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of the state after the last iteration. Collective over the world."""
+        placements = {idx: layer.placement for idx, layer in self.layers.items()}
+        facts = {"config": to_dict(self.config), "consumed_samples": self.iteration * self.config.workload.global_batch_size}
+        return checkpoint.save(folder, self.iteration, self.optimizer, placements, facts)
+
+    def resume(self, path: Path) -> None:
+        """Continue from the checkpoint at `path`, written by any plan of the same model. Collective over the world.
+
+        The saved placement is kept where it has this plan's number of ranks; otherwise experts start in plain order.
+        Raises ValueError when the checkpoint is of another model or batch size, or damaged.
+        """
+        meta = checkpoint.read_meta(path)
+        mine = to_dict(self.config)
+        for section, keys in (("model", None), ("workload", ("global_batch_size", "seed"))):
+            for key in keys or mine[section]:
+                saved = meta["config"][section].get(key)
+                if key != "name" and saved != mine[section][key]:
+                    raise ValueError(f"{path}: was written with {section}.{key} = {saved}, not {mine[section][key]}")
+        for idx, layer in self.layers.items():
+            saved = meta["placements"].get(idx)
+            if saved is not None and saved.num_ranks == self.config.plan.ep:
+                layer.set_placement(saved)
+        checkpoint.restore(path, self.optimizer, {idx: layer.placement for idx, layer in self.layers.items()})
+        self.iteration = meta["iteration"]
