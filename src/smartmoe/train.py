@@ -1,0 +1,238 @@
+"""Train the run described by RUN_DIR/run.json:  torchrun --nproc-per-node N -m smartmoe.train RUN_DIR [--resume]
+
+Writes metrics.jsonl, events.jsonl, spans.jsonl, trace.npz and train.log into RUN_DIR, and checkpoints under
+RUN_DIR/checkpoints. The launcher owns run.json's status; an exception is described in RUN_DIR/error.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from smartmoe import checkpoint, record
+from smartmoe.config import RunConfig, check, from_dict
+from smartmoe.data import load_tokens
+from smartmoe.mesh import build_mesh
+from smartmoe.timing import LayerTimer
+from smartmoe.trace import ExpertTrace
+from smartmoe.trainer import IterationResult, Trainer
+
+INTERRUPTED = 143  # 128 + SIGTERM: what a shell reports of a job that was asked to end
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m smartmoe.train", description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path, help="directory with run.json, whose config is trained")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in RUN_DIR, if any")
+    parser.add_argument("--cache", type=Path, default=None, help="where tokenised text is kept (default: .cache/smartmoe)")
+    args = parser.parse_args(argv)
+    world_rank = int(os.environ.get("RANK", "0"))
+    try:
+        return _run(args, world_rank)
+    except Exception as error:
+        _write_error(args.run_dir, world_rank, error)
+        print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective for this one: leave at once, so that the launcher ends them.
+        os._exit(1)
+
+
+def _run(args: argparse.Namespace, world_rank: int) -> int:
+    run = record.read_run(args.run_dir)
+    config = check(from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config"), str(args.run_dir))
+    device = _start_world(config)
+    extra = {} if args.cache is None else {"cache_dir": args.cache}
+    tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
+    mesh = build_mesh(config.plan, device)
+    trainer = Trainer(config, mesh, tokens)
+    found = checkpoint.latest(args.run_dir / "checkpoints") if args.resume else None
+    if found is not None:
+        trainer.resume(found)
+    interrupted = train(trainer, args.run_dir, resumed=found is not None)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return INTERRUPTED if interrupted else 0
+
+
+def _start_world(config: RunConfig) -> torch.device:
+    if config.cluster.device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    if config.plan.world_size > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"plan {config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return device
+
+
+def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
+    """Run the remaining iterations, writing the run's files from world rank 0. Returns whether it was asked to stop.
+
+    SIGTERM lets the iteration in progress finish, saves a checkpoint where checkpoints are on, and stops. Collective.
+    """
+    config = trainer.config
+    is_writer = trainer.mesh.world_rank == 0
+    writer = record.RunWriter(run_dir, keep_through=trainer.iteration if resumed else None) if is_writer else None
+    timer = LayerTimer(trainer.layers, trainer.mesh.device) if config.record_spans else None
+    stop: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
+    checkpoints, interval = run_dir / "checkpoints", config.workload.checkpoint_interval
+    trace_parts: list[tuple[int, np.ndarray]] = []
+    progress = Progress(config, trainer.iteration)
+    try:
+        while trainer.iteration < config.workload.iterations:
+            result = trainer.run_iteration(stop_requested=bool(stop))
+            spans = _gather_spans(timer, trainer) if timer else []
+            events = _gather_events(result.events, trainer)
+            counts = _gather_counts(trainer) if config.record_trace else None
+            if counts is not None:
+                trace_parts.append((result.iteration, counts))
+            if writer:
+                _write_iteration(writer, config, result, spans, events, progress)
+            is_due = interval and (result.iteration % interval == 0 or result.stop_requested)
+            if is_due:
+                path = trainer.save(checkpoints)
+                if writer:
+                    writer.log(f"checkpoint {path.name} written")
+            if result.stop_requested:
+                return True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if writer and trace_parts:
+            _trace(trace_parts, config).save(run_dir / "trace.npz")
+        if writer:
+            writer.close()
+    return False
+
+
+class Progress:
+    """The line a person follows: step, loss, tokens/s, load of the fullest rank over the mean, time left."""
+
+    def __init__(self, config: RunConfig, first_iteration: int):
+        self._total, self._first = config.workload.iterations, first_iteration
+        self._start = time.monotonic()
+
+    def line(self, metric: dict) -> str:
+        done = metric["iteration"]
+        left_s = (time.monotonic() - self._start) / (done - self._first) * (self._total - done)
+        loss = "skipped" if metric["skipped"] else f"loss {metric['lm_loss']:.4f}"
+        return (
+            f"[{done}/{self._total}] {loss}  {metric['step_ms']:.0f} ms  {metric['tokens_per_s']:,.0f} tokens/s  "
+            f"max/mean load {metric['load_max_over_mean']:.2f}  {left_s:.0f} s left"
+        )
+
+
+def _write_iteration(
+    writer: record.RunWriter,
+    config: RunConfig,
+    result: IterationResult,
+    spans: list[dict],
+    events: list[dict],
+    progress: Progress,
+) -> None:
+    work = config.workload
+    tokens = work.global_batch_size * config.model.seq_len
+    metric = {
+        "iteration": result.iteration,
+        "step_ms": round(result.step_ms, 3),
+        "lm_loss": result.lm_loss,
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.optimizer.grad_norm,
+        "loss_scale": result.optimizer.loss_scale,
+        "learning_rate": result.optimizer.lr,
+        "tokens_per_s": round(tokens / result.step_ms * 1e3, 1),
+        "load_max_over_mean": round(result.load_max_over_mean, 4),
+        "skipped": result.optimizer.skipped,
+        "consumed_samples": result.iteration * work.global_batch_size,
+    }
+    writer.metric(metric)
+    for span in spans:
+        writer.span({"iteration": result.iteration, **span})
+    for event in events:
+        writer.event(event)
+    writer.log(record.iteration_line(metric, num_iterations=work.iterations, global_batch_size=work.global_batch_size))
+    print(progress.line(metric), flush=True)
+
+
+def _gather_objects(mine, trainer: Trainer) -> list:
+    if trainer.mesh.world_group is None:
+        return [mine]
+    parts = [None] * trainer.config.plan.world_size if trainer.mesh.world_rank == 0 else None
+    dist.gather_object(mine, parts, dst=0)
+    return parts or []
+
+
+def _gather_spans(timer: LayerTimer, trainer: Trainer) -> list[dict]:
+    """Layer times of all ranks, on world rank 0. Collective over the world."""
+    rank = trainer.mesh.world_rank
+    mine = [
+        {"rank": rank, "layer": idx, **{part: round(ms, 3) for part, ms in times.items()}}
+        for idx, times in sorted(timer.take().items())
+    ]
+    return [span for part in _gather_objects(mine, trainer) for span in part]
+
+
+def _gather_events(events: list[dict], trainer: Trainer) -> list[dict]:
+    """Placement events of all pipeline stages, on world rank 0. Collective over the world on the iterations in which
+    placement is considered, free on all others."""
+    online = trainer.config.online
+    if online.policy == "static" or trainer.iteration % online.interval:
+        return []
+    mine = events if trainer.mesh.stage_rank == 0 else []
+    return [event for part in _gather_objects(mine, trainer) for event in part]
+
+
+def _gather_counts(trainer: Trainer) -> np.ndarray | None:
+    """Expert counts [stage ranks, MoE layers, micro-batches, experts] of the iteration, on world rank 0; pipeline stages
+    are joined along the layers. Collective over the world."""
+    counts = trainer.online.gather_counts()
+    mine = (list(trainer.layers), counts) if trainer.mesh.stage_rank == 0 else None
+    parts = [part for part in _gather_objects(mine, trainer) if part is not None]
+    by_layer = {layer: counts[:, place] for layers, counts in parts for place, layer in enumerate(layers)}
+    return np.stack([by_layer[layer] for layer in sorted(by_layer)], axis=1) if by_layer else None
+
+
+def _trace(parts: list[tuple[int, np.ndarray]], config: RunConfig) -> ExpertTrace:
+    meta = {
+        "model": config.model.name,
+        "num_experts": config.model.num_experts,
+        "top_k": config.model.top_k,
+        "gate": config.gate.kind,
+        "capacity": config.gate.capacity,
+        "plan": config.plan.describe(),
+        "tokens_per_micro_batch_and_rank": config.workload.micro_batch_size * config.model.seq_len // config.plan.tp,
+    }
+    return ExpertTrace(
+        counts=np.stack([counts for _, counts in parts]).astype(np.int32),
+        iteration=np.array([iteration for iteration, _ in parts], np.int64),
+        meta=meta,
+    )
+
+
+def _write_error(run_dir: Path, world_rank: int, error: Exception) -> None:
+    """Describe the first failure of the run; later ones are consequences."""
+    path = run_dir / "error.json"
+    if run_dir.is_dir() and not path.exists():
+        is_oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        facts = {"type": type(error).__name__, "message": str(error), "rank": world_rank, "oom": is_oom}
+        record.write_json(path, facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Run many plans in one world and compare each with the single-process run of the same configuration.
+
+A run is compared loss by loss while its routing is the same. When two routers disagree because two experts were within
+rounding of each other, the run is compared up to that iteration and the flip is reported; more than a handful of
+differing copies in that iteration is no near-tie but wrong maths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check
+from smartmoe.data import load_tokens
+from smartmoe.mesh import build_mesh
+from smartmoe.trainer import Trainer
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "smartmoe"
+SAMPLES_PER_MICRO_BATCH = 4
+MAX_FLIPPED_COPIES = 4
+LOSS_TOLERANCE = 1e-5
+
+MODEL = ModelConfig(
+    name="tiny", num_layers=4, hidden_size=32, ffn_size=64, num_heads=4, seq_len=16, vocab_size=320, num_experts=8
+)
+WORKLOAD = Workload(global_batch_size=16, micro_batch_size=SAMPLES_PER_MICRO_BATCH, iterations=10, lr=3e-3, data=())
+
+
+@dataclass
+class Curve:
+    """Losses by iteration and the experts of every token: routing[iteration][layer] is [tokens of the batch, top_k]."""
+
+    loss: list[float] = field(default_factory=list)
+    routing: list[dict[int, np.ndarray]] = field(default_factory=list)
+
+
+def make_config(plan: ParallelPlan | None = None, **changes) -> RunConfig:
+    """A tiny run whose global micro-batches hold the same samples under every plan."""
+    plan = plan or ParallelPlan()
+    workload = dataclasses.replace(
+        changes.pop("workload", WORKLOAD), micro_batch_size=SAMPLES_PER_MICRO_BATCH // plan.dp
+    )
+    cluster = ClusterSpec(name="test", ranks_per_node=plan.world_size)
+    config = RunConfig(**{"model": MODEL, "workload": workload, "plan": plan, "cluster": cluster, **changes})
+    return check(config)
+
+
+def make_trainer(config: RunConfig, device: str = "cpu") -> Trainer:
+    tokens = load_tokens(config.workload.data, config.model.vocab_size, CACHE, seed=config.workload.seed)
+    return Trainer(config, build_mesh(config.plan, torch.device(device)), tokens)
+
+
+def run_curve(config: RunConfig, before_iteration=None, device: str = "cpu") -> Curve:
+    """Train `config` and return its curve, on every rank the same. before_iteration(trainer, iteration) may interfere."""
+    trainer = make_trainer(config, device)
+    seen: dict[int, dict[int, list[int]]] = {idx: {} for idx in trainer.layers}
+    for idx, layer in trainer.layers.items():
+        layer.observers.append(lambda layer_idx, routing, token_id, seen=seen[idx]: _note(seen, routing, token_id))
+    curve = Curve()
+    for iteration in range(config.workload.iterations):
+        if before_iteration:
+            before_iteration(trainer, iteration)
+        for table in seen.values():
+            table.clear()
+        curve.loss.append(trainer.run_iteration().lm_loss)
+        curve.routing.append(_merge(seen, config, iteration))
+    return curve
+
+
+def _note(table: dict, routing, token_id) -> None:
+    chosen = np.sort(routing.expert_idx_TK.cpu().numpy(), axis=1)
+    table.update(zip(token_id.flatten().tolist(), chosen, strict=True))
+
+
+def _merge(seen: dict, config: RunConfig, iteration: int) -> dict[int, np.ndarray]:
+    parts = [seen]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, seen)
+    batch = config.workload.global_batch_size * config.model.seq_len
+    tables = {}
+    for part in parts:
+        for layer, table in part.items():
+            full = tables.setdefault(layer, np.full((batch, config.model.top_k), -2))
+            for token, chosen in table.items():
+                full[token - iteration * batch] = chosen
+    return tables
+
+
+def compare(curve: Curve, reference: Curve, label: str) -> str:
+    """Assert that `curve` follows `reference`; returns a report of a flipped near-tie, or ""."""
+    for iteration, loss in enumerate(curve.loss):
+        flips = [
+            (layer, int(token))
+            for layer, table in reference.routing[iteration].items()
+            for token in np.flatnonzero((curve.routing[iteration][layer] != table).any(axis=1))
+        ]
+        wanted = reference.loss[iteration]
+        if flips:
+            report = f"{label}: iteration {iteration} routes {len(flips)} copies otherwise: {flips[:MAX_FLIPPED_COPIES]}"
+            assert len(flips) <= MAX_FLIPPED_COPIES and iteration > 0, report
+            return report
+        assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), f"{label}: iteration {iteration}: {loss} not {wanted}"
+    return ""
+
+
+def legal_plans(world_size: int) -> list[ParallelPlan]:
+    """Every (pp, dp, tp, ep, expert-dp) of a world, without and with interleaving and recomputation."""
+    plans = []
+    for pp in range(1, world_size + 1):
+        for tp in range(1, world_size + 1):
+            if world_size % (pp * tp):
+                continue
+            dp = world_size // (pp * tp)
+            for ep in range(1, dp * tp + 1):
+                if (dp * tp) % ep == 0:
+                    for vpp in (1, 2) if pp > 1 and 2 * pp <= MODEL.num_layers else (1,):
+                        for recompute in (False, True):
+                            plans.append(ParallelPlan(pp=pp, vpp=vpp, dp=dp, tp=tp, ep=ep, recompute=recompute))
+    return plans
+
+
+GATES = {
+    "dropless": GateConfig(kind="naive"),
+    "capacity": GateConfig(kind="gshard", capacity=1.0, scope="global", balance_weight=0.01),
+}

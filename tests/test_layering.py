@@ -1,0 +1,94 @@
+"""The house rules that a machine can hold: layers, torch-free modules, groups, environment, file length."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "smartmoe"
+LAYERS = {
+    "config": 0, "placement": 0, "trace": 0, "record": 0,
+    "planner": 1, "mesh": 1, "systems": 1,
+    "ops": 2,
+    "gates": 3, "dispatch": 3,
+    "layer": 4, "online": 4, "parallel": 4, "timing": 4,
+    "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5,
+    "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
+    "cli": 7,
+}  # fmt: skip
+TORCH_FREE = {"config", "placement", "trace", "record", "planner", "systems"}
+ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
+# optimizer -> checkpoint and trainer -> train are steps inside one layer.
+SAME_LAYER = {("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer")}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))
+
+
+def unit_of(path: Path) -> str:
+    """Top-level module or folder of the package that `path` belongs to; "" for the package's own __init__."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def imported_units(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported_names(path)]
+    return {part[1] for part in parts if part[0] == "smartmoe" and len(part) > 1 and part[1] in LAYERS}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_lower_layers(path):
+    unit = unit_of(path)
+    if not unit:
+        return
+    assert unit in LAYERS, f"{path}: give {unit} a layer in this test and in the README"
+    for other in imported_units(path) - {unit}:
+        allowed = LAYERS[other] < LAYERS[unit] or (unit, other) in SAME_LAYER
+        assert allowed, f"{path}: {unit} (layer {LAYERS[unit]}) imports {other} (layer {LAYERS[other]})"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) in TORCH_FREE], ids=lambda path: path.name)
+def test_planning_and_records_never_import_torch(path):
+    assert not [name for name in imported_names(path) if name.split(".")[0] == "torch"]
+
+
+def test_only_the_mesh_makes_process_groups():
+    for path in MODULES:
+        source = path.read_text()
+        if unit_of(path) != "mesh":
+            assert "new_group(" not in source and "init_device_mesh" not in source, path
+
+
+def test_the_environment_is_read_in_entry_points_only():
+    for path in MODULES:
+        if unit_of(path) not in ENTRY_POINTS:
+            assert "os.environ" not in path.read_text() and "os.getenv" not in path.read_text(), path
+
+
+def test_the_library_never_mentions_a_figure_number():
+    for path in MODULES:
+        for figure in range(8, 14):
+            assert f"fig{figure}" not in path.read_text(), path
+
+
+def test_plotting_imports_neither_torch_nor_the_library():
+    for path in (ROOT / "plotting").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imported_names(path)}
+        assert not roots & {"torch", "smartmoe"}, path
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_longer_than_600_lines(path):
+    assert len(path.read_text().splitlines()) <= 600
