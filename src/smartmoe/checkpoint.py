@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from smartmoe import record
 from smartmoe.optimizer import MixedAdamW, layer_of
@@ -96,11 +96,9 @@ def _logical_state(optimizer: MixedAdamW, placements: dict[int, Placement]) -> d
                     expert = placement.expert_of_slot[first + slot]
                     if expert >= 0:
                         state[f"{kind}.{ref.name}.{expert}"] = tensor[slot]
-            elif isinstance(ref.param, DTensor):
-                like = ref.param
-                state[f"{kind}.{ref.name}"] = DTensor.from_local(
-                    tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-                )
+            elif ref.kind == "tensor":
+                layout = [Shard(ref.param.sliced_dim)]
+                state[f"{kind}.{ref.name}"] = DTensor.from_local(tensor, optimizer.mesh.tp_mesh, layout, run_check=False)
             else:
                 state[f"{kind}.{ref.name}"] = tensor
     return state

@@ -14,6 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from smartmoe.config import ParallelPlan
 
+# Equal parts, concatenated along dim 0. torch 2.13 gave both collectives new names and deprecated the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -29,6 +33,7 @@ class Mesh:
     world_group: dist.ProcessGroup | None
     pp_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
+    tp_group: dist.ProcessGroup | None
     tp_mesh: DeviceMesh | None
     stage_group: dist.ProcessGroup | None
     ep_group: dist.ProcessGroup | None
@@ -53,7 +58,7 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
     if world_size != plan.world_size:
         raise ValueError(f"plan {plan.describe()} needs {plan.world_size} ranks, but {world_size} were started")
     if world_size == 1:
-        return Mesh(plan, device, 0, 0, 0, 0, 0, None, None, None, None, None, None, None)
+        return Mesh(plan, device, 0, 0, 0, 0, 0, None, None, None, None, None, None, None, None)
     dense = init_device_mesh(device.type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp"))
     stages = init_device_mesh(device.type, (plan.pp, plan.stage_size), mesh_dim_names=("pp", "stage"))
     experts = init_device_mesh(
@@ -76,6 +81,7 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
         world_group=dist.group.WORLD,
         pp_group=group(dense, "pp", plan.pp),
         dp_group=group(dense, "dp", plan.dp),
+        tp_group=group(dense, "tp", plan.tp),
         tp_mesh=dense["tp"] if plan.tp > 1 else None,
         stage_group=group(stages, "stage", plan.stage_size),
         ep_group=group(experts, "ep", plan.ep),

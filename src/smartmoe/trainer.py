@@ -81,7 +81,7 @@ class Trainer:
                 if not isinstance(child, MoELayer) and ".moe." not in name:
                     for param_name, param in child.named_parameters(recurse=False):
                         child.register_parameter(param_name, torch.nn.Parameter(param.detach().to(mesh.device, self.dtype)))
-            apply_tensor_parallel(chunk.blocks, mesh.tp_mesh)
+            apply_tensor_parallel(chunk.blocks, mesh.tp_group)
             chunks.append(chunk)
         return chunks
 

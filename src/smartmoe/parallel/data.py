@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 KINDS = ("dense", "tensor", "expert")
 
@@ -44,7 +43,7 @@ class GradientBuffers:
                 self._add(kind, members)
 
     def _add(self, kind: str, members: list[tuple[str, nn.Parameter]]) -> None:
-        locals_ = [local_tensor(param) for _, param in members]
+        locals_ = [param.detach() for _, param in members]
         flat = torch.zeros(sum(t.numel() for t in locals_), dtype=torch.float32, device=locals_[0].device)
         self._flat[kind] = flat
         start = 0
@@ -69,15 +68,9 @@ class GradientBuffers:
             flat.mul_(factor)
 
 
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The storage of a parameter on this rank, sharing memory: a DTensor's shard or the tensor itself, detached."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _accumulate_into(grad: torch.Tensor):
     def hook(param: nn.Parameter) -> None:
-        grad.add_(local_tensor(param.grad))
+        grad.add_(param.grad)
         param.grad = None
 
     return hook
