@@ -1,0 +1,337 @@
+"""A measured run-set as figures: runs to bars, panels and curves, with the findings that concern comparisons."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from plotting import stats
+from plotting.files import Folder, clean
+from plotting.model import (
+    FIGURES,
+    REFERENCES,
+    Bar,
+    BarFigure,
+    Curve,
+    CurvePanel,
+    Dataset,
+    Finding,
+    LayerPanel,
+    LayerRow,
+    PanelFigure,
+    ScatterPanel,
+    StatusMark,
+)
+from plotting.runs import Metrics, Run, Slot, read_changes, read_metrics, read_predictions, read_runs, read_spans
+from plotting.stats import by_group, finish_bars
+
+WAITS = {
+    "fig8": "end-to-end runs (fastmoe, deepspeed, fastermoe, smartmoe) whose run.json names a fig8 bar",
+    "fig9": "Swin-MoE runs (tutel, fastmoe, smartmoe) whose run.json names a fig9 bar",
+    "fig10": "runs of fastmoe, alpa and smartmoe_static whose run.json names a fig10 bar",
+    "fig11": "a planner profile and predictions.jsonl of a run whose run.json names fig11",
+    "fig12": "runs static and dynamic with spans.jsonl whose run.json names fig12",
+    "fig13": "trace replays static, every_100 and every_10 whose run.json names fig13",
+}
+
+
+def to_dataset(folder: Folder, name: str) -> Dataset:
+    """Read every run below the folder and arrange what its run.json files ask for."""
+    findings = folder.findings
+    runs = read_runs(folder)
+    chosen = _one_run_per_slot(runs, folder)
+    data = Dataset(name, _title(folder, runs), "measured", findings=findings)
+    cache: dict[str, Metrics | None] = {}
+    for figure in FIGURES:
+        mine = {slot: run for slot, run in chosen.items() if slot.figure == figure}
+        if not mine:
+            continue
+        if figure in REFERENCES:
+            data.figures[figure] = _bar_figure(figure, mine, cache, findings)
+        else:
+            data.figures[figure] = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure}[figure](
+                mine
+            )
+    data.waits = {figure: text for figure, text in WAITS.items() if not _has_values(data.figures.get(figure))}
+    return data
+
+
+def _has_values(figure: BarFigure | PanelFigure | None) -> bool:
+    if isinstance(figure, BarFigure):
+        return any(bar.value is not None for bar in figure.bars())
+    return bool(figure and figure.panels)
+
+
+def _title(folder: Folder, runs: list[Run]) -> str:
+    devices = sorted({clean(run.provenance.get("device"), 60) for run in runs if run.provenance.get("device")})
+    sources = "/".join(sorted({run.source for run in runs})) or "measured"
+    return f"run-set {folder.label}, {sources}" + (f" on {', '.join(devices[:4])}" if devices else "")
+
+
+def _one_run_per_slot(runs: list[Run], folder: Folder) -> dict[Slot, Run]:
+    by_slot: dict[Slot, list[Run]] = {}
+    for run in runs:
+        for slot in dict.fromkeys(run.slots):
+            by_slot.setdefault(slot, []).append(run)
+    chosen = {}
+    for slot, candidates in by_slot.items():
+        best = max(candidates, key=lambda r: (r.status == "ok", r.stamp, r.run_id))
+        chosen[slot] = best
+        if len(candidates) > 1:
+            rule = "the latest ok run" if best.status == "ok" else "the latest run"
+            message = f"{len(candidates)} runs for one place ({slot}); drawn: {rule}, {best.run_id}"
+            folder.report("two-runs", message, *[r.where for r in candidates], figures=(slot.figure,))
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------- figures 8, 9, 10
+
+
+def _bar_figure(figure: str, runs: dict[Slot, Run], cache: dict, findings: list[Finding]) -> BarFigure:
+    bars = {slot: _bar(slot, run, cache) for slot, run in runs.items()}
+    for slot, run in runs.items():
+        _check_slot(slot, run, bars[slot], findings)
+    groups: dict[tuple, list[Slot]] = {}
+    for slot in runs:
+        groups.setdefault((slot.panel, slot.group), []).append(slot)
+    for members in groups.values():
+        _check_group(members, runs, bars, cache, findings)
+    return finish_bars(BarFigure(figure, by_group(list(bars.values()))))
+
+
+def _bar(slot: Slot, run: Run, cache: dict) -> Bar:
+    bar = Bar(
+        slot.figure,
+        slot.panel,
+        slot.group,
+        slot.series,
+        None,
+        "ms",
+        run.status,
+        run.source,
+        run.where,
+        detail=run.message,
+    )
+    if run.status != "ok":
+        return bar
+    if run.where not in cache:
+        cache[run.where] = read_metrics(run)
+        _check_length(run, cache[run.where])
+    metrics = cache[run.where]
+    counted = [t for i, t in metrics.times_ms.items() if i > run.warmup] if metrics else []
+    if not counted:
+        bar.status, bar.detail = "no data", "no usable step time after the warm-up"
+        return bar
+    bar.low, bar.value, bar.high = (float(v) for v in np.percentile(counted, (10, 50, 90)))
+    bar.num_samples, bar.file = len(counted), metrics.where
+    parts = [f"median of {len(counted)} steps after {run.warmup} of warm-up"]
+    if metrics.final_loss is not None:
+        parts.append(f"final loss {metrics.final_loss:.4g}")
+    if metrics.num_skipped:
+        parts.append(f"{metrics.num_skipped} steps skipped their update")
+    bar.detail = "; ".join(parts)
+    return bar
+
+
+def _check_length(run: Run, metrics: Metrics | None) -> None:
+    declared = run.setting("workload", "iterations")
+    if metrics and isinstance(declared, int) and len(metrics.times_ms) < declared:
+        message = f"status ok, but only {len(metrics.times_ms)} of {declared} iterations have a time"
+        run.folder.report("short-run", message, metrics.where, figures=run.figures)
+    if metrics and metrics.num_skipped:
+        message = f"{metrics.num_skipped} iterations skipped their update after an overflow; their time counts"
+        run.folder.report("skipped-iterations", message, metrics.where, figures=run.figures)
+
+
+def _note(findings: list[Finding], code: str, message: str, runs: list[Run], bars: list[Bar], figure: str) -> None:
+    findings.append(Finding(code, message, sorted({r.where for r in runs}), (figure,)))
+    for bar in bars:
+        bar.notes.append(code)
+
+
+def _check_slot(slot: Slot, run: Run, bar: Bar, findings: list[Finding]) -> None:
+    """The group's label against the config, and the system's name against its settings."""
+    label = re.fullmatch(r"(\d{1,9})/(\+?inf|[0-9.]+)", slot.group)
+    if label and isinstance(run.config.get("gate"), dict):
+        capacity = run.setting("gate", "capacity")
+        ran = (
+            "+inf"
+            if capacity is None
+            else f"{capacity:g}"
+            if isinstance(capacity, int | float)
+            else clean(capacity, 20)
+        )
+        named = "+inf" if "inf" in label[2] else label[2]
+        if ran != named and ran != named.removesuffix(".0"):
+            _note(
+                findings,
+                "gate-mismatch",
+                f"{slot}: labelled capacity {named}, but the config ran {ran}",
+                [run],
+                [bar],
+                slot.figure,
+            )
+    ranks = run.provenance.get("num_ranks")
+    if label and isinstance(ranks, int) and ranks != int(label[1]):
+        _note(
+            findings,
+            "name-gpus",
+            f"{slot}: labelled {label[1]} ranks, but the run had {ranks}",
+            [run],
+            [bar],
+            slot.figure,
+        )
+    if slot.series == "smartmoe" and slot.figure != "fig10" and run.setting("online", "policy") == "static":
+        _note(
+            findings,
+            "dynamic-off",
+            f"{slot}: online placement was off: the bar shows the plan alone",
+            [run],
+            [bar],
+            slot.figure,
+        )
+
+
+def _check_group(
+    members: list[Slot], runs: dict[Slot, Run], bars: dict[Slot, Bar], cache: dict, findings: list[Finding]
+) -> None:
+    """Comparisons inside a group must be between different runs of the same work on the same device."""
+    figure = members[0].figure
+    place = " ".join(filter(None, (figure, members[0].panel, members[0].group)))
+    good = [s for s in members if bars[s].value is not None]
+    mine, drawn = [runs[s] for s in good], [bars[s] for s in good]
+    digests: dict[str, list[Slot]] = {}
+    for slot in good:
+        digests.setdefault(cache[runs[slot].where].sha256, []).append(slot)
+    for same in digests.values():
+        if len(same) > 1:
+            names = " and ".join(sorted(s.series for s in same))
+            message = f"{place}: byte-identical step times under {names}: one run, shown as two"
+            _note(findings, "identical-logs", message, [runs[s] for s in same], [bars[s] for s in same], figure)
+    for code, what, values in (
+        ("mixed-devices", "devices", [clean(r.provenance.get("device"), 60) for r in mine]),
+        ("other-model", "models", [clean(r.setting("model"), 2000) for r in mine]),
+        (
+            "other-batch",
+            "batch sizes",
+            [str([r.setting("workload", f"{k}_batch_size") for k in ("global", "micro")]) for r in mine],
+        ),
+        ("mixed-sources", "sources (measured and simulated)", [r.source for r in mine]),
+    ):
+        if len(set(values)) > 1:
+            _note(findings, code, f"{place}: the bars of this group ran with different {what}", mine, drawn, figure)
+    reference = next((s for s in members if s.series == REFERENCES[figure]), None)
+    if reference is None or bars[reference].value is None:
+        why = "was not run" if reference is None else f"is {bars[reference].status}"
+        message = (
+            f"{place}: the reference {REFERENCES[figure]} {why}: no speed-up in this group, absolute times instead"
+        )
+        _note(findings, "no-reference", message, [runs[s] for s in members], [], figure)
+
+
+# --------------------------------------------------------------------------------------------------- figures 11, 12, 13
+
+
+def _panel_name(slot: Slot) -> str:
+    return " ".join(filter(None, (slot.panel, slot.group)))
+
+
+def _mark(slot: Slot, run: Run) -> StatusMark:
+    status = "no data" if run.status == "ok" else run.status
+    return StatusMark(_panel_name(slot), slot.series, status, run.message, run.where, run.source)
+
+
+def _scatter_figure(runs: dict[Slot, Run]) -> PanelFigure:
+    figure = PanelFigure("fig11", [])
+    for slot, run in sorted(runs.items(), key=lambda item: stats.group_key(item[0].group)):
+        points = read_predictions(run) if run.status == "ok" else None
+        if points is None:
+            figure.marks.append(_mark(slot, run))
+            continue
+        panel = ScatterPanel(
+            _panel_name(slot), points.predicted, points.measured, points.naive, run.source, [points.where]
+        )
+        panel.stats = stats.scatter(panel)
+        figure.panels.append(panel)
+    return figure
+
+
+def _layer_figure(runs: dict[Slot, Run]) -> PanelFigure:
+    figure = PanelFigure("fig12", [])
+    sides: dict[str, dict[str, tuple[Slot, Run]]] = {}
+    for slot, run in runs.items():
+        sides.setdefault(_panel_name(slot), {})[slot.series] = (slot, run)
+    for name, pair in sorted(sides.items()):
+        spans = {series: read_spans(run) if run.status == "ok" else None for series, (_, run) in pair.items()}
+        figure.marks += [_mark(*pair[series]) for series, found in spans.items() if found is None]
+        static, dynamic = spans.get("static"), spans.get("dynamic")
+        if static is None or dynamic is None:
+            lacking = ", ".join(s for s in ("static", "dynamic") if spans.get(s) is None)
+            run = next(iter(pair.values()))[1]
+            run.folder.report(
+                "incomplete",
+                f"figure 12 {name}: needs both placements; no data of {lacking}",
+                run.where,
+                figures=("fig12",),
+            )
+            continue
+        run = pair["static"][1]
+        if static.layers.keys() != dynamic.layers.keys():
+            run.folder.report(
+                "incomplete",
+                f"figure 12 {name}: the runs hold different layers; common ones are drawn",
+                static.where,
+                dynamic.where,
+                figures=("fig12",),
+            )
+        rows = [
+            _layer_row(k, static.layers[k], dynamic.layers[k])
+            for k in sorted(static.layers.keys() & dynamic.layers.keys())
+        ]
+        sources = {pair[s][1].source for s in ("static", "dynamic")}
+        source = sources.pop() if len(sources) == 1 else "simulated"
+        if rows:
+            figure.panels.append(LayerPanel(name, rows, "total", "ms", source, [static.where, dynamic.where]))
+    return figure
+
+
+def _layer_row(layer: int, static: dict, dynamic: dict) -> LayerRow:
+    """Means over iterations and ranks: a mean, not a median, so that the iterations that pay for migration count."""
+    means = [
+        float(np.mean([t[way] for ranks in side.values() for t in ranks]))
+        for side in (static, dynamic)
+        for way in (0, 1)
+    ]
+    row = LayerRow(layer, *means)
+    common = sorted(static.keys() & dynamic.keys())
+    if len(common) >= 3:
+        ratios = [np.mean([sum(t) for t in static[i]]) / np.mean([sum(t) for t in dynamic[i]]) for i in common]
+        row.speedup_low, row.speedup_high = (float(v) for v in np.percentile(ratios, (10, 90)))
+    return row
+
+
+def _curve_figure(runs: dict[Slot, Run]) -> PanelFigure:
+    figure = PanelFigure("fig13", [])
+    panels: dict[str, list[Curve]] = {}
+    for slot, run in sorted(
+        runs.items(), key=lambda item: (item[0].panel, item[0].group, _curve_order(item[0].series))
+    ):
+        metrics = read_metrics(run, numbered=False) if run.status == "ok" else None
+        if metrics is None:
+            figure.marks.append(_mark(slot, run))
+            continue
+        iterations, times = list(metrics.times_ms), list(metrics.times_ms.values())
+        counted = times[run.warmup :] or times
+        changes = read_changes(run)
+        mean = sum(counted) / len(counted)
+        panels.setdefault(_panel_name(slot), []).append(
+            Curve(slot.series, iterations, times, changes, run.source, metrics.where, mean)
+        )
+    figure.panels = [CurvePanel(name, curves) for name, curves in panels.items()]
+    return figure
+
+
+def _curve_order(series: str) -> tuple:
+    m = re.fullmatch(r"every_(\d{1,9})", series)
+    return (1, -int(m[1]), series) if m else (0 if series == "static" else 2, 0, series)
