@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Run the experiments on what this machine has, then draw the figures from what was measured.
+#
+#   ./RUNME-b.sh [--cluster auto|cpu|local|slurm] [--figures "8 10"] [--dry-run] [--resume [DIR]]
+#
+#   Runs go to outputs_from_exec_<UTC time>/logs, the figures beside them. Figures not built yet say what they wait for.
+#   --cluster   auto (default): this machine's GPUs when there are any, else 4 processes on its CPU (under 15 minutes)
+#   --figures   only these (default: all)
+#   --dry-run   check everything and print the runs with their plans and minutes; start nothing
+#   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs that are done stay, the others are done again
+# Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (go on with --resume).
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
+while (($#)); do
+  case "$1" in
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    --dry-run) dry=1 ;;&
+    --resume)
+      if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift
+      else out="$(find "$root" -maxdepth 1 -type d -name 'outputs_from_exec_*' | sort | tail -n 1)"; fi
+      [[ -d "$out" ]] || { echo "RUNME-b: there is no ${out:-outputs_from_exec_*} to resume" >&2; exit 2; }
+      args+=(--resume) ;;
+    *) args+=("$1") ;;
+  esac
+  shift
+done
+# shellcheck source=scripts/venv.sh
+. "$root/scripts/venv.sh" train
+"$PY" "$root/scripts/launch.py" --out "$out" ${args[@]+"${args[@]}"} & launcher=$!
+trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM # the launcher stops its run cleanly; wait for that
+code=0; wait "$launcher" || code=$?
+while kill -0 "$launcher" 2>/dev/null; do code=0; wait "$launcher" || code=$?; done
+if [[ -z "$dry" && $code -le 1 ]]; then
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$PY" -P -m plotting --logs "$out/logs" --out "$out" || code=1
+fi
+exit "$code"

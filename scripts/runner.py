@@ -1,0 +1,293 @@
+"""Do runs one after another: start each in processes of its own, watch it, and write down how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grid import ENTRIES, Run
+
+from smartmoe import record
+from smartmoe.config import RunConfig, from_dict, to_dict
+
+GRACE_S = 40.0  # torchrun itself waits 30 s for its workers before it kills them
+POLL_S = 0.2
+OUTPUTS = (
+    "error.json",
+    "metrics.jsonl",
+    "spans.jsonl",
+    "events.jsonl",
+    "train.log",
+    "console.log",
+    "trace.npz",
+    "checkpoints",
+)
+_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
+
+
+class Interrupted(Exception):
+    """The user asked to stop (Ctrl-C or SIGTERM)."""
+
+
+def torchrun_command(run: Run, run_dir: Path, resume: bool) -> list[str]:
+    """The command that does `run`: torchrun with one process per rank of its plan."""
+    ranks = str(run.config.plan.world_size)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    return [*command, "-m", ENTRIES[run.entry], str(run_dir), *(["--resume"] if resume else [])]
+
+
+@dataclass
+class Launcher:
+    """Where runs go and how they are started."""
+
+    root: Path  # the run-set
+    provenance: dict
+    env: dict
+    cwd: Path
+    command: Callable[[Run, Path, bool], list[str]] = torchrun_command
+    say: Callable[[str], None] = print
+    estimate_scale: list[float] = field(default_factory=list)  # actual / estimated seconds of the runs done
+
+    def needs_running(self, run: Run) -> bool:
+        """Whether `run` is absent, unfinished, failed, or done with another config. A "running" one was left by a
+        killed launcher: the lock on the run-set says that no other launcher is at work."""
+        old = self._existing(run)
+        return old is None or old["status"] != "ok"
+
+    def keep(self, run: Run) -> None:
+        """Let a run that is done already serve the bars asked for now."""
+        old = record.read_run(self.root / run.folder)
+        if old["bars"] != run.bars:
+            record.write_json(self.root / run.folder / "run.json", {**old, "bars": run.bars})
+
+    def declare(self, run: Run) -> None:
+        """Write run.json as pending, and set aside what an earlier attempt left, unless that can be resumed."""
+        run_dir = self.root / run.folder
+        names = ("error.json",) if self._can_resume(run) else OUTPUTS
+        left = [run_dir / name for name in names if (run_dir / name).exists()]
+        if left:
+            aside = run_dir / f"attempt{len(list(run_dir.glob('attempt*'))) + 1}"
+            aside.mkdir()
+            for path in left:
+                path.rename(aside / path.name)
+        facts = {**self.provenance, "num_ranks": run.config.plan.world_size, "entry": run.entry}
+        record.create_run(run_dir, run.run_id, to_dict(run.config), run.bars, provenance=facts)
+
+    def do(self, run: Run, label: str, left_s: float) -> str:
+        """Do one run and return its status. Raises Interrupted after stopping it when the user asks to stop."""
+        run_dir = self.root / run.folder
+        if run.needs and record.read_run(self.root / run.needs.folder)["status"] != "ok":
+            message = f"needs the trace of {run.needs.folder}, which did not end well"
+            record.set_status(run_dir, "skipped", message)
+            self.say(f"{label} skipped: {message}")
+            return "skipped"
+        resume = self._can_resume(run)
+        record.set_status(run_dir, "running")
+        start = time.monotonic()
+        try:
+            status, message = self._watch(run, run_dir, resume, label, left_s)
+        except Interrupted:
+            record.set_status(run_dir, "failed", "interrupted")
+            raise
+        record.set_status(run_dir, status, message)
+        seconds = time.monotonic() - start
+        if status == "ok":
+            self.estimate_scale.append(seconds / run.estimate_s)
+        self.say(
+            f"{label} {status} after {seconds:.0f} s{_summary(run_dir, run) if status == 'ok' else ': ' + message}"
+        )
+        return status
+
+    def scale(self) -> float:
+        """How much longer than estimated the runs so far took (1 before the first ends)."""
+        return sum(self.estimate_scale) / len(self.estimate_scale) if self.estimate_scale else 1.0
+
+    def _can_resume(self, run: Run) -> bool:
+        checkpoints = self.root / run.folder / "checkpoints"
+        return run.config.workload.checkpoint_interval > 0 and checkpoints.is_dir() and self._existing(run) is not None
+
+    def _existing(self, run: Run) -> dict | None:
+        """What run.json says when it describes this very run, else None."""
+        try:
+            old = record.read_run(self.root / run.folder)
+            same = from_dict(RunConfig, old["config"]) == run.config
+            return old if same and old.get("provenance", {}).get("entry") == run.entry else None
+        except ValueError:
+            return None
+
+    def _watch(self, run: Run, run_dir: Path, resume: bool, label: str, left_s: float) -> tuple[str, str]:
+        start, shown = time.monotonic(), 0.0
+        with (run_dir / "console.log").open("ab") as console:
+            child = subprocess.Popen(
+                self.command(run, run_dir, resume), stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
+                cwd=self.cwd, env=self.env, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+        try:
+            while child.poll() is None:
+                elapsed = time.monotonic() - start
+                if elapsed > run.timeout_s:
+                    stop(child)
+                    return "timeout", f"did not end within {run.timeout_s:.0f} s ({_last_iteration(run_dir)})"
+                if elapsed - shown > 1:
+                    shown = elapsed
+                    self._progress(run, run_dir, label, elapsed, left_s)
+                time.sleep(POLL_S)
+        except BaseException:
+            stop(child)
+            raise
+        finally:
+            _clear_line()
+        return outcome(run_dir, child.returncode)
+
+    def _progress(self, run: Run, run_dir: Path, label: str, elapsed: float, left_s: float) -> None:
+        if not sys.stdout.isatty():
+            return
+        last = _last_metric(run_dir)
+        done, total = int(last.get("iteration", 0)), run.config.workload.iterations
+        here = run.estimate_s * self.scale()
+        if done:
+            here = max(here, elapsed * total / done)
+        minutes = (max(0.0, here - elapsed) + left_s * self.scale()) / 60
+        load = f"  max/mean load {last['load_max_over_mean']:.2f}" if last.get("load_max_over_mean") else ""
+        step = f"  {last['step_ms']:.0f} ms" if last.get("step_ms") else ""
+        loss = f"  loss {last['lm_loss']:.3f}" if last.get("lm_loss") else ""
+        print(f"\r\033[K{label} {done}/{total}{step}{loss}{load}  {minutes:.1f} min left", end="", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ how it ended
+
+
+def outcome(run_dir: Path, code: int) -> tuple[str, str]:
+    """The status and message of a run from its exit code and the error.json it left."""
+    if code == 0:
+        return "ok", ""
+    error = _read_error(run_dir / "error.json")
+    if error is not None:
+        where = f"rank {error['rank']}: " if isinstance(error.get("rank"), int) else ""
+        text = " ".join(str(error.get("message", "")).split())[:500]
+        return ("oom" if error.get("oom") is True else "failed"), f"{where}{error.get('type', 'error')}: {text}"
+    if code < 0:
+        return "failed", f"killed by signal {-code} ({_signal_name(-code)})"
+    # torchrun survives a killed rank and tells of it in its last lines, the first failure last.
+    tail = _tail(run_dir / "console.log")
+    codes = [int(text) for text in re.findall(r"exitcode\s*:\s*(-?\d+) ", tail)]
+    if codes and codes[-1] < 0:
+        return "failed", f"a rank was killed by signal {-codes[-1]} ({_signal_name(-codes[-1])}); see console.log"
+    last = next((line.strip() for line in reversed(tail.splitlines()) if re.search(r"\w(Error|Exception)\b", line)), "")
+    return "failed", f"exit code {code}; see console.log" + (f": {last[:300]}" if last else "")
+
+
+def _read_error(path: Path) -> dict | None:
+    try:
+        error = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return error if isinstance(error, dict) else None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _tail(path: Path, size: int = 16384) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_metric(run_dir: Path) -> dict:
+    for line in reversed(_tail(run_dir / "metrics.jsonl").splitlines()):
+        with contextlib.suppress(ValueError):
+            metric = json.loads(line)
+            if isinstance(metric, dict):
+                return metric
+    return {}
+
+
+def _last_iteration(run_dir: Path) -> str:
+    iteration = _last_metric(run_dir).get("iteration")
+    return f"iteration {iteration} was the last" if iteration else "no iteration was done"
+
+
+def _summary(run_dir: Path, run: Run) -> str:
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        times = [json.loads(line)["step_ms"] for line in lines][run.config.workload.warmup_iterations :]
+        return f", median {sorted(times)[len(times) // 2]:.1f} ms a step"
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return ", but its metrics.jsonl is missing or malformed"
+
+
+def _clear_line() -> None:
+    if sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def _end_with_parent() -> None:
+    """In the child before exec: ask Linux for a SIGTERM when the launcher dies, even by kill -9."""
+    with contextlib.suppress(AttributeError):
+        _LIBC.prctl(1, signal.SIGTERM)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """End `child` and the processes it started: SIGTERM, and SIGKILL to what is left after GRACE_S."""
+    family = descendants(child.pid)  # torchrun's workers have sessions of their own: a signal to its group misses them
+    if child.poll() is None:
+        child.terminate()
+    end = time.monotonic() + GRACE_S
+    while time.monotonic() < end and (child.poll() is None or any(_alive(*one) for one in family)):
+        time.sleep(0.05)
+    if child.poll() is None:
+        child.kill()
+    for pid, started in family:
+        if _alive(pid, started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    child.wait()
+
+
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """The processes below `pid` as (pid, start time); the start time tells one from a later one of the same pid."""
+    below: dict[int, list[tuple[int, str]]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        facts = _stat(path)
+        if facts:
+            below.setdefault(int(facts[1]), []).append((int(path.parent.name), facts[19]))
+    found, todo = [], [pid]
+    while todo:
+        children = below.get(todo.pop(), [])
+        found += children
+        todo += [child for child, _ in children]
+    return found
+
+
+def _alive(pid: int, started: str) -> bool:
+    facts = _stat(Path(f"/proc/{pid}/stat"))
+    return bool(facts) and facts[19] == started and facts[0] != "Z"
+
+
+def _stat(path: Path) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third (state) on; the second, the name, may hold anything."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return None

@@ -1,0 +1,146 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from grid import Configs
+
+from smartmoe.config import ClusterSpec, check
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+CPU = ClusterSpec(ranks_per_node=4)
+
+MODELS = "[tiny]\nnum_experts = 8\n"
+GRID = """figure = "fig8"
+[[grid]]
+cluster = "cpu"
+model = "tiny"
+panel = "p"
+group = "{ranks}/{capacity}"
+gates = [{ kind = "gshard", capacity = 1.2 }, { kind = "naive" }]
+[[grid.systems]]
+system = "fastmoe"
+[[grid.systems]]
+system = "smartmoe_static"
+plan = { pp = 2, dp = 2, ep = 2 }
+gates = ["+inf"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    shutil.copytree(SCRIPTS / "clusters", tmp_path / "clusters")
+    (tmp_path / "models.toml").write_text(MODELS)
+    (tmp_path / "experiments" / "fig8.toml").write_text(GRID)
+    return tmp_path
+
+
+def expand(folder, figures=("fig8",)):
+    return Configs(folder).expand(list(figures), "cpu", CPU)
+
+
+def test_grid_is_systems_times_gates_gate_by_gate(folder):
+    runs = expand(folder)
+    assert [(run.config.system, run.bars[0]["group"]) for run in runs] == [
+        ("fastmoe", "4/1.2"), ("fastmoe", "4/+inf"), ("smartmoe_static", "4/+inf"),
+    ]  # fmt: skip
+    assert runs[0].config.plan.ep == 4 and runs[2].config.plan.pp == 2
+    assert all(check(run.config) for run in runs) and len({run.folder for run in runs}) == 3
+
+
+def test_a_run_of_two_figures_is_done_once_and_keeps_its_home(folder):
+    (folder / "experiments" / "fig10.toml").write_text(GRID.replace("fig8", "fig10").replace("smartmoe_static", "alpa"))
+    both = expand(folder, ["fig8", "fig10"])
+    assert [len(run.bars) for run in both] == [2, 2, 1, 1]
+    alone = expand(folder, ["fig10"])
+    assert [run.folder for run in alone] == [run.folder for run in both if run.bars[-1]["figure"] == "fig10"]
+    assert alone[0].folder.parts[0] == "fig8" and [bar["figure"] for bar in alone[0].bars] == ["fig10"]
+
+
+REPLAY = """figure = "fig13"
+[[grid]]
+cluster = "cpu"
+entry = "replay"
+model = "tiny"
+panel = "p"
+group = "g"
+gates = [{ kind = "naive" }]
+[[grid.systems]]
+system = "smartmoe"
+series = "every_10"
+plan = { dp = 4, ep = 4 }
+trace_from = "fig8/smartmoe_static"
+"""
+
+
+def test_a_replay_brings_the_run_that_records_its_trace(folder):
+    path = folder / "experiments" / "fig8.toml"
+    (folder / "experiments" / "fig13.toml").write_text(REPLAY)
+    with pytest.raises(ValueError, match="record_trace"):
+        expand(folder, ["fig13"])
+    path.write_text(GRID + "record_trace = true\n")
+    source, replay = expand(folder, ["fig13"])
+    assert replay.needs is source and source.bars == [] and source.config.record_trace
+    found = Path("/set", replay.folder, replay.config.gate.trace).resolve()
+    assert replay.config.gate.kind == "trace" and found == Path("/set", source.folder, "trace.npz")
+
+
+BROKEN = {
+    "unknown key": (GRID.replace("panel", "pannel"), 'unknown key "pannel"; did you mean "panel"'),
+    "unknown top key": ("extra = 1\n" + GRID, 'unknown key "extra"'),
+    "unknown model": (GRID.replace('"tiny"', '"tinny"'), 'unknown model "tinny"; did you mean "tiny"'),
+    "unknown system": (GRID.replace('"fastmoe"', '"fastmoo"'), 'unknown system "fastmoo"'),
+    "unavailable system": (GRID.replace('"fastmoe"', '"tutel"'), "not available yet"),
+    "no system": (GRID.replace('system = "fastmoe"', 'series = "x"'), 'needs system = "NAME"'),
+    "plan does not fit": (GRID.replace("pp = 2", "pp = 3"), "grid 1: .*6 ranks"),
+    "plan missing": (GRID.replace("plan = { pp = 2, dp = 2, ep = 2 }", ""), "needs a plan"),
+    "plan key": (GRID.replace("pp = 2", "ppp = 2"), 'plan: unknown key "ppp"'),
+    "gate key": (GRID.replace("capacity = 1.2", "cap = 1.2"), 'gates: unknown key "cap"'),
+    "gate subset": (GRID.replace('["+inf"]', '["3.6"]'), "no capacity 3.6"),
+    "no gates": (GRID.replace("gates = [{", "# gates = [{"), "needs gates"),
+    "entry": (GRID.replace("panel", 'entry = "rm -rf"\npanel'), "entry"),
+    "template": (GRID.replace("{capacity}", "{panel.__class__}"), "only {ranks} and {capacity}"),
+    "name of the figure": (GRID.replace('"fig8"', '"fig10"'), "must be the name of the file"),
+    "nothing": ('figure = "fig8"\n', "give a .*waits_for"),
+    "not toml": ("figure = ", "fig8.toml: cannot read"),
+    "same bar twice": (GRID.replace('gates = ["+inf"]', 'series = "fastmoe"'), "same bar"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_declarations_name_the_file_and_the_fault(folder, kind):
+    text, message = BROKEN[kind]
+    (folder / "experiments" / "fig8.toml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        expand(folder)
+    assert kind == "same bar twice" or "fig8.toml" in str(error.value)
+
+
+def test_hostile_names_stay_inside_the_run_set(folder):
+    text = GRID.replace('system = "fastmoe"', 'system = "fastmoe"\nseries = "../../$(reboot); x"')
+    (folder / "experiments" / "fig8.toml").write_text(text)
+    for run in expand(folder):
+        assert len(run.folder.parts) == 3 and ".." not in run.folder.parts and "$" not in str(run.folder)
+
+
+def test_select_and_left_out(folder):
+    (folder / "experiments" / "fig10.toml").write_text('figure = "fig10"\nwaits_for = "a profile"\n')
+    configs = Configs(folder)
+    assert configs.select([]) == ["fig8", "fig10"] == configs.select(["10", "fig8"])
+    with pytest.raises(ValueError, match="unknown figure fig7; there are: 8 10"):
+        configs.select(["7"])
+    assert configs.left_out(["fig8", "fig10"], "cpu", CPU) == {"fig10": "a profile"}
+    assert (
+        "no grid for cluster local with 3 ranks"
+        in configs.left_out(["fig8"], "local", ClusterSpec(name="local", ranks_per_node=3))["fig8"]
+    )
+
+
+def test_the_declarations_of_the_repository_expand():
+    configs = Configs(SCRIPTS)
+    figures = [f for f in configs.select([]) if f not in configs.left_out(configs.select([]), "cpu", CPU)]
+    assert figures == ["fig8", "fig10", "fig12", "fig13"]
+    runs = configs.expand(figures, "cpu", configs.clusters["cpu"])
+    assert sum(run.estimate_s for run in runs) < 15 * 60
+    groups = {bar["group"] for run in runs for bar in run.bars if bar["figure"] == "fig8"}
+    assert groups == {"4/1.2", "4/2.4", "4/4.8", "4/+inf"}

@@ -1,0 +1,215 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launch
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CLUSTER = 'device = "cpu"\nranks_per_node = 4\n'
+
+
+def grid(seed, timeout_s=60, **more):
+    lines = [f"{key} = {json.dumps(value)}" for key, value in more.items()]
+    head = ["[[grid]]", 'cluster = "cpu"', 'model = "tiny"', f'panel = "seed {seed}"', 'group = "g"']
+    body = [f"timeout_s = {timeout_s}", f"workload = {{ seed = {seed} }}", 'gates = [{ kind = "naive" }]']
+    return "\n".join([*head, *body, "[[grid.systems]]", 'system = "fastmoe"', *lines])
+
+
+@pytest.fixture
+def setup(tmp_path):
+    configs = tmp_path / "configs"
+    for name in ("experiments", "clusters"):
+        (configs / name).mkdir(parents=True)
+    (configs / "models.toml").write_text("[tiny]\n")
+    (configs / "clusters" / "cpu.toml").write_text(CLUSTER)
+
+    def declare(*grids):
+        (configs / "experiments" / "fig8.toml").write_text("\n".join(['figure = "fig8"', *grids]))
+        return ["--configs", str(configs), "--out", str(tmp_path / "out"), "--cluster", "cpu"]
+
+    return declare
+
+
+def start(arguments, **kwargs):
+    command = [sys.executable, str(HERE / "launch_fake.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def run(arguments):
+    child = start(arguments)
+    text, _ = child.communicate(timeout=120)
+    return child.returncode, text
+
+
+def runs_of(tmp_path):
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("out/logs/**/run.json")]
+    return {run["config"]["workload"]["seed"]: run for run in found}
+
+
+def folder_of(tmp_path, seed):
+    paths = [path.parent for path in tmp_path.glob("out/logs/**/run.json")]
+    return next(
+        path for path in paths if json.loads((path / "run.json").read_text())["config"]["workload"]["seed"] == seed
+    )
+
+
+def wait_for(condition, timeout_s=30):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_way_to_end_has_its_status_and_none_stops_the_others(setup, tmp_path):
+    seeds = {2: 60, 3: 60, 5: 60, 6: 60, 8: 60, 7: 2, 1: 60}
+    code, text = run(setup(*(grid(seed, timeout_s) for seed, timeout_s in seeds.items())))
+    found = runs_of(tmp_path)
+    assert code == 1, text
+    assert {seed: run["status"] for seed, run in found.items()} == {
+        1: "ok", 2: "failed", 3: "failed", 5: "oom", 6: "failed", 7: "timeout", 8: "failed",
+    }  # fmt: skip
+    # "out of memory" in a message is no oom: only the exception's own word counts
+    assert found[2]["message"] == "rank 2: ValueError: out of memory, it says"
+    assert found[3]["message"] == "killed by signal 9 (SIGKILL)"
+    assert "exit code 7" in found[6]["message"] and "RuntimeError: something odd" in found[6]["message"]
+    assert "within 2 s (iteration 1 was the last)" in found[7]["message"]
+    assert "signal 9 (SIGKILL)" in found[8]["message"]
+    assert found[1]["message"] == "" and found[1]["started"] and found[1]["ended"]
+    assert "6 of 7 runs did not end well" in text and "[7/7]" in text
+    # a timed-out run's children are gone too, even those in a session of their own that ignore SIGTERM
+    pid = int((folder_of(tmp_path, 7) / "child.pid").read_text())
+    assert not is_alive(pid)
+    assert (folder_of(tmp_path, 1) / "env.txt").read_text() == "1"
+    assert found[1]["provenance"]["num_ranks"] == 4 and found[1]["provenance"]["entry"] == "train"
+
+
+def test_resume_skips_what_is_done_and_sets_failed_attempts_aside(setup, tmp_path):
+    assert run(setup(grid(1), grid(2)))[0] == 1
+    code, text = run(setup(grid(1), grid(2)))
+    assert code == 2 and "--resume" in text
+    before = runs_of(tmp_path)[1]
+    code, text = run([*setup(grid(1), grid(2)), "--resume"])
+    assert code == 1 and "1 of 2 runs are done already" in text
+    assert runs_of(tmp_path)[1] == before
+    aside = folder_of(tmp_path, 2) / "attempt1"
+    assert {path.name for path in aside.iterdir()} == {"error.json", "metrics.jsonl", "console.log"}
+    assert len((folder_of(tmp_path, 2) / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_resume_runs_again_what_has_another_config(setup, tmp_path):
+    assert run(setup(grid(1)))[0] == 0
+    code, text = run([*setup(grid(1).replace("seed = 1 }", "seed = 1, iterations = 30 }")), "--resume"])
+    assert code == 0 and "done already" not in text
+    assert runs_of(tmp_path)[1]["config"]["workload"]["iterations"] == 30
+
+
+def test_resume_after_kill_9_of_the_launcher(setup, tmp_path):
+    child = start(setup(grid(1), grid(4), grid(2)))
+    wait_for(lambda: list(tmp_path.glob("out/logs/**/fake.pid")))
+    pid = int((folder_of(tmp_path, 4) / "fake.pid").read_text())
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert {seed: run["status"] for seed, run in runs_of(tmp_path).items()} == {1: "ok", 4: "running", 2: "pending"}
+    wait_for(lambda: not is_alive(pid))  # the run does not outlive its launcher
+    arguments = [*setup(grid(1), grid(4, timeout_s=1), grid(2)), "--resume"]
+    code, text = run(arguments)
+    assert code == 1 and "1 of 3 runs are done already" in text
+    assert {seed: run["status"] for seed, run in runs_of(tmp_path).items()} == {1: "ok", 4: "timeout", 2: "failed"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_run_and_leaves_it_for_resume(setup, tmp_path, number):
+    child = start(setup(grid(7), grid(1)))
+    wait_for(lambda: list(tmp_path.glob("out/logs/**/fake.pid")))
+    pids = [int((folder_of(tmp_path, 7) / name).read_text()) for name in ("fake.pid", "child.pid")]
+    child.send_signal(number)
+    text, _ = child.communicate(timeout=30)
+    assert child.returncode == 128 + number and "--resume" in text and "Traceback" not in text
+    found = runs_of(tmp_path)
+    assert (found[7]["status"], found[7]["message"], found[1]["status"]) == ("failed", "interrupted", "pending")
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_two_launchers_do_not_share_a_run_set(setup, tmp_path):
+    arguments = setup(grid(4))
+    child = start(arguments)
+    wait_for(lambda: list(tmp_path.glob("out/logs/**/fake.pid")))
+    code, text = run([*arguments, "--resume"])
+    assert code == 2 and "another launcher" in text
+    child.terminate()
+    child.communicate(timeout=30)
+
+
+TRACED = """
+[[grid]]
+cluster = "cpu"
+entry = "replay"
+model = "tiny"
+panel = "replay"
+group = "g"
+workload = { seed = 1, iterations = 21 }
+gates = [{ kind = "naive" }]
+[[grid.systems]]
+system = "smartmoe"
+plan = { dp = 4, ep = 4 }
+trace_from = "fig8/fastmoe"
+"""
+
+
+def test_a_replay_is_skipped_when_its_trace_was_not_recorded(setup, tmp_path):
+    code, text = run(setup(grid(2, record_trace=True), TRACED))
+    assert code == 1, text
+    found = {run["system"]: run for run in map(json.loads, (p.read_text() for p in tmp_path.glob("out/**/run.json")))}
+    assert found["smartmoe"]["status"] == "skipped" and "did not end well" in found["smartmoe"]["message"]
+
+
+def test_dry_run_prints_plans_and_minutes_and_writes_nothing(setup, tmp_path, capsys):
+    arguments = setup(grid(1), grid(2))
+    assert launch.main([*arguments, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("pp1 dp4 tp1 ep4") == 2 and "2 runs, about 1 minutes" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_starts_nothing(setup, tmp_path, capsys):
+    wrong_key, wrong_size = grid(2).replace("panel", "panle"), grid(2).replace("= 2 }", "= 2, micro_batch_size = 3 }")
+    for grids, more, message in (
+        ([grid(1)], ["--figures", "7"], "unknown figure fig7"),
+        ([grid(1)], ["--cluster", "slurm"], "not available yet"),
+        ([grid(1), wrong_key], [], 'unknown key "panle"'),
+        ([grid(1), wrong_size], [], "not a multiple"),
+        ([grid(1)], ["--configs", str(tmp_path / "absent")], "models.toml"),
+    ):
+        assert launch.main([*setup(*grids), *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as error:
+        launch.main(["--cluster", "cpu"])
+    assert error.value.code == 2
+
+
+def test_no_gpu_is_said_plainly(setup, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    (Path(setup(grid(1))[1]) / "clusters" / "local.toml").write_text('device = "cuda"\n')
+    assert launch.main([*setup(grid(1)), "--cluster", "local"]) == 2
+    assert "needs CUDA GPUs" in capsys.readouterr().err
+    assert launch.main([*setup(grid(1)), "--cluster", "auto", "--dry-run"]) == 0
+    assert "running on: cpu" in capsys.readouterr().out
+
+
+def test_environment_is_not_changed(setup):
+    before = dict(os.environ)
+    launch.main([*setup(grid(1)), "--dry-run"])
+    assert dict(os.environ) == before
