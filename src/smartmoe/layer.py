@@ -1,0 +1,172 @@
+"""The MoE layer: gate -> placement -> dispatch -> experts -> combine; nothing else.
+
+Layer 4. Shape letters are those of `smartmoe.ops`, and B samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smartmoe.config import ModelConfig, RunConfig
+from smartmoe.dispatch import build_dispatcher
+from smartmoe.gates import Routing, build_gate
+from smartmoe.ops.activation import widening
+from smartmoe.ops.all_to_all import group_rank, group_size
+from smartmoe.ops.expert_ffn import expert_ffn
+from smartmoe.ops.hashing import make_key
+from smartmoe.placement import Placement
+
+INIT_STD = 0.02
+
+
+class Experts(nn.Module):
+    """The experts of this rank, stacked by local slot.
+
+    Parameters, all of one dtype: w1_LDF [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD [L, F, D], b2_LD; biases are
+    None without model.expert_bias. Each is initialised from (seed, layer_idx, logical expert, parameter name) alone:
+    the same values under every world size, plan and placement. An empty slot (-1) is zero.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        expert_of_slot_L: tuple[int, ...],
+        *,
+        impl: str,
+        layer_idx: int,
+        seed: int,
+        dtype,
+        device,
+    ):
+        super().__init__()
+        self.activation, self.impl = model.activation, impl
+        width = model.ffn_size * widening(model.activation)
+        stds = {"w1_LDF": INIT_STD, "w2_LFD": INIT_STD / math.sqrt(2 * model.num_layers), "b1_LF": 0.0, "b2_LD": 0.0}
+        shapes = {
+            "w1_LDF": (model.hidden_size, width),
+            "b1_LF": (width,),
+            "w2_LFD": (model.ffn_size, model.hidden_size),
+            "b2_LD": (model.hidden_size,),
+        }
+        for name, shape in shapes.items():
+            if name.startswith("b") and not model.expert_bias:
+                self.register_parameter(name, None)
+                continue
+            stacked = torch.zeros(len(expert_of_slot_L), *shape, dtype=dtype, device=device)
+            for slot, expert in enumerate(expert_of_slot_L):
+                if expert >= 0 and stds[name]:
+                    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, expert, name))
+                    stacked[slot].copy_(torch.empty(shape).normal_(0.0, stds[name], generator=generator))
+            param = nn.Parameter(stacked)
+            param.parallel = "expert"
+            self.register_parameter(name, param)
+
+    def weights(self) -> tuple[torch.Tensor | None, ...]:
+        """(w1_LDF, b1_LF, w2_LFD, b2_LD)."""
+        return self.w1_LDF, self.b1_LF, self.w2_LFD, self.b2_LD
+
+    def forward(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
+        """rows_RD: [R, D] sorted by local slot; count_L: [L] int64, rows of each slot. Returns [R, D]."""
+        return self.compute(rows_RD, count_L, self.weights())
+
+    def compute(self, rows_RD: torch.Tensor, count_L: torch.Tensor, weights) -> torch.Tensor:
+        """The same with other weights than its own: a tuple as `weights()` gives, for as many slots as count_L."""
+        return expert_ffn(rows_RD, count_L, *weights, activation=self.activation, impl=self.impl)
+
+
+class MoELayer(nn.Module):
+    """A mixture-of-experts feed-forward layer whose experts are spread over `ep_group`.
+
+    config: model, gate, layer, cluster and workload (seed, batch size) are read. placement: where experts live, None
+    = in order.
+    ep_group, stage_group: ProcessGroup or None for this process alone. dtype: of the experts; the gate is always
+    float32.
+    observers: called as f(layer_idx, routing, token_id_BT) on every forward, also when activations are recomputed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        layer_idx: int,
+        placement: Placement | None = None,
+        ep_group=None,
+        stage_group=None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        model, seed = config.model, config.workload.seed
+        placement = placement or Placement.identity(model.num_experts, group_size(ep_group))
+        self.layer_idx, self.ep_group = layer_idx, ep_group
+        self.observers: list[Callable[[int, Routing, torch.Tensor], None]] = []
+        self._node_of_rank_W = _nodes(ep_group, config.cluster.ranks_per_node)
+        self.gate = build_gate(
+            model,
+            config.gate,
+            layer_idx=layer_idx,
+            seed=seed,
+            stage_group=stage_group,
+            global_batch_size=config.workload.global_batch_size,
+            device=device,
+        )
+        self.experts = Experts(
+            model,
+            placement.experts_of_rank(group_rank(ep_group)),
+            impl=config.layer.experts,
+            layer_idx=layer_idx,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
+        self.dispatcher = build_dispatcher(
+            config.layer, ep_group, slots_per_rank=placement.slots_per_rank, cluster=config.cluster
+        )
+        slot_of_expert_E = torch.zeros(model.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("slot_of_expert_E", slot_of_expert_E, persistent=False)
+        self.placement: Placement = placement
+        self.set_placement(placement)
+
+    def set_placement(self, placement: Placement) -> None:
+        """Route to `placement` from now on. The weights must be there already, or be moved by the caller
+        (online.migrate).
+
+        Raises ValueError when the number of experts, ranks or slots differs from this layer's.
+        """
+        have = (self.placement.num_experts, self.placement.num_ranks, self.placement.num_slots)
+        got = (placement.num_experts, placement.num_ranks, placement.num_slots)
+        want = (self.slot_of_expert_E.shape[0], group_size(self.ep_group), have[2])
+        if got != want:
+            raise ValueError(
+                f"layer {self.layer_idx}: a placement of (experts, ranks, slots) = {got} does not fit {want}; "
+                f"build it for {want[0]} experts on {want[1]} ranks"
+            )
+        self.placement = placement
+        self.slot_of_expert_E.copy_(torch.from_numpy(placement.primary_slot_E))
+        self.gate.set_placement(placement.rank_of_expert(), self._node_of_rank_W, group_rank(self.ep_group))
+
+    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route, compute, combine.
+
+        x_BTD: [B, T, D], the dtype of the experts; token_id_BT: [B, T] int64, each sample's ids consecutive. Returns
+        (y_BTD, 0-dim float32 share of the balance loss). Collective over ep_group and, for some gates, over
+        stage_group.
+        """
+        x_TD, token_id_T = x_BTD.flatten(0, 1), token_id_BT.flatten()
+        routing = self.gate(x_TD, token_id_T, num_segments=token_id_BT.shape[0])
+        for observer in self.observers:
+            observer(self.layer_idx, routing, token_id_BT)
+        y_TD = self.dispatcher(x_TD, routing, self.slot_of_expert_E, self.experts)
+        return y_TD.view(x_BTD.shape), routing.balance_loss
+
+
+def _nodes(ep_group, ranks_per_node: int) -> list[int]:
+    """The node of each ep_rank."""
+    if group_size(ep_group) == 1:
+        return [0]
+    return [world_rank // ranks_per_node for world_rank in dist.get_process_group_ranks(ep_group)]
