@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -147,7 +146,7 @@ class Launcher:
             raise
         finally:
             _clear_line()
-        return outcome(run_dir, child.returncode)
+        return record.outcome(run_dir, child.returncode)
 
     def _progress(self, run: Run, run_dir: Path, label: str, elapsed: float, left_s: float) -> None:
         if not sys.stdout.isatty():
@@ -164,55 +163,8 @@ class Launcher:
         print(f"\r\033[K{label} {done}/{total}{step}{loss}{load}  {minutes:.1f} min left", end="", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------ how it ended
-
-
-def outcome(run_dir: Path, code: int) -> tuple[str, str]:
-    """The status and message of a run from its exit code and the error.json it left."""
-    if code == 0:
-        return "ok", ""
-    error = _read_error(run_dir / "error.json")
-    if error is not None:
-        where = f"rank {error['rank']}: " if isinstance(error.get("rank"), int) else ""
-        text = " ".join(str(error.get("message", "")).split())[:500]
-        return ("oom" if error.get("oom") is True else "failed"), f"{where}{error.get('type', 'error')}: {text}"
-    if code < 0:
-        return "failed", f"killed by signal {-code} ({_signal_name(-code)})"
-    # torchrun survives a killed rank and tells of it in its last lines, the first failure last.
-    tail = _tail(run_dir / "console.log")
-    codes = [int(text) for text in re.findall(r"exitcode\s*:\s*(-?\d+) ", tail)]
-    if codes and codes[-1] < 0:
-        return "failed", f"a rank was killed by signal {-codes[-1]} ({_signal_name(-codes[-1])}); see console.log"
-    last = next((line.strip() for line in reversed(tail.splitlines()) if re.search(r"\w(Error|Exception)\b", line)), "")
-    return "failed", f"exit code {code}; see console.log" + (f": {last[:300]}" if last else "")
-
-
-def _read_error(path: Path) -> dict | None:
-    try:
-        error = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return error if isinstance(error, dict) else None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
-
-
-def _tail(path: Path, size: int = 16384) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _last_metric(run_dir: Path) -> dict:
-    for line in reversed(_tail(run_dir / "metrics.jsonl").splitlines()):
+    for line in reversed(record.tail(run_dir / "metrics.jsonl").splitlines()):
         with contextlib.suppress(ValueError):
             metric = json.loads(line)
             if isinstance(metric, dict):

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +116,61 @@ def set_status(run_dir: str | Path, status: str, message: str = "") -> dict:
         run.update(started=None, ended=None)
     write_json(Path(run_dir, "run.json"), run)
     return run
+
+
+def write_error(run_dir: str | Path, world_rank: int, error: Exception, is_oom: bool) -> None:
+    """Describe the first failure of a run in error.json; later ones are consequences of it and change nothing."""
+    path = Path(run_dir, "error.json")
+    if path.parent.is_dir() and not path.exists():
+        write_json(path, {"type": type(error).__name__, "message": str(error), "rank": world_rank, "oom": is_oom})
+
+
+def outcome(run_dir: str | Path, code: int) -> tuple[str, str]:
+    """The status and message of a run from the exit code of its processes (negative: a signal) and its error.json.
+
+    "oom" only when the exception itself was one of memory: no message and no missing line is taken for it.
+    """
+    if code == 0:
+        return "ok", ""
+    error = _read_error(Path(run_dir, "error.json"))
+    if error is not None:
+        where = f"rank {error['rank']}: " if isinstance(error.get("rank"), int) else ""
+        text = " ".join(str(error.get("message", "")).split())[:500]
+        return ("oom" if error.get("oom") is True else "failed"), f"{where}{error.get('type', 'error')}: {text}"
+    if code < 0:
+        return "failed", f"killed by signal {-code} ({_signal_name(-code)})"
+    # torchrun survives a killed rank and tells of it in its last lines, the first failure last.
+    text = tail(Path(run_dir, "console.log"))
+    codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+) ", text)]
+    if codes and codes[-1] < 0:
+        return "failed", f"a rank was killed by signal {-codes[-1]} ({_signal_name(-codes[-1])}); see console.log"
+    last = next((line.strip() for line in reversed(text.splitlines()) if re.search(r"\w(Error|Exception)\b", line)), "")
+    return "failed", f"exit code {code}; see console.log" + (f": {last[:300]}" if last else "")
+
+
+def _read_error(path: Path) -> dict | None:
+    try:
+        error = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return error if isinstance(error, dict) else None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def tail(path: Path, size: int = 16384) -> str:
+    """The last `size` bytes of a text file; nothing when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def write_json(path: str | Path, data: object) -> None:

@@ -1,0 +1,161 @@
+"""The command `smartmoe`: train a model from a TOML file, look at an expert-selection trace."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from smartmoe import record
+from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
+from smartmoe.data import load_tokens
+from smartmoe.trace import ExpertTrace
+
+EPILOG = """\
+examples:
+  smartmoe train run.toml --ranks 4     train on 4 processes of this machine
+  smartmoe train run.toml --out DIR --resume
+                                        go on from the newest checkpoint in DIR
+  smartmoe trace show trace.npz         how skewed a recorded routing is
+
+A run.toml needs nothing; each table is optional, each key has a default (all keys: src/smartmoe/config.py):
+  [model]     num_layers = 4, hidden_size = 64, num_experts = 8, top_k = 2
+  [gate]      kind = "gshard", capacity = 1.2
+  [plan]      pp = 2, dp = 2, ep = 2     # without it: data and expert parallel over all ranks
+  [online]    policy = "greedy", interval = 10
+  [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the command. Returns the exit code: 2 for bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except ValueError as error:
+        print(f"smartmoe: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smartmoe", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train the model that a TOML file describes", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    train.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run; unknown keys are errors")
+    train.add_argument("--ranks", type=int, default=None, help="processes to start (default: what the plan needs)")
+    train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.set_defaults(command=_train)
+    trace = commands.add_parser("trace", help="look at expert-selection traces")
+    show = trace.add_subparsers(required=True, metavar="COMMAND").add_parser("show", help="print how skewed a trace is")
+    show.add_argument("file", type=Path, help="a trace (.npz), or a folder of table_iter<I>_rank<R>.log files")
+    show.set_defaults(command=_show)
+    return parser
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+def read_config(path: Path, num_ranks: int | None) -> RunConfig:
+    """The checked config of `path` for `num_ranks` processes (None: as many as its plan needs).
+
+    A file without [plan] gets data and expert parallelism over all ranks; one without [cluster] gets one node.
+    """
+    table = read_table(path)
+    config = from_dict(RunConfig, table, str(path))
+    world_size = num_ranks or (config.plan.world_size if "plan" in table else config.cluster.num_ranks)
+    plan = config.plan if "plan" in table else ParallelPlan(dp=world_size, ep=world_size)
+    cluster = config.cluster if "cluster" in table else ClusterSpec(ranks_per_node=world_size)
+    return check(RunConfig(**{**vars(config), "plan": plan, "cluster": cluster}), str(path))
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.ranks is not None and args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks}: at least 1")
+    config = read_config(args.config, args.ranks)
+    if args.resume and args.out is None:
+        raise ValueError("--resume needs --out DIR, the directory of the run to go on with")
+    stamp = record.utc_now().replace(":", "").replace("-", "")
+    run_id = record.safe_run_id(args.config.stem, stamp)
+    run_dir = args.out or Path("runs", run_id)
+    if (run_dir / "run.json").exists() and not args.resume:
+        raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
+    load_tokens(config.workload.data, config.model.vocab_size)  # before the ranks ask for it all at once
+    world_size = config.plan.world_size
+    facts = record.provenance(num_ranks=world_size, entry="train")
+    record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
+    (run_dir / "error.json").unlink(missing_ok=True)
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command += ["-m", "smartmoe.train", str(run_dir), *(["--resume"] if args.resume else [])]
+    print(f"{config.plan.describe()}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
+    record.set_status(run_dir, "running")
+    code, interrupted = _run(command)
+    status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
+    record.set_status(run_dir, status, message)
+    if status != "ok":
+        print(f"smartmoe: the run {status}: {message}", file=sys.stderr)
+    return 130 if interrupted else 0 if status == "ok" else 1
+
+
+def _run(command: list[str]) -> tuple[int, bool]:
+    """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C or SIGTERM)."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    child = subprocess.Popen(command, env=env, start_new_session=True)
+    stops: list[int] = []
+
+    def stop(number, _frame):
+        stops.append(number)
+        child.terminate()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait(), bool(stops)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------- trace show
+
+
+def _show(args: argparse.Namespace) -> int:
+    trace = ExpertTrace.read_published(args.file) if args.file.is_dir() else ExpertTrace.load(args.file)
+    num_iterations, num_ranks, num_layers, num_micro_batches, num_experts = trace.counts.shape
+    span = f"{trace.iteration[0]} .. {trace.iteration[-1]}"
+    print(f"{args.file}: {num_iterations} iterations ({span}), {num_ranks} ranks, {num_layers} layers,")
+    print(f"{num_micro_batches} micro-batches, {num_experts} experts; means over iterations\n")
+    columns = {
+        "max/mean load": trace.max_over_mean().mean(axis=0),
+        "idle experts": trace.idle_experts().mean(axis=0),
+        "top-1 share": trace.top_share(1).mean(axis=0),
+        "top-4 share": trace.top_share(4).mean(axis=0),
+    }
+    if num_iterations > 1:
+        correlation_IL = trace.correlation(1)
+        known_IL = ~np.isnan(correlation_IL)
+        total_L = np.where(known_IL, correlation_IL, 0).sum(axis=0)
+        columns["lag-1 correlation"] = total_L / np.maximum(known_IL.sum(axis=0), 1)
+    print("layer  " + "  ".join(columns))
+    rows = [[f"{values[layer]:>{len(name)}.3f}" for name, values in columns.items()] for layer in range(num_layers)]
+    for layer, cells in enumerate(rows):
+        print(f"{layer:>5}  " + "  ".join(cells))
+    for key, value in sorted(trace.meta.items()):
+        print(f"{key}: {' '.join(str(value).split())[: shutil.get_terminal_size().columns]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
