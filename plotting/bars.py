@@ -38,7 +38,7 @@ def draw(data: BarFigure, source: str, *, group_label: str) -> Figure:
     if any(bar.source == "simulated" for bar in bars):
         handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", linewidth=0.4))
         labels.append("simulated")
-    style.add_legend(figure, handles, labels, min(len(labels), 4 if width < 4 else 8))
+    style.add_legend(figure, handles, labels)
     style.add_notes(figure, [source, *_footnotes(data)], width)
     return figure
 

@@ -33,12 +33,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
         Line2D([], [], linestyle="-", linewidth=0.6, color="black"),
     ]
     if data.panels:
-        style.add_legend(
-            figure,
-            handles,
-            ["predicted from the routing", "estimate without the routing", "exact"],
-            3 if width > 4 else 2,
-        )
+        style.add_legend(figure, handles, ["predicted from the routing", "estimate without the routing", "exact"])
     style.add_notes(figure, [source], width)
     return figure
 

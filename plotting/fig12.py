@@ -30,7 +30,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
         diamond = Line2D(
             [], [], linestyle="", marker="D", markersize=3, color="black", markerfacecolor="white", markeredgewidth=0.6
         )
-        style.add_legend(figure, [bar, diamond], [NAMES[headline], NAMES[other]], 2)
+        style.add_legend(figure, [bar, diamond], [NAMES[headline], NAMES[other]])
     style.add_notes(figure, [source], width)
     return figure
 
@@ -42,8 +42,9 @@ def _draw_panel(axes: Axes, panel: LayerPanel) -> None:
     highs = [max(v, r.speedup_high or 0) for v, r in zip(main, panel.rows, strict=True)]
     hatch = "////" if panel.source == "simulated" else None
     axes.bar(xs, main, 0.8, color=BAR, edgecolor="black", linewidth=0.4, hatch=hatch)
+    shift = 0.22 if any(r.speedup_high for r in panel.rows) else 0.0  # beside the error bars
     axes.plot(
-        xs,
+        [x + shift for x in xs],
         beside,
         linestyle="",
         marker="D",

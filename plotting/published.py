@@ -155,7 +155,7 @@ def _add_bar(folder: Folder, path: Path, figure: str | None, rows: Published) ->
     run = rawlogs.parse_training_log(log, folder, (figure,)) if log else rawlogs.TrainingLog()
     gpus = int(GPUS_PART.match(gpus_part)[1]) if gpus_part else run.num_gpus or facts.num_gpus or 0
     seconds, status = _total(run, log is not None, figure)
-    times = [run.times_s[i] for i in sorted(run.times_s)]
+    times = [run.times_ms[i] / 1000 for i in sorted(run.times_ms)]
     rows.bars.append(
         BarRow(
             figure=figure,
@@ -194,7 +194,10 @@ def _total(run: rawlogs.TrainingLog, readable: bool, figure: str) -> tuple[float
         return (run.epoch_s, "ok") if run.epoch_s else (None, "incomplete")
     if not run.is_complete:
         return None, "incomplete"
-    return sum(run.times_s.values()), "ok"
+    total_ms = 0.0
+    for time_ms in run.times_ms.values():
+        total_ms += time_ms  # left to right, as awk adds: three totals are ties at the sixth digit
+    return total_ms / 1000, "ok"
 
 
 def _one_run_per_bar(bars: list[BarRow], folder: Folder) -> list[BarRow]:

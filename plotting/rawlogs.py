@@ -72,7 +72,7 @@ def parse_name(name: str) -> NameFacts | None:
 class TrainingLog:
     """An iteration or Swin log: times by iteration, and what the run said about itself."""
 
-    times_s: dict[int, float] = field(default_factory=dict)
+    times_ms: dict[int, float] = field(default_factory=dict)
     num_declared: int = 0
     num_skipped: int = 0
     epoch_s: float | None = None  # Swin only
@@ -86,7 +86,7 @@ class TrainingLog:
 
     @property
     def is_complete(self) -> bool:
-        return 0 < self.num_declared == sum(1 <= i <= self.num_declared for i in self.times_s)
+        return 0 < self.num_declared == sum(1 <= i <= self.num_declared for i in self.times_ms)
 
 
 def parse_training_log(log: LogFile, folder: Folder, figures: tuple[str, ...]) -> TrainingLog:
@@ -134,13 +134,13 @@ def _iteration_line(line: str, m: re.Match | None, result: TrainingLog, folder: 
         return
     if "number of nan iterations" not in fields:
         folder.report("cut-line", f"iteration {iteration}: the line is cut after its time", place, figures=figures)
-    if iteration in result.times_s:
+    if iteration in result.times_ms:
         folder.report(
             "repeated-iteration", f"iteration {iteration} is there twice; the later one counts", place, figures=figures
         )
     if fields.get("number of skipped iterations", "0") != "0":
         result.num_skipped += 1
-    result.times_s[iteration] = time_ms / 1000
+    result.times_ms[iteration] = time_ms
 
 
 def _swin_line(line: str, result: TrainingLog, folder: Folder, place: str, figures) -> None:
@@ -152,7 +152,7 @@ def _swin_line(line: str, result: TrainingLog, folder: Folder, place: str, figur
             "cut-line", "a training step line that is cut or has no time; it is left out", place, figures=figures
         )
         return
-    result.times_s[int(m[1])] = time_s
+    result.times_ms[int(m[1])] = time_s * 1000
 
 
 def _fact_line(line: str, result: TrainingLog, gates: set[str], capacity_gates: set[str]) -> None:

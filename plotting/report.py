@@ -21,15 +21,15 @@ SOURCES = {
     "quoted": "a label of the paper that its log does not show",
 }
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1060px;
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1240px;
 padding:1rem 1.2rem 4rem;color:#1c1c1c;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.6rem;border-bottom:1px solid #ccc}
 h3{font-size:1.02rem;margin:1.9rem 0 .4rem}
 img{max-width:100%;height:auto;display:block;margin:.4rem 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:12.5px;margin:.4rem 0}
-th,td{border-bottom:1px solid #ddd;padding:.18rem .55rem;text-align:left;vertical-align:top;overflow-wrap:anywhere}
-th{background:#f2f2f2;white-space:nowrap}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-td.file{font-size:11px;color:#555;min-width:15rem}.bad{color:#8b0000;font-weight:600}
+th,td{border-bottom:1px solid #ddd;padding:.16rem .5rem;text-align:left;vertical-align:top;white-space:nowrap}
+th{background:#f2f2f2}td.n{text-align:right;font-variant-numeric:tabular-nums}
+td.long{white-space:normal;min-width:17rem;overflow-wrap:anywhere}td.file{font-size:11px;color:#555}.bad{color:#8b0000;font-weight:600}
 .waits{background:#f7f3e8;padding:.4rem .7rem;border-left:3px solid #c9a227}
 code{font-size:12px;background:#f2f2f2;padding:0 .2rem}
 ul.w{padding-left:1.1rem}ul.w li{margin:.3rem 0}ul.w .f{font-size:11px;color:#555;overflow-wrap:anywhere}
@@ -234,8 +234,15 @@ def _file_list(where: list[str]) -> str:
     if not where:
         return ""
     more = len(where) - MAX_FILES_SHOWN
-    text = ", ".join(where[:MAX_FILES_SHOWN]) + (f", and {more} more (values.json)" if more > 0 else "")
-    return f'<div class="f">{_e(text)}</div>'
+    names = [_path(w, 110) for w in where[:MAX_FILES_SHOWN]]
+    return f'<div class="f">{"<br>".join(names)}{f"<br>and {more} more (values.json)" if more > 0 else ""}</div>'
+
+
+def _path(path: str, width: int) -> str:
+    """A path with its middle left out when it is long; the whole one is its tooltip."""
+    path = clean(path, 2000)
+    short = path if len(path) <= width else f"{path[: width // 2]} ... {path[-width // 2 :]}"
+    return f'<span title="{_e(path)}">{_e(short)}</span>'
 
 
 def _table(rows: list[dict]) -> str:
@@ -262,7 +269,9 @@ def _cell(column: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="n">{value}</td>'
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    kind = ' class="file"' if column == "file" else ' class="bad"' if column == "status" and value != "ok" else ""
+    if column == "file":
+        return f'<td class="file">{_path(text, 64)}</td>'
+    kind = ' class="bad"' if column == "status" and value != "ok" else ' class="long"' if len(text) > 28 else ""
     return f"<td{kind}>{_e(text)}</td>"
 
 

@@ -239,10 +239,10 @@ def read_changes(run: Run) -> list[int]:
     changes = set()
     for line_number, row in folder.read_json_lines(path) if path.exists() and path.stat().st_size else []:
         iteration = whole(row.get("iteration"))
-        if iteration is None:
+        if iteration is None or not isinstance(row.get("kind"), str):
             folder.report(
                 "malformed",
-                "an event without an iteration; it is left out",
+                "an event without an iteration and a kind; it is left out",
                 f"{folder.name(path)}:{line_number}",
                 figures=("fig13",),
             )

@@ -106,7 +106,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def add_legend(figure: Figure, handles: list, labels: list[str], num_columns: int) -> None:
+def add_legend(figure: Figure, handles: list, labels: list[str]) -> None:
+    """A legend above the axes, in as many columns as the width of the figure holds."""
+    entry_inch = 0.32 + 0.052 * max(map(len, labels))
+    num_columns = max(int(figure.get_figwidth() / entry_inch), 1)
+    num_columns = -(-len(labels) // -(-len(labels) // num_columns))  # even rows
     figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, borderaxespad=0.1, labelspacing=0.25)
 
 
@@ -116,7 +120,7 @@ def series_patch(series: str) -> Patch:
 
 def add_notes(figure: Figure, lines: list[str], width: float) -> None:
     """Small print under the figure: the source of its numbers first, then footnotes."""
-    per_line = int(width * 25)
+    per_line = int(width * 22)
     wrapped = [part for line in lines for part in _wrap(line, per_line)]
     figure.supxlabel("\n".join(wrapped), x=0.01, ha="left", fontsize=NOTE_SIZE, color="#444444", linespacing=1.15)
 
