@@ -41,8 +41,16 @@ def _check_strides(rows_RD, w1_LDF, w2_LFD):
 def _grouped(rows, count_L, w1, b1, w2, b2, activation):
     end_L = count_L.cumsum(0).to(torch.int32)
     hidden = _add_bias(_Contiguous.apply(F.grouped_mm(rows, w1, offs=end_L)), b1, count_L, end_L)
-    hidden = activate(hidden, activation)
+    hidden = _activate_slots(hidden, count_L, activation)
     return _add_bias(_Contiguous.apply(F.grouped_mm(hidden, w2, offs=end_L)), b2, count_L, end_L)
+
+
+def _activate_slots(hidden, count_L, activation):
+    """The activation of all rows; on a CPU slot by slot: the scalar tail of an elementwise loop, and the seams between
+    threads, round otherwise than its vector part, so the bits of a slot would depend on where its rows lie."""
+    if hidden.is_cuda:
+        return activate(hidden, activation)
+    return torch.cat([activate(part, activation) for part in hidden.split(count_L.tolist())])
 
 
 def _loop(rows, count_L, w1, b1, w2, b2, activation):
