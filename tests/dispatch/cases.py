@@ -114,7 +114,8 @@ def dispatchers(group, slots_per_rank: int) -> dict:
 
 
 def carry(case: Case, dispatcher, impl: str, ep_rank: int, dtype, device, max_copies=None) -> dict:
-    """Forward and backward of one case on this rank: y and the gradients of x, the combine weights and the experts."""
+    """Forward and backward of one case on this rank: y and the gradients of x, the combine weights and the
+    experts."""
     x, expert_idx, weight, grad = (t.to(device) for t in case.inputs(ep_rank))
     x = x.to(dtype).requires_grad_()
     weight = weight.float().requires_grad_()

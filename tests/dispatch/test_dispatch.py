@@ -1,4 +1,5 @@
-"""Every dispatcher, with every implementation of the experts, gives what the oracle gives: output and all gradients."""
+"""Every dispatcher, with every implementation of the experts, gives what the oracle gives: output and all
+gradients."""
 
 import pytest
 import torch

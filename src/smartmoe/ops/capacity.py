@@ -78,8 +78,8 @@ def _segments(sorted_id_T, num_segments, seq_len):
     if num_segments is None:
         jump = (sorted_id_T.diff() != 1) | (sorted_id_T[1:] % seq_len == 0)
         segment_T = torch.cat([jump.new_zeros(min(num_tokens, 1)), jump]).cumsum(0)
-        return segment_T, int(segment_T[-1]) + 1 if num_tokens else 0
-    assert num_segments and num_tokens % num_segments == 0, "segments of a rank have equal lengths"
+        return segment_T, int(segment_T[-1]) + 1 if num_tokens else 1
+    assert num_segments > 0 and num_tokens % num_segments == 0, "segments of a rank have equal lengths"
     return torch.arange(num_tokens, device=sorted_id_T.device) // max(num_tokens // num_segments, 1), num_segments
 
 
