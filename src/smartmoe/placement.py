@@ -196,7 +196,7 @@ def solve_greedy(load_E: Sequence[float] | np.ndarray, current: Placement, tie_o
         load_E: [E] load per logical expert, not negative.
         current: where the experts are now, without replicas.
         tie_order: how experts of equal load are ordered. "stable" = by number; "legacy" = as numpy <= 1.24 on a plain
-            CPU left them, which the published change lists of figure 13 depend on.
+            CPU left them, which the lists of placement changes that the paper's artifact published depend on.
     """
     load_E = _check_solvable(load_E, current)
     if tie_order not in TIE_ORDERS:
