@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from smartmoe import cli, config, record, trace
+
+SRC = str(Path(__file__).resolve().parents[1] / "src")
+TINY = """
+[model]
+num_layers = 2
+hidden_size = 32
+ffn_size = 32
+seq_len = 32
+vocab_size = 300
+num_experts = 4
+[workload]
+iterations = 4
+global_batch_size = 4
+micro_batch_size = 1
+warmup_iterations = 1
+checkpoint_interval = 2
+data = ["text.txt"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", SRC)
+    Path("run.toml").write_text(TINY)
+    Path("text.txt").write_text("for x in range(10): print(x)\n" * 300)
+    return tmp_path
+
+
+def test_ranks_and_plan(folder):
+    built = cli.read_config(Path("run.toml"), 2)
+    assert built.plan == config.ParallelPlan(dp=2, ep=2) and built.cluster.num_ranks == 2
+    Path("run.toml").write_text(TINY + "[plan]\npp = 2\ndp = 2\n")
+    assert cli.read_config(Path("run.toml"), None).plan.world_size == 4
+    with pytest.raises(ValueError, match="run.toml.*4 ranks, but cluster"):
+        cli.read_config(Path("run.toml"), 3)
+
+
+def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 0
+    run = record.read_run("out")
+    assert run["status"] == "ok" and run["provenance"]["num_ranks"] == 1
+    first = Path("out/metrics.jsonl").read_text().splitlines()
+    assert len(first) == 4 and "[4/4]" in capfd.readouterr().out
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 2
+    assert "--resume" in capfd.readouterr().err
+    Path("run.toml").write_text(TINY.replace("iterations = 4", "iterations = 6"))
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
+    lines = Path("out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:4] == first
+
+
+def test_a_run_that_fails_says_why(folder, capfd):
+    Path("bad.bin").write_bytes(bytes(4000))
+    Path("bad.idx").write_bytes(b"MMIDIDX")
+    Path("run.toml").write_text(TINY.replace("text.txt", "bad"))
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 2
+    assert "bad.idx: not a Megatron index" in capfd.readouterr().err and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.toml"], "absent.toml: cannot read"),
+        (["train", "run.toml", "--ranks", "3"], "plan.ep = 3 does not divide"),
+        (["train", "run.toml", "--ranks", "0"], "at least 1"),
+        (["train", "run.toml", "--resume"], "--resume needs --out"),
+        (["trace", "show", "run.toml"], "run.toml"),
+        (["trace", "show", "absent.npz"], "absent.npz"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(folder, capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert message in text and text.count("\n") == 1 and text.startswith("smartmoe: ")
+
+
+def test_unknown_command_and_help(capsys):
+    for arguments, code in ((["plan"], 2), (["--help"], 0), (["train", "--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == code
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_trace_show_is_a_table_of_layers(tmp_path, capsys):
+    made = trace.synthetic(
+        "one_hot", num_iterations=3, num_ranks=2, num_layers=2, num_micro_batches=1, num_experts=8, num_copies=32
+    )
+    made.save(tmp_path / "t.npz")
+    assert cli.main(["trace", "show", str(tmp_path / "t.npz")]) == 0
+    text = capsys.readouterr().out
+    row = text[text.index("layer  max") :].splitlines()[2]
+    assert row.split() == ["1", "8.000", "7.000", "1.000", "1.000", "1.000"]
+    assert "3 iterations (1 .. 3), 2 ranks, 2 layers" in text and "kind: one_hot" in text
