@@ -22,9 +22,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
     for axes, panel in zip(grid, data.panels, strict=False):
         _draw_panel(axes, panel)
     if data.marks:
-        style.write_marks(
-            grid[len(data.panels)], [f"{style.shown(m.panel)} {style.shown(m.series)}: {m.status}" for m in data.marks]
-        )
+        style.write_marks(grid[len(data.panels)], data.marks)
     for axes in grid[num_panels:]:
         axes.set_axis_off()
     handles = [

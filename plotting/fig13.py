@@ -18,7 +18,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
     for axes, panel in zip(grid, data.panels, strict=False):
         _draw_panel(axes, panel)
     if data.marks:
-        style.write_marks(grid[-1], [f"{style.shown(m.panel)} {style.shown(m.series)}: {m.status}" for m in data.marks])
+        style.write_marks(grid[-1], data.marks)
     style.add_notes(figure, [source], style.WIDE_INCH)
     return figure
 

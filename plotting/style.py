@@ -18,6 +18,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
 from plotting.files import clean  # noqa: E402
+from plotting.model import StatusMark  # noqa: E402
 
 COLUMN_INCH = 3.35
 WIDE_INCH = 7.0
@@ -70,7 +71,8 @@ SERIES = {
     "every_100": ("adaptive, every 100", "#0072B2"),
     "every_10": ("adaptive, every 10", "#D55E00"),
 }
-OTHER_COLOURS = ("#F0E442", "#000000", "#999933", "#882255")
+OTHER_COLOURS = ("#F0E442", "#44AA99", "#999933", "#882255")
+MAX_MARKS = 7
 
 STATUS_TEXT = {"oom": "OOM"}  # every other status is written as it is
 
@@ -141,20 +143,23 @@ def light_grid(axes: Axes) -> None:
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.5)
 
 
-def write_marks(axes: Axes, lines: list[str]) -> None:
-    """Runs without data, as text in the middle of otherwise empty axes."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.text(
-        0.5, 0.5, "\n".join(lines), ha="center", va="center", transform=axes.transAxes, color=MARK_COLOUR, fontsize=7
-    )
+def write_marks(axes: Axes, marks: list[StatusMark]) -> None:
+    """Runs without data, as text in axes of their own."""
+    axes.set_axis_off()
+    lines = [" ".join(filter(None, (shown(m.panel, 20), label(m.series)))) + f": {m.status}" for m in marks]
+    if len(lines) > MAX_MARKS:
+        lines = [*lines[:MAX_MARKS], f"and {len(lines) - MAX_MARKS} more"]
+    text = axes.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", transform=axes.transAxes, fontsize=7)
+    text.set_color(MARK_COLOUR)
+    text.set_in_layout(False)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.pdf (vector, TrueType fonts) and stem.png; the same rows give the same bytes."""
     pdf, png = stem.with_name(stem.name + ".pdf"), stem.with_name(stem.name + ".png")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        for message in ("Glyph .* missing from", "constrained_layout not applied"):  # odd or very long names from logs
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         figure.savefig(pdf, metadata={"CreationDate": None, "Creator": "SmartMoE plotting", "Producer": "matplotlib"})
         figure.savefig(png, dpi=PNG_DPI, metadata={"Software": None})
     return [pdf, png]
