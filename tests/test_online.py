@@ -35,6 +35,11 @@ def random_placement(rng, num_ranks, num_experts, spare, replicas) -> Placement:
     return Placement(num_ranks, tuple(flat), tuple(int(rng.choice(slots_of_e)) for slots_of_e in hosts))
 
 
+def shuffled_inside(rng, placement) -> Placement:
+    rows = [rng.permutation(placement.experts_of_rank(rank)).tolist() for rank in range(placement.num_ranks)]
+    return Placement(placement.num_ranks, tuple(expert for row in rows for expert in row))
+
+
 class State:
     """Tensors of many dtypes and strides, filled with random bytes (NaNs of every kind included), by logical expert."""
 
@@ -43,13 +48,14 @@ class State:
         (torch.float16, (2, 0)), (torch.float8_e4m3fn, (5,)), (torch.complex64, (2,)),
     ]  # fmt: skip
 
-    def __init__(self, rng, num_experts, num_slots):
+    def __init__(self, rng, num_experts, num_slots, device):
         self.truth = [self._bytes(rng, num_experts, kind) for kind in self.KINDS]
-        self.tensors = [torch.zeros(num_slots, *shape, dtype=dtype) for dtype, shape in self.KINDS]
+        self.tensors = [torch.zeros(num_slots, *shape, dtype=dtype, device=device) for dtype, shape in self.KINDS]
         # A parameter, a transposed one, every other column of one, and a slice at an odd offset.
-        wide, line = torch.zeros(num_slots, 6), torch.zeros(4 * num_slots + 1)
+        wide, line = torch.zeros(num_slots, 6, device=device), torch.zeros(4 * num_slots + 1, device=device)
         self.tensors[0] = torch.nn.Parameter(self.tensors[0])
-        extra = [torch.zeros(3, 2, num_slots).permute(2, 1, 0), wide[:, ::2], line[1:].view(num_slots, 4)]
+        turned = torch.zeros(3, 2, num_slots, device=device).permute(2, 1, 0)
+        extra = [turned, wide[:, ::2], line[1:].view(num_slots, 4)]
         self.tensors += extra
         self.truth += [self._bytes(rng, num_experts, (torch.float32, t.shape[1:])) for t in extra]
 
@@ -72,7 +78,7 @@ class State:
         for tensor, truth in zip(self.tensors, self.truth, strict=True):
             for slot, expert in enumerate(hosted):
                 if expert != EMPTY:
-                    got = tensor.detach()[slot].contiguous().view(-1).view(torch.uint8)
+                    got = tensor.detach()[slot].cpu().contiguous().view(-1).view(torch.uint8)
                     assert torch.equal(got, truth[expert]), (tensor.dtype, tensor.shape, slot, expert)
 
 
@@ -87,27 +93,29 @@ def count_collectives(calls):
         setattr(dist, name, counted)
 
 
-def run_migrations(rank, world_size, calls):
+def run_migrations(rank, world_size, calls, device="cpu"):
     """Twenty successive random migrations of two layers for each shape. Returns how many of them crossed ranks."""
     group = dist.group.WORLD if world_size > 1 else None
     crossed = 0
     for shape_idx, (num_experts, spare, replicas) in enumerate(SHAPES):
         rng = np.random.default_rng(shape_idx)
         now = [random_placement(rng, world_size, num_experts, spare, replicas) for _ in range(2)]
-        states = [State(rng, num_experts, now[0].slots_per_rank) for _ in now]
+        states = [State(rng, num_experts, now[0].slots_per_rank, device) for _ in now]
         for step in range(20):
             for state, placement in zip(states, now, strict=True):
                 state.fill(placement.experts_of_rank(rank), step)
             new = [random_placement(rng, world_size, num_experts, spare, replicas) for _ in now]
-            if step % 4 == 3:  # a layer that stays, and a replica that appears or goes
+            if step % 4 == 3:  # one layer stays
                 new[0] = now[0]
+            if step % 4 == 1:  # only slots inside the ranks change
+                new = [shuffled_inside(rng, placement) for placement in now]
             before = len(calls)
             sent = on.migrate([(s.tensors, a, b) for s, a, b in zip(states, now, new, strict=True)], group)
             moving = sum(num_moves(a, b) for a, b in zip(now, new, strict=True))
             assert calls[before:] == (["all_to_all_single"] if moving else []), calls[before:]
             crossed += bool(moving)
             row_bytes = sum(truth.shape[1] for truth in states[0].truth)
-            total = torch.tensor(sent)
+            total = torch.tensor(sent, device=device)
             if group is not None:
                 dist.all_reduce(total)
             assert total == moving * row_bytes
@@ -139,6 +147,27 @@ def test_migrate_alone_permutes_locally():
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_migrate_moves_every_byte_in_one_collective(world, world_size):
     crossed = [result["migrations"] for result in world(world_size)]
+    assert len(set(crossed)) == 1 and crossed[0] > 60
+
+
+def run_on_gpu(world_rank, world_size):
+    """Migrations over NCCL, and a recorder that is not allowed to wait for the device."""
+    calls: list[str] = []
+    count_collectives(calls)
+    recorder = on.LoadRecorder([0], 4)
+    idx, token_id = torch.tensor([[0, 1], [1, -1]], device="cuda"), ids(0).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    recorder(0, SimpleNamespace(expert_idx_TK=idx), token_id)
+    torch.cuda.set_sync_debug_mode("default")
+    assert recorder.take().tolist() == [[[1, 2, 0, 0]]]
+    return run_migrations(world_rank, world_size, calls, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_migrate_over_nccl():
+    world_size = min(4, torch.cuda.device_count())
+    crossed = spawn(run_on_gpu, world_size, world_size, backend="nccl")
     assert len(set(crossed)) == 1 and crossed[0] > 60
 
 
