@@ -276,7 +276,7 @@ class OnlinePlacement:
             if new != old:
                 moving.append((layer, new, event))
         if moving:
-            cost_ms = self._move([(layer, new) for layer, new, _ in moving])
+            cost_ms = self.move([(layer, new) for layer, new, _ in moving])
             for _, _, event in moving:
                 event["cost_ms"] = round(cost_ms / len(moving), 3)
         return events
@@ -292,8 +292,11 @@ class OnlinePlacement:
             return current, f"fullest rank would fall by {gain:.1%}, min_gain is {self._online.min_gain:.1%}"
         return new, f"fullest rank {before:.0f} -> {after:.0f} token copies, {gain:.1%} less"
 
-    def _move(self, targets: list[tuple]) -> float:
-        """Migrate these layers to their new placements together; returns the milliseconds it took here."""
+    def move(self, targets: list[tuple]) -> float:
+        """Give each (layer, new placement) its placement, moving all layers' experts with their state together.
+
+        Returns the milliseconds it took here. Collective over ep_group.
+        """
         self._wait_for_device()
         start = time.perf_counter()
         migrate([(self._state_of(layer), layer.placement, new) for layer, new in targets], self._ep_group)
