@@ -168,13 +168,17 @@ def _stdlib_texts() -> list[str]:
     """Python's own library in sorted order, up to STDLIB_BYTES; no tests, which not every distribution ships."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - skipped  # not even entered: site-packages may be large
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
     texts, size = [], 0
-    for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts):
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
-            size += path.stat().st_size
-            if size >= STDLIB_BYTES:
-                break
+    for path in sorted(paths):
+        raw = path.read_bytes()
+        texts.append(raw.decode("utf-8", errors="replace"))
+        size += len(raw)
+        if size >= STDLIB_BYTES:
+            break
     if not texts:
         raise ValueError(f'{root}: this Python has no library source to train on: give workload.data = ["FILE", ..]')
     return texts
