@@ -17,7 +17,7 @@ from tests.dist import spawn
 
 SEQ_LEN, WIDTH, NUM_SAMPLES, FIRST_SAMPLE = 8, 16, 8, 24
 TOP_K = {"switch": (1,), "gshard": (2,), "naive": (1, 2, 3)}
-LAYOUTS = ((4, 1), (2, 2), (1, 4))
+LAYOUTS = {4: ((4, 1), (2, 2), (1, 4)), 2: ((2, 1), (1, 2))}
 # FasterGate looks at where it runs; everything else must not depend on the plan.
 PLAN_FREE = [
     (kind, top_k, capacity)
@@ -86,10 +86,10 @@ def run_gate(gate, x, ids, device="cpu", count_segments=True):
     }
 
 
-def run_layouts(world_rank: int, device_type: str):
+def run_layouts(world_rank: int, num_ranks: int, device_type: str):
     device = torch.device(device_type, world_rank) if device_type == "cuda" else torch.device("cpu")
     results = {}
-    for dp, tp in LAYOUTS:
+    for dp, tp in LAYOUTS[num_ranks]:
         tokens = make_tokens(dp, tp, world_rank)
         for kind, top_k, capacity in PLAN_FREE:
             gate = make_gate(kind, top_k, capacity, group=dist.group.WORLD, device=device)
@@ -99,7 +99,7 @@ def run_layouts(world_rank: int, device_type: str):
     return results
 
 
-def _check_layouts(results_W, device="cpu"):
+def _check_layouts(results_W):
     for key in results_W[0]:
         dp, tp, kind, top_k, capacity, _ = key
         whole = run_gate(make_gate(kind, top_k, capacity), *make_tokens())
@@ -118,14 +118,15 @@ def _check_layouts(results_W, device="cpu"):
 
 
 def test_global_scope_equals_one_process_under_every_layout():
-    _check_layouts(spawn(run_layouts, 4, "cpu"))
+    _check_layouts(spawn(run_layouts, 4, 4, "cpu"))
 
 
 @pytest.mark.gpu
-def test_global_scope_on_gpus():
-    if torch.cuda.device_count() < 4:
-        pytest.skip("needs 4 CUDA devices")
-    _check_layouts(spawn(run_layouts, 4, "cuda", backend="nccl"))
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_global_scope_on_gpus(num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    _check_layouts(spawn(run_layouts, num_ranks, num_ranks, "cuda", backend="nccl"))
 
 
 @pytest.mark.parametrize("kind, top_k, capacity", PLAN_FREE)

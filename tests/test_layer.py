@@ -1,0 +1,278 @@
+"""The whole layer, gate to combine: against the oracle, under every placement, with recomputation, from any world."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, RunConfig, Workload
+from smartmoe.layer import MoELayer
+from smartmoe.placement import Placement
+from tests import oracle
+from tests.dist import spawn
+
+SEQ_LEN, LAYER_IDX = 6, 2
+MODEL = ModelConfig(hidden_size=16, ffn_size=24, num_experts=6, top_k=2, seq_len=SEQ_LEN, num_layers=4)
+MECHANISMS = {
+    "basic": LayerConfig(),
+    "loop": LayerConfig(experts="loop"),
+    "padded": LayerConfig(dispatcher="padded"),
+    "overlapped": LayerConfig(dispatcher="overlapped", overlap_groups=3),
+    "shadowing": LayerConfig(dispatcher="overlapped", shadowing=True),
+}
+# Links so fast and processors so slow that shadowing pays even here.
+CLUSTER = ClusterSpec(ranks_per_node=8, intra_node_gbytes_per_s=1e9, tflops=1e-9)
+SHUFFLED = {
+    1: (4, 2, 0, 1, 5, 3),
+    2: (4, 2, 0, 1, 5, 3),
+    3: (4, -1, 2, 0, 1, 5, 3, -1, -1),
+    4: (-1, 3, 0, 5, -1, 4, 2, 1),
+}
+
+
+def make_config(mechanism="basic", model=MODEL, **changes) -> RunConfig:
+    return RunConfig(model=model, layer=MECHANISMS[mechanism], cluster=CLUSTER, workload=Workload(seed=5), **changes)
+
+
+def make_layer(config, num_ranks=1, shuffled=False, dtype=torch.float32, device="cpu"):
+    """A layer over the whole world, with a router strong enough to route unevenly."""
+    group = dist.group.WORLD if num_ranks > 1 else None
+    placement = Placement(num_ranks, SHUFFLED[num_ranks]) if shuffled else None
+    layer = MoELayer(
+        config,
+        layer_idx=LAYER_IDX,
+        placement=placement,
+        ep_group=group,
+        stage_group=group,
+        dtype=dtype,
+        device=device,
+    )
+    with torch.no_grad():
+        layer.gate.weight_ED.mul_(20)
+        for weight in layer.experts.weights():
+            if weight is not None and weight.dim() == 3:
+                weight.mul_(10)
+    return layer
+
+
+def make_tokens(rank: int, num_samples: int = 2):
+    generator = torch.Generator().manual_seed(rank)
+    x = oracle.rounded(torch.randn(num_samples, SEQ_LEN, MODEL.hidden_size, generator=generator))
+    grad = oracle.rounded(torch.randn(x.shape, generator=generator))
+    ids = (rank * num_samples * SEQ_LEN + torch.arange(num_samples * SEQ_LEN)).view(num_samples, SEQ_LEN)
+    return x, grad, ids
+
+
+def run_layer(layer, rank, recompute=False):
+    """Output and gradients of one micro-batch; expert gradients by logical expert."""
+    dtype = layer.experts.w1_LDF.dtype
+    device = layer.experts.w1_LDF.device
+    x, grad, ids = (t.to(device) for t in make_tokens(rank))
+    x = x.to(dtype).requires_grad_()
+    routings = []
+    layer.observers.append(lambda layer_idx, routing, token_id_BT: routings.append((layer_idx, routing, token_id_BT)))
+    if recompute:
+        y, balance_loss = checkpoint(layer, x, ids, use_reentrant=False)
+    else:
+        y, balance_loss = layer(x, ids)
+    ((y * grad.to(dtype)).sum() + balance_loss).backward()
+    slots = dict(enumerate(layer.placement.experts_of_rank(layer.ep_group.rank() if layer.ep_group else 0)))
+    names = ("w1_LDF", "b1_LF", "w2_LFD", "b2_LD")
+    params = {name: getattr(layer.experts, name) for name in names if getattr(layer.experts, name) is not None}
+    return {
+        "y": y.detach().cpu(),
+        "x": x.grad.cpu(),
+        "gate": [None if p.grad is None else p.grad.cpu() for p in layer.gate.parameters()],
+        "loss": balance_loss.detach().cpu(),
+        "experts": {(e, name): p.grad[s].cpu() for name, p in params.items() for s, e in slots.items() if e >= 0},
+        "weights": {(e, name): p.detach()[s].cpu() for name, p in params.items() for s, e in slots.items() if e >= 0},
+        "choice": routings[0][1].expert_idx_TK.cpu(),
+        "num_observed": len(routings),
+        "layer_idx": routings[0][0],
+        "ids": routings[0][2].cpu(),
+    }
+
+
+def run_mechanisms(world_rank, num_ranks, device_type, dtype):
+    device = torch.device(device_type, world_rank) if device_type == "cuda" else torch.device("cpu")
+    results = {}
+    for mechanism in MECHANISMS:
+        for shuffled in (False, True) if num_ranks != 4 else (True,):  # 6 experts do not divide by 4
+            layer = make_layer(make_config(mechanism), num_ranks, shuffled, dtype, device)
+            results[mechanism, shuffled] = run_layer(layer, world_rank)
+            if shuffled:
+                layer = make_layer(make_config(mechanism), num_ranks, shuffled, dtype, device)
+                results[mechanism, "recomputed"] = run_layer(layer, world_rank, recompute=True)
+    return results
+
+
+def expected(results_W, dtype):
+    """The oracle on the tokens of all ranks with the weights that the layers started from."""
+    held = {key: weight for results in results_W for key, weight in results["weights"].items()}
+    names = ("w1_LDF", "b1_LF", "w2_LFD", "b2_LD")
+    weights = [torch.stack([held[e, name].double() for e in range(6)]).requires_grad_() for name in names]
+    gate = make_layer(make_config()).gate
+    router = [p.detach().double().requires_grad_() for p in gate.parameters()]
+    answers = []
+    for rank, results in enumerate(results_W):
+        x, grad, _ = make_tokens(rank)
+        x = x.flatten(0, 1).requires_grad_()
+        chosen = (x @ router[0].t() + router[1]).argsort(1, descending=True)[:, :2]
+        if dtype == torch.float32:
+            assert torch.equal(chosen, results["choice"])
+        weight = oracle.naive_weights(x, *router, results["choice"])
+        y = oracle.moe(x, results["choice"], weight, weights)
+        (y * grad.flatten(0, 1)).sum().backward()
+        answers.append({"y": y.detach(), "x": x.grad})
+    experts = {(e, name): w.grad[e] for name, w in zip(names, weights, strict=True) for e in range(6)}
+    return answers, experts, [p.grad for p in router]
+
+
+def check_mechanisms(results_W, dtype):
+    answers, experts, router = expected([results["basic", True] for results in results_W], dtype)
+    for key in results_W[0]:
+        mine_W = [results[key] for results in results_W]
+        for mine, results in zip(mine_W, results_W, strict=True):
+            assert torch.equal(mine["choice"], results["basic", True]["choice"])
+        for rank, (mine, want) in enumerate(zip(mine_W, answers, strict=True)):
+            for name in ("y", "x"):
+                oracle.assert_close(mine[name].flatten(0, 1), want[name], dtype, f"{key} rank {rank} {name}")
+            for param, grad in mine["experts"].items():
+                oracle.assert_close(grad, experts[param], dtype, f"{key} {param}")
+        for index, want in enumerate(router):
+            oracle.assert_close(sum(mine["gate"][index] for mine in mine_W), want, dtype, f"{key} router {index}")
+        assert set().union(*(mine["experts"] for mine in mine_W)) == set(experts)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_every_mechanism_equals_the_oracle(num_ranks):
+    arguments = (num_ranks, "cpu", torch.float32)
+    results_W = [run_mechanisms(0, *arguments)] if num_ranks == 1 else spawn(run_mechanisms, num_ranks, *arguments)
+    check_mechanisms(results_W, torch.float32)
+    for results in results_W:
+        for mechanism in ("basic", "loop", "padded"):
+            for key in (False, "recomputed"):
+                if (mechanism, key) in results:
+                    _assert_same_bits(results[mechanism, key], results[mechanism, True], ("y", "x"))
+    for mechanism in ("basic", "loop", "padded"):
+        if (mechanism, False) in results_W[0]:
+            _assert_same_expert_bits(results_W, mechanism)
+
+
+def _assert_same_bits(first, second, names):
+    for name in names:
+        assert torch.equal(first[name], second[name]), name
+
+
+def _assert_same_expert_bits(results_W, mechanism):
+    """The gradient of a logical expert is the same, bit for bit, wherever it lives: migration changes nothing."""
+    plain, moved = ({k: g for r in results_W for k, g in r[mechanism, s]["experts"].items()} for s in (False, True))
+    assert plain.keys() == moved.keys()
+    for key in plain:
+        assert torch.equal(plain[key], moved[key]), f"{mechanism} {key}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_every_mechanism_on_gpus(num_ranks, dtype):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    results_W = spawn(run_mechanisms, num_ranks, num_ranks, "cuda", dtype, backend="nccl")
+    check_mechanisms(results_W, dtype)
+    if num_ranks != 4:
+        for mechanism in ("basic", "loop", "padded"):
+            _assert_same_expert_bits(results_W, mechanism)
+
+
+def _initial(world_rank, num_ranks):
+    layers = [make_layer(make_config(), num_ranks, shuffled) for shuffled in (False, True)]
+    return [run_layer(layer, world_rank)["weights"] for layer in layers], layers[0].gate.state_dict()
+
+
+def test_initial_weights_depend_on_the_logical_expert_only():
+    alone, gate = _initial(0, 1)
+    assert alone[0].keys() == alone[1].keys()
+    assert not torch.equal(alone[0][0, "w1_LDF"], alone[0][1, "w1_LDF"])
+    for weights, gate_state in spawn(_initial, 3, 3):
+        for held in weights:
+            for key, weight in held.items():
+                assert torch.equal(weight, alone[0][key]), key
+        for name, value in gate_state.items():
+            assert torch.equal(value, gate[name])
+
+
+def test_initial_scale_follows_gpt():
+    model = dataclasses.replace(MODEL, hidden_size=64, ffn_size=128, num_layers=8)
+    layer = MoELayer(make_config(model=model), layer_idx=0)
+    assert abs(layer.experts.w1_LDF.std() - 0.02) < 1e-3
+    assert abs(layer.experts.w2_LFD.std() - 0.02 / 4) < 2e-4
+    assert layer.experts.b1_LF.abs().max() == layer.experts.b2_LD.abs().max() == 0
+    other = MoELayer(make_config(model=model), layer_idx=1)
+    assert not torch.equal(layer.experts.w1_LDF, other.experts.w1_LDF)
+    assert not torch.equal(layer.gate.weight_ED, other.gate.weight_ED)
+
+
+def test_parameters_say_how_they_are_shared_and_of_which_dtype():
+    layer = make_layer(make_config(), dtype=torch.bfloat16)
+    for name, param in layer.named_parameters():
+        is_gate = name.startswith("gate.")
+        assert param.parallel == ("dense" if is_gate else "expert")
+        assert param.dtype == (torch.float32 if is_gate else torch.bfloat16)
+    x, _, ids = make_tokens(0)
+    y, balance_loss = layer(x.bfloat16(), ids)
+    assert y.dtype == torch.bfloat16 and balance_loss.dtype == torch.float32 and balance_loss.dim() == 0
+
+
+def test_swiglu_without_biases():
+    model = dataclasses.replace(MODEL, activation="swiglu", expert_bias=False)
+    layer = make_layer(make_config(model=model))
+    assert layer.experts.b1_LF is None and layer.experts.w1_LDF.shape == (6, 16, 48)
+    x, _, ids = make_tokens(0)
+    y, _ = layer(x.float(), ids)
+    weights = [None if w is None else w.detach().double() for w in layer.experts.weights()]
+    routing = layer.gate(x.float().flatten(0, 1), ids.flatten())
+    want = oracle.moe(x.flatten(0, 1), routing.expert_idx_TK, routing.weight_TK.double(), weights, "swiglu")
+    oracle.assert_close(y.detach().flatten(0, 1), want.detach(), torch.float32)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_capacity_drops_copies_in_every_mechanism(mechanism, scope):
+    layer = make_layer(make_config(mechanism, gate=GateConfig(kind="naive", capacity=0.5, scope=scope)))
+    result = run_layer(layer, 0)
+    assert (result["choice"] == -1).any()
+    plain = run_layer(make_layer(make_config(gate=GateConfig(kind="naive", capacity=0.5))), 0)
+    oracle.assert_close(result["y"], plain["y"], torch.float32)
+    oracle.assert_close(result["x"], plain["x"], torch.float32)
+
+
+def test_observers_see_every_forward_and_recomputation():
+    result = run_layer(make_layer(make_config()), 0)
+    assert (result["num_observed"], result["layer_idx"]) == (1, LAYER_IDX)
+    assert torch.equal(result["ids"], make_tokens(0)[2])
+    assert run_layer(make_layer(make_config()), 0, recompute=True)["num_observed"] == 2
+
+
+def test_set_placement_changes_the_route_and_refuses_other_sizes():
+    layer = make_layer(make_config())
+    moved = Placement(1, SHUFFLED[1])
+    layer.set_placement(moved)
+    assert layer.placement is moved
+    assert layer.slot_of_expert_E.tolist() == [2, 3, 1, 5, 0, 4]
+    assert np.array_equal(layer.slot_of_expert_E, moved.primary_slot_E)
+    for wrong in (Placement.identity(5, 1), Placement.identity(6, 2), Placement(1, (*SHUFFLED[1], -1))):
+        with pytest.raises(ValueError, match="does not fit"):
+            layer.set_placement(wrong)
+    with pytest.raises(ValueError, match="does not fit"):
+        MoELayer(make_config(), layer_idx=0, placement=Placement.identity(6, 2))
+
+
+def test_the_placement_is_no_part_of_the_state_dict():
+    assert set(make_layer(make_config()).state_dict()) == {
+        *("gate.weight_ED", "gate.bias_E"),
+        *("experts.w1_LDF", "experts.b1_LF", "experts.w2_LFD", "experts.b2_LD"),
+    }
