@@ -134,6 +134,7 @@ def test_figure_13_equals_the_paper(both, paper):
     (panel,) = data.figures["fig13"].panels
     curves = {c.series: c for c in panel.curves}
     assert [c.series for c in panel.curves if c.drawn] == ["static", "every_100", "every_10"]
+    assert all(c.iterations == [1 + 10 * i for i in range(300)] for c in panel.curves)
     for interval, static in ((10, "static_10"), (100, "static")):
         reference = paper["fig13"]["series"][f"freq{interval}"]
         first_static, first_dynamic = reference["first_point_dropped"]
