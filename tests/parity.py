@@ -1,8 +1,8 @@
 """Run many plans in one world and compare each with the single-process run of the same configuration.
 
-A run is compared loss by loss while its routing is the same. When two routers disagree because two experts were within
-rounding of each other, the run is compared up to that iteration and the flip is reported; more than a handful of
-differing copies in that iteration is no near-tie but wrong maths.
+A run is compared loss by loss while its routing is the same. When routing differs in an iteration, the logits of the
+first layer where it does must agree to rounding: then two experts were within rounding of each other, the run is compared
+up to that iteration and the flip is reported. Otherwise the maths is wrong, and the comparison fails.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from smartmoe.trainer import Trainer
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "smartmoe"
 SAMPLES_PER_MICRO_BATCH = 4
-MAX_FLIPPED_COPIES = 4
 LOSS_TOLERANCE = 1e-5
+LOGIT_TOLERANCE = 1e-5
 
 MODEL = ModelConfig(
     name="tiny", num_layers=4, hidden_size=32, ffn_size=64, num_heads=4, seq_len=16, vocab_size=320, num_experts=8
 )
-WORKLOAD = Workload(global_batch_size=16, micro_batch_size=SAMPLES_PER_MICRO_BATCH, iterations=10, lr=3e-3, data=())
+WORKLOAD = Workload(global_batch_size=16, micro_batch_size=SAMPLES_PER_MICRO_BATCH, iterations=10, lr=3e-3, seed=1)
 
 
 @dataclass
 class Curve:
-    """Losses by iteration and the experts of every token: routing[iteration][layer] is [tokens of the batch, top_k]."""
+    """Losses by iteration; routing[iteration][layer] = experts [tokens of the batch, top_k] sorted (-1 dropped), and
+    logits[iteration][layer] [tokens of the batch, num_experts]."""
 
     loss: list[float] = field(default_factory=list)
     routing: list[dict[int, np.ndarray]] = field(default_factory=list)
+    logits: list[dict[int, np.ndarray]] = field(default_factory=list)
 
 
 def make_config(plan: ParallelPlan | None = None, **changes) -> RunConfig:
@@ -58,52 +60,55 @@ def make_trainer(config: RunConfig, device: str = "cpu") -> Trainer:
 def run_curve(config: RunConfig, before_iteration=None, device: str = "cpu") -> Curve:
     """Train `config` and return its curve, on every rank the same. before_iteration(trainer, iteration) may interfere."""
     trainer = make_trainer(config, device)
-    seen: dict[int, dict[int, list[int]]] = {idx: {} for idx in trainer.layers}
+    seen: dict[int, list] = {idx: [] for idx in trainer.layers}
     for idx, layer in trainer.layers.items():
-        layer.observers.append(lambda layer_idx, routing, token_id, seen=seen[idx]: _note(seen, routing, token_id))
+        layer.gate.register_forward_hook(lambda gate, args, routing, idx=idx: seen[idx].append(_note(gate, args, routing)))
     curve = Curve()
     for iteration in range(config.workload.iterations):
         if before_iteration:
             before_iteration(trainer, iteration)
-        for table in seen.values():
-            table.clear()
+        for notes in seen.values():
+            notes.clear()
         curve.loss.append(trainer.run_iteration().lm_loss)
-        curve.routing.append(_merge(seen, config, iteration))
+        routing, logits = _merge(seen, config, iteration)
+        curve.routing.append(routing)
+        curve.logits.append(logits)
     return curve
 
 
-def _note(table: dict, routing, token_id) -> None:
+@torch.no_grad()
+def _note(gate, args, routing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x_TD, token_id_T = args[:2]
     chosen = np.sort(routing.expert_idx_TK.cpu().numpy(), axis=1)
-    table.update(zip(token_id.flatten().tolist(), chosen, strict=True))
+    return token_id_T.cpu().numpy(), chosen, gate._logits(x_TD).float().cpu().numpy()
 
 
-def _merge(seen: dict, config: RunConfig, iteration: int) -> dict[int, np.ndarray]:
+def _merge(seen: dict, config: RunConfig, iteration: int) -> tuple[dict, dict]:
     parts = [seen]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, seen)
     batch = config.workload.global_batch_size * config.model.seq_len
-    tables = {}
-    for part in parts:
-        for layer, table in part.items():
-            full = tables.setdefault(layer, np.full((batch, config.model.top_k), -2))
-            for token, chosen in table.items():
-                full[token - iteration * batch] = chosen
-    return tables
+    routing, logits = {}, {}
+    for layer in {layer for part in parts for layer in part}:
+        routing[layer] = np.full((batch, config.model.top_k), -2)
+        logits[layer] = np.full((batch, config.model.num_experts), np.nan, np.float32)
+        for token_id, chosen, values in (note for part in parts for note in part.get(layer, [])):
+            routing[layer][token_id - iteration * batch] = chosen
+            logits[layer][token_id - iteration * batch] = values
+    return routing, logits
 
 
 def compare(curve: Curve, reference: Curve, label: str) -> str:
     """Assert that `curve` follows `reference`; returns a report of a flipped near-tie, or ""."""
-    for iteration, loss in enumerate(curve.loss):
-        flips = [
-            (layer, int(token))
-            for layer, table in reference.routing[iteration].items()
-            for token in np.flatnonzero((curve.routing[iteration][layer] != table).any(axis=1))
-        ]
-        wanted = reference.loss[iteration]
-        if flips:
-            report = f"{label}: iteration {iteration} routes {len(flips)} copies otherwise: {flips[:MAX_FLIPPED_COPIES]}"
-            assert len(flips) <= MAX_FLIPPED_COPIES and iteration > 0, report
+    for iteration, (loss, wanted) in enumerate(zip(curve.loss, reference.loss, strict=True)):
+        for layer, table in sorted(reference.routing[iteration].items()):
+            flipped = np.flatnonzero((curve.routing[iteration][layer] != table).any(axis=1))
+            if not len(flipped):
+                continue
+            off = np.abs(curve.logits[iteration][layer] - reference.logits[iteration][layer]).max()
+            report = f"{label}: iteration {iteration} layer {layer} routes tokens {flipped[:4]} otherwise, logits within {off:.1e}"
+            assert off <= LOGIT_TOLERANCE, report
             return report
         assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), f"{label}: iteration {iteration}: {loss} not {wanted}"
     return ""

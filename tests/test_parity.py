@@ -1,10 +1,15 @@
 """Every legal plan, system and migration gives the losses of one process (fp32, real text)."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from dist import spawn
-from parity import GATES, compare, legal_plans, make_config, run_curve
+from parity import GATES, WORKLOAD, Curve, compare, legal_plans, make_config, run_curve
 
-from smartmoe.config import ParallelPlan
+from smartmoe import systems
+from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
+from smartmoe.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +32,123 @@ def test_every_plan_follows_one_process(references, world_size, gate):
     assert len(flips) <= len(cases) // 4, "near-ties are rare:\n" + "\n".join(flips)
 
 
-def test_the_comparison_sees_a_wrong_gradient():
-    plan = ParallelPlan(recompute=True)
-    good = run_curve(make_config(plan))
+# ------------------------------------------------------------------------------------------------ online placement
 
+
+def _shuffle_at(target_iteration):
+    """Move every layer's experts to a random placement before `target_iteration`, state and all."""
+
+    def interfere(trainer, iteration):
+        if iteration == target_iteration:
+            rng = np.random.default_rng(0)
+            targets = []
+            for layer in trainer.layers.values():
+                order = rng.permutation(layer.placement.expert_of_slot)
+                targets.append((layer, Placement(layer.placement.num_ranks, tuple(order.tolist()))))
+            trainer.online.move(targets)
+
+    return interfere
+
+
+def _run_with_and_without_migration(world_rank, plans):
+    results = []
+    for plan in plans:
+        config = make_config(plan, gate=GATES["capacity"])
+        results.append((run_curve(config).loss, run_curve(config, before_iteration=_shuffle_at(5)).loss))
+    return results
+
+
+MIGRATION_PLANS = [
+    ParallelPlan(dp=4, ep=4),
+    ParallelPlan(dp=4, ep=2),
+    ParallelPlan(dp=2, tp=2, ep=4, recompute=True),
+    ParallelPlan(pp=2, vpp=2, dp=2, ep=2),
+]
+
+
+def test_a_migration_changes_no_bit():
+    for (still, moved), plan in zip(spawn(_run_with_and_without_migration, 4, MIGRATION_PLANS)[0], MIGRATION_PLANS, strict=True):
+        assert still == moved, plan.describe()
+
+
+def test_a_migration_that_forgets_the_moments_is_seen():
+    def shuffle_masters_only(trainer, iteration):
+        if iteration == 5:
+            state_of = trainer.online._state_of
+            trainer.online._state_of = lambda layer: state_of(layer)[::3]  # of master, exp_avg, exp_avg_sq
+            _shuffle_at(5)(trainer, iteration)
+
+    config = make_config()
+    assert run_curve(config, before_iteration=shuffle_masters_only).loss != run_curve(config).loss
+
+
+# -------------------------------------------------------------------------------------------------------- systems
+
+SYSTEM_PLANS = {
+    "fastmoe": None,
+    "fastermoe": None,
+    "deepspeed": None,
+    "alpa": ParallelPlan(pp=2, dp=2, ep=2),
+    "smartmoe_static": ParallelPlan(dp=4, ep=2),
+    "smartmoe": ParallelPlan(pp=2, dp=2, ep=2),
+}
+
+
+def _run_systems(world_rank, gate):
+    curves = {}
+    for name, plan in SYSTEM_PLANS.items():
+        base = make_config(plan or ParallelPlan(dp=4, ep=4), gate=gate)
+        config = systems.build(
+            name,
+            model=base.model,
+            gate=gate,
+            workload=base.workload,
+            cluster=base.cluster,
+            plan=plan,
+            online=OnlineConfig(policy="greedy", interval=3) if name == "smartmoe" else None,
+        )
+        curves[name] = run_curve(config)
+    return curves
+
+
+def test_every_system_follows_fastmoe():
+    # Dropless: DeepSpeed limits capacity per rank, so with a limit it rightly drops other tokens than the rest.
+    curves = spawn(_run_systems, 4, GateConfig(kind="naive"), timeout_s=600)[0]
+    for name, curve in curves.items():
+        assert not compare(curve, curves["fastmoe"], name)
+
+
+def test_the_systems_with_global_capacity_follow_fastmoe():
+    curves = spawn(_run_systems, 4, GATES["capacity"], timeout_s=600)[0]
+    for name in set(curves) - {"deepspeed"}:
+        assert not compare(curves[name], curves["fastmoe"], name)
+
+
+# ------------------------------------------------------------------------------------------- the comparison itself
+
+
+def test_the_comparison_sees_one_percent_in_one_weight(references):
     def spoil(trainer, iteration):
         if iteration == 2:
-            ref = trainer.optimizer.buffers.refs[0]
-            ref.local.mul_(1.01)
+            trainer.optimizer.buffers.refs[0].local.mul_(1.01)
 
+    config = make_config(gate=GATES["dropless"])
     with pytest.raises(AssertionError):
-        compare(run_curve(make_config(plan), before_iteration=spoil), good, "spoiled")
+        compare(run_curve(config, before_iteration=spoil), references["dropless"], "spoiled")
+
+
+def test_a_flipped_near_tie_is_reported_and_another_flip_fails():
+    logits = np.array([[1.0, 1.0 + 1e-7]], np.float32)
+    reference = Curve([5.0, 4.0], [{0: np.array([[0]])}] * 2, [{0: logits}] * 2)
+    flipped = Curve([5.0, 4.1], [{0: np.array([[0]])}, {0: np.array([[1]])}], [{0: logits}, {0: logits + 1e-7}])
+    assert "iteration 1 layer 0" in compare(flipped, reference, "near")
+    wrong = dataclasses.replace(flipped, logits=[{0: logits}, {0: logits + 1e-3}])
+    with pytest.raises(AssertionError, match="iteration 1 layer 0"):
+        compare(wrong, reference, "far")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_stays_near_fp32(references, dtype):
+    curve = run_curve(make_config(gate=GATES["dropless"], workload=dataclasses.replace(WORKLOAD, dtype=dtype)))
+    np.testing.assert_allclose(curve.loss, references["dropless"].loss, rtol=2e-2)
+    assert curve.loss[-1] < curve.loss[0] - 0.2

@@ -36,7 +36,7 @@ def save(folder: Path, iteration: int, optimizer: MixedAdamW, placements: dict[i
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     _barrier()
-    dcp.save(_logical_state(optimizer, placements), checkpoint_id=scratch, no_dist=not dist.is_initialized())
+    dcp.save(_logical_state(optimizer, placements), storage_writer=_Writer(scratch), no_dist=not dist.is_initialized())
     gathered: list = [placements]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()
@@ -77,8 +77,9 @@ def restore(path: Path, optimizer: MixedAdamW, placements: dict[int, Placement])
     state = _logical_state(optimizer, placements)
     try:
         dcp.load(state, storage_reader=_SafeReader(path), no_dist=not dist.is_initialized())
-    except (dcp.CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: this checkpoint does not fit the model or is damaged: {error}") from error
+    except (dcp.api.CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+        raise ValueError(f"{path}: this checkpoint is damaged or of another model: {cause}") from error
     meta = read_meta(path)
     optimizer.set_scalars(meta)
     optimizer.refresh_params()
@@ -102,6 +103,13 @@ def _logical_state(optimizer: MixedAdamW, placements: dict[int, Placement]) -> d
             else:
                 state[f"{kind}.{ref.name}"] = tensor
     return state
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Leaves out the directory's name, which is of no use to a checkpoint that will be renamed."""
+
+    def storage_meta(self):
+        return None
 
 
 class _SafeReader(dcp.FileSystemReader):

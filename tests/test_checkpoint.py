@@ -1,0 +1,148 @@
+"""Checkpoints: any plan reads what another wrote, a killed run loses nothing, a hostile file runs nothing."""
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dist import spawn
+from parity import CACHE, LOSS_TOLERANCE, MODEL, make_config, make_trainer, run_curve
+
+from smartmoe import checkpoint, record
+from smartmoe.config import GateConfig, ParallelPlan, to_dict
+from smartmoe.placement import Placement
+
+ROOT = Path(__file__).resolve().parents[1]
+GATE = GateConfig(kind="gshard", capacity=1.5)
+
+
+def _train_and_save(world_rank, plan, folder, shuffled):
+    trainer = make_trainer(make_config(plan, gate=GATE))
+    if shuffled:
+        order = np.random.default_rng(3).permutation(8)
+        entries = []
+        for layer in trainer.layers.values():
+            new = Placement(num_ranks=plan.ep, expert_of_slot=tuple(int(expert) for expert in order))
+            entries.append((layer, new))
+        trainer.online.move(entries)
+    for _ in range(5):
+        trainer.run_iteration()
+    trainer.save(Path(folder))
+
+
+def _resume_and_train(world_rank, plan, folder):
+    trainer = make_trainer(make_config(plan, gate=GATE))
+    trainer.resume(checkpoint.latest(Path(folder)))
+    return [trainer.run_iteration().lm_loss for _ in range(5)]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run_curve(make_config(gate=GATE)).loss
+
+
+PLANS = [
+    (4, ParallelPlan(pp=2, vpp=2, dp=2, ep=2), 2, ParallelPlan(dp=1, tp=2, ep=2)),
+    (2, ParallelPlan(tp=2, ep=1), 4, ParallelPlan(dp=4, ep=4)),
+    (2, ParallelPlan(dp=2, ep=2), 1, ParallelPlan()),
+]
+
+
+@pytest.mark.parametrize("saving_world,saving,loading_world,loading", PLANS, ids=lambda v: getattr(v, "describe", str)())
+def test_another_plan_continues_with_the_same_losses(tmp_path, whole, saving_world, saving, loading_world, loading):
+    spawn(_train_and_save, saving_world, saving, str(tmp_path), True)
+    losses = spawn(_resume_and_train, loading_world, loading, str(tmp_path))[0]
+    np.testing.assert_allclose(losses, whole[5:], rtol=LOSS_TOLERANCE)
+
+
+def _start(run_dir, world_size, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", "smartmoe.train", str(run_dir), "--cache", str(CACHE), *args],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def _write_run(run_dir, plan):
+    config = to_dict(make_config(plan, gate=GATE))
+    config["workload"]["checkpoint_interval"] = 5
+    config["workload"]["iterations"] = 10
+    record.create_run(run_dir, "run", config, [])
+
+
+def test_a_killed_rank_and_a_resume_on_another_plan_lose_nothing(tmp_path, whole):
+    _write_run(tmp_path, ParallelPlan(dp=2, ep=2))
+    process = _start(tmp_path, 2)
+    saved = tmp_path / "checkpoints" / "iter_0000005"
+    deadline = time.monotonic() + 240
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert saved.exists(), process.communicate(timeout=60)[0]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert checkpoint.latest(tmp_path / "checkpoints") == saved
+
+    _write_run(tmp_path, ParallelPlan(pp=2))
+    process = _start(tmp_path, 2, "--resume")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 11))
+    np.testing.assert_allclose([line["lm_loss"] for line in lines], whole, rtol=LOSS_TOLERANCE)
+
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path):
+    trainer = make_trainer(make_config())
+    path = trainer.save(tmp_path)
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {marker}",))
+
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="metadata"):
+        trainer.resume(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate_tensors", "truncate_meta", "no_metadata"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path, damage):
+    trainer = make_trainer(make_config())
+    path = trainer.save(tmp_path)
+    victim = {"truncate_tensors": next(path.glob("*.distcp")), "truncate_meta": path / "meta.json"}.get(damage)
+    if victim is None:
+        (path / ".metadata").unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    with pytest.raises(ValueError, match="iter_0000000"):
+        trainer.resume(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = make_trainer(make_config()).save(tmp_path)
+    other = make_config(model=dataclasses.replace(MODEL, ffn_size=96))
+    with pytest.raises(ValueError, match="model.ffn_size = 64, not 96"):
+        make_trainer(other).resume(path)
+
+
+def test_an_unfinished_checkpoint_is_not_taken(tmp_path):
+    trainer = make_trainer(make_config())
+    good = trainer.save(tmp_path)
+    (tmp_path / ".iter_0000005.partial").mkdir()
+    (tmp_path / "iter_0000007").mkdir()
+    assert checkpoint.latest(tmp_path) == good
+    with torch.no_grad():
+        trainer.optimizer.masters[0].add_(1.0)
+    trainer.resume(good)
