@@ -44,7 +44,9 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
 
 
 def _entry(fn, rank, world_size, port, backend, folder, args):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank)
+    )
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)

@@ -62,7 +62,9 @@ def run_curve(config: RunConfig, before_iteration=None, device: str = "cpu") -> 
     trainer = make_trainer(config, device)
     seen: dict[int, list] = {idx: [] for idx in trainer.layers}
     for idx, layer in trainer.layers.items():
-        layer.gate.register_forward_hook(lambda gate, args, routing, idx=idx: seen[idx].append(_note(gate, args, routing)))
+        layer.gate.register_forward_hook(
+            lambda gate, args, routing, idx=idx: seen[idx].append(_note(gate, args, routing))
+        )
     curve = Curve()
     for iteration in range(config.workload.iterations):
         if before_iteration:
@@ -107,10 +109,13 @@ def compare(curve: Curve, reference: Curve, label: str) -> str:
             if not len(flipped):
                 continue
             off = np.abs(curve.logits[iteration][layer] - reference.logits[iteration][layer]).max()
-            report = f"{label}: iteration {iteration} layer {layer} routes tokens {flipped[:4]} otherwise, logits within {off:.1e}"
+            where = f"{label}: iteration {iteration} layer {layer}"
+            report = f"{where} routes tokens {flipped[:4]} otherwise, logits within {off:.1e}"
             assert off <= LOGIT_TOLERANCE, report
             return report
-        assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), f"{label}: iteration {iteration}: {loss} not {wanted}"
+        assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), (
+            f"{label}: iteration {iteration}: {loss} not {wanted}"
+        )
     return ""
 
 

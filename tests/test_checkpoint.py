@@ -56,7 +56,9 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("saving_world,saving,loading_world,loading", PLANS, ids=lambda v: getattr(v, "describe", str)())
+@pytest.mark.parametrize(
+    "saving_world,saving,loading_world,loading", PLANS, ids=lambda v: getattr(v, "describe", str)()
+)
 def test_another_plan_continues_with_the_same_losses(tmp_path, whole, saving_world, saving, loading_world, loading):
     spawn(_train_and_save, saving_world, saving, str(tmp_path), True)
     losses = spawn(_resume_and_train, loading_world, loading, str(tmp_path))[0]

@@ -26,7 +26,9 @@ def _run_plans(world_rank, cases):
 def test_every_plan_follows_one_process(references, world_size, gate):
     cases = [(plan, gate) for plan in legal_plans(world_size)]
     curves = spawn(_run_plans, world_size, cases, timeout_s=900)[0]
-    reports = [compare(curve, references[gate], plan.describe()) for curve, (plan, _) in zip(curves, cases, strict=True)]
+    reports = [
+        compare(curve, references[gate], plan.describe()) for curve, (plan, _) in zip(curves, cases, strict=True)
+    ]
     flips = [report for report in reports if report]
     print("\n".join(flips))
     assert len(flips) <= len(cases) // 4, "near-ties are rare:\n" + "\n".join(flips)
@@ -67,7 +69,9 @@ MIGRATION_PLANS = [
 
 
 def test_a_migration_changes_no_bit():
-    for (still, moved), plan in zip(spawn(_run_with_and_without_migration, 4, MIGRATION_PLANS)[0], MIGRATION_PLANS, strict=True):
+    for (still, moved), plan in zip(
+        spawn(_run_with_and_without_migration, 4, MIGRATION_PLANS)[0], MIGRATION_PLANS, strict=True
+    ):
         assert still == moved, plan.describe()
 
 

@@ -65,7 +65,9 @@ def read_meta(path: Path) -> dict:
         meta["placements"] = {int(layer): Placement.from_dict(data) for layer, data in meta["placements"].items()}
         return {**meta, "iteration": int(meta["iteration"])}
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged checkpoint: {error!r}; remove {path} to resume from the one before") from None
+        raise ValueError(
+            f"{file}: damaged checkpoint: {error!r}; remove {path} to resume from the one before"
+        ) from None
 
 
 def restore(path: Path, optimizer: MixedAdamW, placements: dict[int, Placement]) -> None:
@@ -99,7 +101,9 @@ def _logical_state(optimizer: MixedAdamW, placements: dict[int, Placement]) -> d
                         state[f"{kind}.{ref.name}.{expert}"] = tensor[slot]
             elif ref.kind == "tensor":
                 layout = [Shard(ref.param.sliced_dim)]
-                state[f"{kind}.{ref.name}"] = DTensor.from_local(tensor, optimizer.mesh.tp_mesh, layout, run_check=False)
+                state[f"{kind}.{ref.name}"] = DTensor.from_local(
+                    tensor, optimizer.mesh.tp_mesh, layout, run_check=False
+                )
             else:
                 state[f"{kind}.{ref.name}"] = tensor
     return state

@@ -189,7 +189,9 @@ def _model_problems(config: RunConfig) -> list[str]:
     if model.vocab_size < 257:
         problems.append(f"model.vocab_size = {model.vocab_size} must be at least 257 (256 bytes and end-of-text)")
     if model.hidden_size % model.num_heads:
-        problems.append(f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}")
+        problems.append(
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}"
+        )
     if model.top_k > model.num_experts:
         problems.append(f"model.top_k = {model.top_k} is more than model.num_experts = {model.num_experts}")
     if config.layer.experts == "grouped":
@@ -200,9 +202,13 @@ def _model_problems(config: RunConfig) -> list[str]:
                     f'needs: take a multiple of {16 // dtype_bytes}, or layer.experts = "loop"'
                 )
     if config.gate.kind == "switch" and model.top_k != 1:
-        problems.append(f"gate.kind = \"switch\" routes each token to one expert: set model.top_k = 1 (it is {model.top_k})")
+        problems.append(
+            f'gate.kind = "switch" routes each token to one expert: set model.top_k = 1 (it is {model.top_k})'
+        )
     if config.gate.kind == "gshard" and model.top_k != 2:
-        problems.append(f"gate.kind = \"gshard\" routes each token to two experts: set model.top_k = 2 (it is {model.top_k})")
+        problems.append(
+            f'gate.kind = "gshard" routes each token to two experts: set model.top_k = 2 (it is {model.top_k})'
+        )
     return problems
 
 
@@ -217,7 +223,9 @@ def _choice_problems(config: RunConfig) -> list[str]:
         ("model.activation", config.model.activation, ACTIVATIONS),
         ("cluster.device", config.cluster.device, ("cpu", "cuda")),
     )
-    problems = [f'{key} = "{value}" is not one of {", ".join(known)}' for key, value, known in choices if value not in known]
+    problems = [
+        f'{key} = "{value}" is not one of {", ".join(known)}' for key, value, known in choices if value not in known
+    ]
     if config.gate.capacity is not None and not config.gate.capacity > 0:
         problems.append(f"gate.capacity = {config.gate.capacity} must be positive, or null for no limit")
     if config.gate.kind == "trace" and not config.gate.trace:
@@ -233,7 +241,11 @@ def _choice_problems(config: RunConfig) -> list[str]:
 
 def _plan_problems(config: RunConfig) -> list[str]:
     plan, model, cluster = config.plan, config.model, config.cluster
-    problems = [f"plan.{key} = {getattr(plan, key)} must be at least 1" for key in ("pp", "vpp", "dp", "tp", "ep") if getattr(plan, key) < 1]
+    problems = [
+        f"plan.{key} = {getattr(plan, key)} must be at least 1"
+        for key in ("pp", "vpp", "dp", "tp", "ep")
+        if getattr(plan, key) < 1
+    ]
     if problems:
         return problems
     if plan.world_size != cluster.num_ranks:
@@ -242,13 +254,17 @@ def _plan_problems(config: RunConfig) -> list[str]:
             f"{cluster.num_nodes} x {cluster.ranks_per_node} = {cluster.num_ranks}"
         )
     if plan.stage_size % plan.ep:
-        problems.append(f"plan.ep = {plan.ep} does not divide the dp * tp = {plan.stage_size} ranks of a pipeline stage")
+        problems.append(
+            f"plan.ep = {plan.ep} does not divide the dp * tp = {plan.stage_size} ranks of a pipeline stage"
+        )
     if model.num_experts % plan.ep:
         problems.append(f"plan.ep = {plan.ep} does not divide model.num_experts = {model.num_experts}")
     if model.num_heads % plan.tp:
         problems.append(f"plan.tp = {plan.tp} does not divide model.num_heads = {model.num_heads}")
     if model.seq_len % plan.tp:
-        problems.append(f"plan.tp = {plan.tp} does not divide model.seq_len = {model.seq_len} (tokens are sharded over tp)")
+        problems.append(
+            f"plan.tp = {plan.tp} does not divide model.seq_len = {model.seq_len} (tokens are sharded over tp)"
+        )
     if model.ffn_size % plan.tp and model.moe_every > 1:
         problems.append(f"plan.tp = {plan.tp} does not divide model.ffn_size = {model.ffn_size}")
     if plan.pp == 1 and plan.vpp > 1:
@@ -273,9 +289,13 @@ def _batch_problems(config: RunConfig) -> list[str]:
             f"workload.global_batch_size = {work.global_batch_size} is not a multiple of micro_batch_size * dp = {step}"
         )
     elif plan.vpp > 1 and config.num_micro_batches % plan.pp:
-        problems.append(f"interleaving needs micro-batches ({config.num_micro_batches}) in multiples of plan.pp = {plan.pp}")
+        problems.append(
+            f"interleaving needs micro-batches ({config.num_micro_batches}) in multiples of plan.pp = {plan.pp}"
+        )
     if not 0 <= work.warmup_iterations < work.iterations:
-        problems.append(f"workload.warmup_iterations = {work.warmup_iterations} must be below iterations = {work.iterations}")
+        problems.append(
+            f"workload.warmup_iterations = {work.warmup_iterations} must be below iterations = {work.iterations}"
+        )
     if work.clip_grad < 0:
         problems.append(f"workload.clip_grad = {work.clip_grad} must be positive, or 0 for no clipping")
     return problems

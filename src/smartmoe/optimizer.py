@@ -134,7 +134,9 @@ class MixedAdamW:
         # Entries: one per stage (dense), one per stage and tensor slice, one per layer and logical expert. Each entry is
         # written by exactly one rank, so summing over ranks is exact and the order of the final sum is fixed.
         num_dense, num_tensor = plan.pp, plan.pp * plan.tp
-        parts = torch.zeros(num_dense + num_tensor + self._num_layers * num_experts, dtype=torch.float64, device=mesh.device)
+        parts = torch.zeros(
+            num_dense + num_tensor + self._num_layers * num_experts, dtype=torch.float64, device=mesh.device
+        )
         for ref in self.buffers.refs:
             if ref.kind == "dense" and mesh.stage_rank == 0:
                 parts[mesh.pp_stage] += _square_sum(ref.grad)

@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m smartmoe.train", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="directory with run.json, whose config is trained")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in RUN_DIR, if any")
-    parser.add_argument("--cache", type=Path, default=None, help="where tokenised text is kept (default: .cache/smartmoe)")
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="where tokenised text is kept (default: .cache/smartmoe)"
+    )
     args = parser.parse_args(argv)
     world_rank = int(os.environ.get("RANK", "0"))
     try:
@@ -69,14 +71,18 @@ def _start_world(config: RunConfig) -> torch.device:
     if config.cluster.device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs")
+            raise ValueError(
+                f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
     if config.plan.world_size > 1:
         if "MASTER_ADDR" not in os.environ:
-            raise ValueError(f"plan {config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun")
+            raise ValueError(
+                f"plan {config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun"
+            )
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return device
 

@@ -51,7 +51,11 @@ class Trainer:
         named = [(name, p) for chunk in self.chunks for name, p in chunk.named_parameters()]
         groups = {"dense": mesh.stage_group, "tensor": mesh.dp_group, "expert": mesh.expert_dp_group}
         self.optimizer = MixedAdamW(
-            GradientBuffers(named, groups), work, mesh, model.num_layers, lambda name: self.layers[layer_of(name)].placement
+            GradientBuffers(named, groups),
+            work,
+            mesh,
+            model.num_layers,
+            lambda name: self.layers[layer_of(name)].placement,
         )
         self.runner = MicroBatchRunner(
             self.chunks,
@@ -80,7 +84,9 @@ class Trainer:
             for name, child in chunk.named_modules():
                 if not isinstance(child, MoELayer) and ".moe." not in name:
                     for param_name, param in child.named_parameters(recurse=False):
-                        child.register_parameter(param_name, torch.nn.Parameter(param.detach().to(mesh.device, self.dtype)))
+                        child.register_parameter(
+                            param_name, torch.nn.Parameter(param.detach().to(mesh.device, self.dtype))
+                        )
             apply_tensor_parallel(chunk.blocks, mesh.tp_group)
             chunks.append(chunk)
         return chunks
@@ -169,7 +175,10 @@ class Trainer:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the state after the last iteration. Collective over the world."""
         placements = {idx: layer.placement for idx, layer in self.layers.items()}
-        facts = {"config": to_dict(self.config), "consumed_samples": self.iteration * self.config.workload.global_batch_size}
+        facts = {
+            "config": to_dict(self.config),
+            "consumed_samples": self.iteration * self.config.workload.global_batch_size,
+        }
         return checkpoint.save(folder, self.iteration, self.optimizer, placements, facts)
 
     def resume(self, path: Path) -> None:

@@ -97,6 +97,10 @@ class MicroBatchRunner:
             args = (token,) if self.chunks[0].is_first else ()
             is_last = self.chunks[-1].is_last
             self._schedule.step(
-                *args, target=target if is_last else None, losses=[] if is_last else None, return_outputs=False, **kwargs
+                *args,
+                target=target if is_last else None,
+                losses=[] if is_last else None,
+                return_outputs=False,
+                **kwargs,
             )
         return self._totals.clone()
