@@ -50,7 +50,8 @@ class Grid:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One system of a grid. `series` is its name in the figure (default: the system's); `gates` picks some of the
-    grid's gates by capacity (default: all); `trace_from` = "figN/series" replays the trace which that run records."""
+    grid's gates by capacity (default: all); `trace_from` = "figN/series" replays the trace which that run records.
+    Beside these a row may have the tables plan (dp = 0: all ranks that are left, ep = 0: a whole stage) and online."""
 
     system: str
     series: str = ""
@@ -180,6 +181,8 @@ class Configs:
         if source is not None:
             here = Path(figure, row.system, "x")
             gate = dataclasses.replace(gate, kind="trace", trace=str(_relative(source.folder / "trace.npz", here)))
+        if "plan" in parts:
+            parts = {**parts, "plan": _filled(parts["plan"], cluster)}
         try:
             config = systems.build(
                 row.system, model=self.models[grid.model], gate=gate, workload=grid.workload, cluster=cluster,
@@ -297,6 +300,13 @@ def _check_bars(runs: list[Run]) -> None:
         if run.folder in folders:
             run.run_id = safe_run_id(run.run_id, len(folders))
         folders.add(run.folder)
+
+
+def _filled(plan: ParallelPlan, cluster: ClusterSpec) -> ParallelPlan:
+    """`plan` with dp = 0 as all ranks that pp and tp leave, and ep = 0 as all ranks of a stage."""
+    if plan.dp == 0 and plan.pp > 0 and plan.tp > 0:
+        plan = dataclasses.replace(plan, dp=cluster.num_ranks // (plan.pp * plan.tp))
+    return dataclasses.replace(plan, ep=plan.stage_size) if plan.ep == 0 else plan
 
 
 def _short(plan: ParallelPlan) -> str:
