@@ -101,7 +101,13 @@ def _merge(seen: dict, config: RunConfig, iteration: int) -> tuple[dict, dict]:
     return routing, logits
 
 
-def compare(curve: Curve, reference: Curve, label: str) -> str:
+def compare(
+    curve: Curve,
+    reference: Curve,
+    label: str,
+    loss_tolerance: float = LOSS_TOLERANCE,
+    logit_tolerance: float = LOGIT_TOLERANCE,
+) -> str:
     """Assert that `curve` follows `reference`; returns a report of a flipped near-tie, or ""."""
     for iteration, (loss, wanted) in enumerate(zip(curve.loss, reference.loss, strict=True)):
         for layer, table in sorted(reference.routing[iteration].items()):
@@ -111,7 +117,7 @@ def compare(curve: Curve, reference: Curve, label: str) -> str:
             off = np.abs(curve.logits[iteration][layer] - reference.logits[iteration][layer]).max()
             where = f"{label}: iteration {iteration} layer {layer}"
             report = f"{where} routes tokens {flipped[:4]} otherwise, logits within {off:.1e}"
-            assert off <= LOGIT_TOLERANCE, report
+            assert off <= logit_tolerance, report
             return report
         assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), (
             f"{label}: iteration {iteration}: {loss} not {wanted}"

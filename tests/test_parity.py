@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from dist import spawn
 from parity import GATES, WORKLOAD, Curve, compare, legal_plans, make_config, run_curve
 
@@ -156,3 +157,36 @@ def test_half_precision_trains_and_stays_near_fp32(references, dtype):
     curve = run_curve(make_config(gate=GATES["dropless"], workload=dataclasses.replace(WORKLOAD, dtype=dtype)))
     np.testing.assert_allclose(curve.loss, references["dropless"].loss, rtol=2e-2)
     assert curve.loss[-1] < curve.loss[0] - 0.2
+
+
+# ------------------------------------------------------------------------------------------------------------ GPUs
+
+GPU_LOSS_TOLERANCE = 1e-4
+
+
+def _run_plans_on_gpus(world_rank, cases):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return [run_curve(make_config(plan, gate=GATES[gate]), device=f"cuda:{world_rank}") for plan, gate in cases]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_every_plan_on_two_gpus_follows_one_process_on_a_cpu(references):
+    cases = [(plan, gate) for plan in legal_plans(2) for gate in GATES]
+    curves = spawn(_run_plans_on_gpus, 2, cases, backend="nccl", timeout_s=500)[0]
+    for curve, (plan, gate) in zip(curves, cases, strict=True):
+        print(compare(curve, references[gate], f"{plan.describe()} {gate}", GPU_LOSS_TOLERANCE, GPU_LOSS_TOLERANCE))
+
+
+def _migrate_on_gpus(world_rank, config):
+    device = f"cuda:{world_rank}"
+    return run_curve(config, device=device).loss, run_curve(config, before_iteration=_shuffle_at(5), device=device).loss
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_migration_on_two_gpus_keeps_the_losses(dtype):
+    config = make_config(ParallelPlan(dp=2, ep=2), workload=dataclasses.replace(WORKLOAD, dtype=dtype))
+    still, moved = spawn(_migrate_on_gpus, 2, config, backend="nccl")[0]
+    np.testing.assert_allclose(moved, still, rtol=GPU_LOSS_TOLERANCE if dtype == "float32" else 1e-2)
