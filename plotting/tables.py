@@ -60,6 +60,8 @@ def _collect(folder: Folder, name: str, convert) -> list:
     try:
         for row in reader:
             try:
+                if None in row or None in row.values():
+                    raise ValueError("it has not the columns of the header")
                 result.append(convert(row))
             except (ValueError, KeyError, TypeError) as error:
                 folder.report(

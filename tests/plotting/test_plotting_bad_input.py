@@ -241,9 +241,12 @@ def test_bad_table_rows_are_named(repository, tmp_path):
     lines[3] = lines[3].replace(",ok,", ",ok,many", 1)
     lines[4] = "half a row"
     (tmp_path / "bars.csv").write_text("\n".join(lines))
+    layers = (tmp_path / "fig12.csv").read_text()
+    (tmp_path / "fig12.csv").write_text(layers[: layers.rindex(",")])
     (tmp_path / "fig13.csv").unlink()
     data = load.load_directory(tmp_path)
     assert {("malformed", "bars.csv:4"), ("malformed", "bars.csv:5"), ("unreadable", "fig13.csv")} <= found(data)
+    assert ("malformed", "fig12.csv:17") in found(data)
     assert "fig13" in data.waits and "fig8" in data.figures
 
 
