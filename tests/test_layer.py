@@ -276,3 +276,23 @@ def test_the_placement_is_no_part_of_the_state_dict():
         *("gate.weight_ED", "gate.bias_E"),
         *("experts.w1_LDF", "experts.b1_LF", "experts.w2_LFD", "experts.b2_LD"),
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["naive", "switch", "gshard", "noisy", "swipe", "faster"])
+def test_fixed_capacity_never_waits_for_the_gpu(kind):
+    """Gate, padded exchange, grouped experts and combine, both ways, without one synchronisation with the host."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = dataclasses.replace(MODEL, top_k=1 if kind == "switch" else 2)
+    config = make_config("padded", model, gate=GateConfig(kind=kind, capacity=1.0, scope="local"))
+    layer = MoELayer(config, layer_idx=0, dtype=torch.bfloat16, device="cuda")
+    x, grad, ids = (t.cuda() for t in make_tokens(0))
+    x, grad = x.bfloat16().requires_grad_(), grad.bfloat16()
+    layer(x, ids)[0].backward(grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, balance_loss = layer(x, ids)
+        ((y * grad).sum() + balance_loss).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -333,9 +333,7 @@ class FasterGate(Gate):
         first_T = top_idx_TK[:, 0]
         leaves_T = self.far_E[first_T]
         score_T = logits_TE.gather(1, top_idx_TK[:, :1])[:, 0].masked_fill(~leaves_T, -torch.inf)
-        may_leave_T = torch.zeros_like(leaves_T)
-        may_leave_T[score_T.topk(allowance).indices] = True
-        may_leave_T &= leaves_T
+        may_leave_T = torch.zeros_like(leaves_T).scatter_(0, score_T.topk(allowance).indices, True) & leaves_T
         near_logit_TK, near_TK = logits_TE.masked_fill(self.far_E, -torch.inf).topk(self.top_k, dim=-1)
         valid_TK = near_logit_TK > -torch.inf
         near_TK, valid_TK = near_TK.clone(), valid_TK.clone()
