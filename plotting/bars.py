@@ -13,7 +13,7 @@ from plotting.stats import group_key
 MAX_BARS_A_ROW = 60
 
 
-def draw(data: BarFigure, source: str, *, group_label: str) -> Figure:
+def draw(data: BarFigure, source: str) -> Figure:
     """Panels side by side (one below the other when there are very many bars), groups on x, speed-up on y."""
     bars = data.bars()
     stacked = len(bars) > MAX_BARS_A_ROW
@@ -28,6 +28,8 @@ def draw(data: BarFigure, source: str, *, group_label: str) -> Figure:
         grid = figure.subplots(1, len(data.panels), squeeze=False, width_ratios=ratios)
     series = list(dict.fromkeys(bar.series for bar in bars))
     reference = REFERENCES[data.figure]
+    unit = "GPUs" if any(bar.source == "published" for bar in bars) else "ranks"
+    group_label = f"{unit} / capacity factor"
     for axes, (name, groups) in zip(grid.flat, data.panels.items(), strict=True):
         _draw_panel(axes, groups, series)
         axes.set_title(style.shown(name), pad=2)

@@ -7,4 +7,4 @@ from plotting.model import BarFigure
 
 
 def draw(data: BarFigure, source: str) -> Figure:
-    return bars.draw(data, source, group_label="GPUs / capacity factor")
+    return bars.draw(data, source)

@@ -200,7 +200,7 @@ def test_mathtext_is_off(tmp_path):
     """An unknown command between dollars would raise if it were parsed."""
     name = "$\\undefined{$"
     bar = Bar("fig8", name, name, "fastmoe", 1.0, "ms", "ok", "measured", "f")
-    style.save(bars.draw(BarFigure("fig8", {name: {name: {"fastmoe": bar}}}), name, group_label=name), tmp_path / "x")
+    style.save(bars.draw(BarFigure("fig8", {name: {name: {"fastmoe": bar}}}), name), tmp_path / "x")
     assert (tmp_path / "x.png").is_file()
 
 
