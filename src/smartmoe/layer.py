@@ -129,7 +129,6 @@ class MoELayer(nn.Module):
         )
         slot_of_expert_E = torch.zeros(model.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("slot_of_expert_E", slot_of_expert_E, persistent=False)
-        self.placement: Placement = placement
         self.set_placement(placement)
 
     def set_placement(self, placement: Placement) -> None:
@@ -138,12 +137,11 @@ class MoELayer(nn.Module):
 
         Raises ValueError when the number of experts, ranks or slots differs from this layer's.
         """
-        have = (self.placement.num_experts, self.placement.num_ranks, self.placement.num_slots)
-        got = (placement.num_experts, placement.num_ranks, placement.num_slots)
-        want = (self.slot_of_expert_E.shape[0], group_size(self.ep_group), have[2])
+        got = (placement.num_experts, placement.num_ranks, placement.slots_per_rank)
+        want = (self.slot_of_expert_E.shape[0], group_size(self.ep_group), self.dispatcher.slots_per_rank)
         if got != want:
             raise ValueError(
-                f"layer {self.layer_idx}: a placement of (experts, ranks, slots) = {got} does not fit {want}; "
+                f"layer {self.layer_idx}: a placement of (experts, ranks, slots a rank) = {got} does not fit {want}; "
                 f"build it for {want[0]} experts on {want[1]} ranks"
             )
         self.placement = placement

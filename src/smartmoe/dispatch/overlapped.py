@@ -31,8 +31,10 @@ class OverlappedDispatcher:
         self.run_of_rank = [w * self.num_groups // self.num_ranks for w in range(self.num_ranks)]
 
     def __call__(self, x_TD, routing, slot_of_expert_E, experts):
-        """As BasicDispatcher.__call__, with the same result. `experts` needs weights() and compute() for
-        shadowing."""
+        """As BasicDispatcher.__call__, with the same result but for rounding: a weight's gradient is summed over the
+        steps in an order that depends on the rank. `experts` needs weights() and compute() for
+        shadowing.
+        """
         slot_TK = slots_of(routing.expert_idx_TK, slot_of_expert_E)
         count_WS = self._gather_counts(slot_TK)
         count_host_WS = count_WS.cpu().numpy()
