@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -41,6 +43,25 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
         codes = [proc.exitcode for proc in procs]
         assert not any(codes), f"exit codes by rank: {codes}"
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def start_training(run_dir: Path, world_size: int, cache: Path, *args: str) -> subprocess.Popen:
+    """Start the training entry under torchrun, as a user would; its output is in `communicate()[0]`."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    return subprocess.Popen(
+        [*command, "-m", "smartmoe.train", str(run_dir), "--cache", str(cache), *args],
+        env={**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=root,
+    )
+
+
+def worker_pids(process: subprocess.Popen) -> list[int]:
+    """The ranks that a torchrun started here has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def _entry(fn, rank, world_size, port, backend, folder, args):

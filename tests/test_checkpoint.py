@@ -5,22 +5,19 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dist import spawn
+from dist import spawn, start_training, worker_pids
 from parity import CACHE, LOSS_TOLERANCE, MODEL, make_config, make_trainer, run_curve
 
 from smartmoe import checkpoint, record
 from smartmoe.config import GateConfig, ParallelPlan, to_dict
 from smartmoe.placement import Placement
 
-ROOT = Path(__file__).resolve().parents[1]
 GATE = GateConfig(kind="gshard", capacity=1.5)
 
 
@@ -65,15 +62,6 @@ def test_another_plan_continues_with_the_same_losses(tmp_path, whole, saving_wor
     np.testing.assert_allclose(losses, whole[5:], rtol=LOSS_TOLERANCE)
 
 
-def _start(run_dir, world_size, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "-m", "smartmoe.train", str(run_dir), "--cache", str(CACHE), *args],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
-
-
 def _write_run(run_dir, plan):
     config = to_dict(make_config(plan, gate=GATE))
     config["workload"]["checkpoint_interval"] = 5
@@ -83,20 +71,19 @@ def _write_run(run_dir, plan):
 
 def test_a_killed_rank_and_a_resume_on_another_plan_lose_nothing(tmp_path, whole):
     _write_run(tmp_path, ParallelPlan(dp=2, ep=2))
-    process = _start(tmp_path, 2)
+    process = start_training(tmp_path, 2, CACHE)
     saved = tmp_path / "checkpoints" / "iter_0000005"
     deadline = time.monotonic() + 240
     while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert saved.exists(), process.communicate(timeout=60)[0]
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(worker_pids(process)[-1], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert checkpoint.latest(tmp_path / "checkpoints") == saved
 
     _write_run(tmp_path, ParallelPlan(pp=2))
-    process = _start(tmp_path, 2, "--resume")
+    process = start_training(tmp_path, 2, CACHE, "--resume")
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,85 @@
+"""Gradient norms, clipping, overflow and the learning rate: the same on every rank, and as one process has them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from dist import spawn
+from parity import GATES, WORKLOAD, make_config, make_trainer
+
+from smartmoe.config import ParallelPlan, Workload
+from smartmoe.optimizer import layer_of, learning_rate
+
+
+def _norms(world_rank, plan):
+    trainer = make_trainer(make_config(plan, gate=GATES["capacity"]))
+    return [trainer.run_iteration().optimizer.grad_norm for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "plan", [ParallelPlan(dp=2, tp=2, ep=2), ParallelPlan(pp=2, dp=2, ep=1)], ids=ParallelPlan.describe
+)
+def test_the_gradient_norm_is_that_of_one_process(plan):
+    alone = _norms(0, ParallelPlan())
+    for norms in spawn(_norms, 4, plan):
+        np.testing.assert_allclose(norms, alone, rtol=1e-5)
+
+
+def test_the_norm_is_that_of_all_gradients():
+    trainer = make_trainer(make_config())
+    for ref in trainer.optimizer.buffers.refs:
+        ref.grad.normal_()
+    flat = torch.cat([ref.grad.flatten() for ref in trainer.optimizer.buffers.refs]).double()
+    assert trainer.optimizer.grad_norm() == pytest.approx(flat.norm().item(), rel=1e-12)
+
+
+def _overflow_on_one_rank(world_rank, plan):
+    workload = dataclasses.replace(WORKLOAD, dtype="float16", initial_loss_scale=1024.0)
+    trainer = make_trainer(make_config(plan, workload=workload))
+    results = []
+    for iteration in range(4):
+        if iteration == 2 and world_rank == 1:
+            expert = next(ref for ref in trainer.optimizer.buffers.refs if ref.kind == "expert")
+            expert.grad.view(-1)[0] = torch.inf
+        results.append(trainer.run_iteration().optimizer)
+    dense = [ref.local.float().sum().item() for ref in trainer.optimizer.buffers.refs if ref.kind == "dense"]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, dense)
+    return [(r.skipped, r.loss_scale) for r in results], trainer.optimizer.scalars(), everyone
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all():
+    for results, scalars, everyone in spawn(_overflow_on_one_rank, 2, ParallelPlan(dp=2, ep=2)):
+        assert results == [(False, 1024.0), (False, 1024.0), (True, 1024.0), (False, 512.0)]
+        assert scalars["optimizer_steps"] == 3 and scalars["loss_scale"] == 512.0
+        assert everyone[0] == everyone[1], "dense replicas drifted apart"
+
+
+def test_clipping_bounds_the_update_and_zero_turns_it_off():
+    def first_update(clip):
+        workload = dataclasses.replace(WORKLOAD, clip_grad=clip, weight_decay=0.0, adam_eps=1.0, iterations=1)
+        trainer = make_trainer(make_config(workload=dataclasses.replace(workload, warmup_iterations=0)))
+        before = [ref.local.clone() for ref in trainer.optimizer.buffers.refs]
+        norm = trainer.run_iteration().optimizer.grad_norm
+        moved = [
+            (ref.local - old).abs().max().item()
+            for ref, old in zip(trainer.optimizer.buffers.refs, before, strict=True)
+        ]
+        return norm, max(moved)
+
+    norm, free = first_update(0.0)
+    norm_again, clipped = first_update(norm / 10)
+    assert norm == norm_again and clipped < free / 5
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_end():
+    work = Workload(lr=1.0, min_lr=0.1, lr_warmup_iterations=4, iterations=24)
+    rates = [learning_rate(work, i) for i in range(25)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[24] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_the_layer_of_a_parameter():
+    assert layer_of("blocks.13.moe.experts.w1_LDF") == 13
