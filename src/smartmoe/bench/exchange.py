@@ -1,0 +1,230 @@
+"""Time the exchange of token rows alone:  torchrun --nproc-per-node N -m smartmoe.bench.exchange [options]
+
+Every rank has R rows of D values, each for one expert, one expert a rank. Dispatch carries them to their ranks,
+combine brings them back; each is timed from the first launch to the last byte, barriers and permutation included.
+Rows go to all ranks in equal parts ("even": on 2 ranks half of them stay) or all to other ranks ("all").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from smartmoe.bench.measure import (
+    LeftAloneError,
+    Timing,
+    World,
+    attempt,
+    slowest,
+    spread,
+    start_world,
+    time_steps,
+)
+from smartmoe.bench.report import DTYPES, HOW, Report, add_options, checked, dtype_of, settings_of, timing_of
+from smartmoe.config import ClusterSpec, LayerConfig
+from smartmoe.dispatch import build_dispatcher
+from smartmoe.gates import Routing
+
+SIZES = ("4096x4096", "16384x1536", "24576x2048", "49152x2048")
+MECHANISMS = {
+    "collective": "one bare all_to_all_single each way: rows sorted beforehand, sizes known to the host (NCCL, gloo)",
+    "basic": "counts, host synchronisation, permutation, all-to-all-v",
+    "overlapped": "all-to-all-v in steps; only the round trip can be timed",
+    "padded": "equal buffers as large as the fullest needs",
+    "direct": "stores into the peers' memory",
+}
+# Device cycles that a GPU idles before each step, about a millisecond: the host gets ahead and launches cost nothing.
+LEAD_CYCLES = 2_000_000
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"4096x1536" -> (4096, 1536). Raises ValueError for anything else."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f'size "{text}": expected ROWSxWIDTH, such as 4096x1536')
+    return int(parts[0]), int(parts[1])
+
+
+def destinations(num_rows: int, num_ranks: int, ep_rank: int, share: str, seed: int) -> np.ndarray:
+    """[R] int64, the rank that each row goes to, in random order: numbers of rows differ by one at most."""
+    ranks = [rank for rank in range(num_ranks) if share == "even" or rank != ep_rank]
+    if not ranks:
+        raise ValueError("a world of one rank has no other ranks: take --share even")
+    return np.random.default_rng([seed, ep_rank]).permutation(np.resize(ranks, num_rows))
+
+
+class Bench:
+    """Rows and destinations of one case on this rank."""
+
+    def __init__(self, size: tuple[int, int], share: str, world: World, dtype: torch.dtype, seed: int):
+        self.world, device = world, world.device
+        to_R = torch.from_numpy(destinations(size[0], world.num_ranks, world.ep_rank, share, seed))
+        generator = torch.Generator(device).manual_seed(seed + world.ep_rank)
+        self.x_TD = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        self.send_splits = torch.bincount(to_R, minlength=world.num_ranks).tolist()
+        self.slot_TK = to_R.to(device).unsqueeze(1)
+        self.weight_TK = torch.ones(size[0], 1, device=device)
+        self.slot_of_expert_E = torch.arange(world.num_ranks, device=device)
+        self.off_rank_bytes = (size[0] - self.send_splits[world.ep_rank]) * size[1] * self.x_TD.element_size()
+
+    def measure(self, mechanism: str, timing: Timing) -> dict:
+        """This rank's times of dispatch and combine, or of the round trip; checks that the rows come back. Collective.
+
+        Raises RuntimeError when they do not.
+        """
+        step = self._collective() if mechanism == "collective" else self._dispatcher(mechanism)
+        with torch.no_grad():
+            y_TD = step(lambda: None)
+            if not torch.equal(y_TD, self.x_TD):
+                raise RuntimeError(f"{int((y_TD != self.x_TD).any(1).sum())} rows did not come back as they left")
+            times = time_steps(self.world, step, timing, lead_cycles=LEAD_CYCLES)
+        return {"times": times.tolist(), "off_rank_bytes": self.off_rank_bytes}
+
+    def _collective(self):
+        """Rows sorted by destination before the clock starts."""
+        group = self.world.group
+        sent = torch.tensor(self.send_splits, device=self.world.device)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        send_splits, recv_splits = self.send_splits, received.tolist()
+        self.x_TD = self.x_TD[self.slot_TK[:, 0].argsort(stable=True)]
+        there = self.x_TD.new_empty(sum(recv_splits), self.x_TD.shape[1])
+        back = torch.empty_like(self.x_TD)
+
+        def step(mark):
+            dist.all_to_all_single(there, self.x_TD, recv_splits, send_splits, group=group)
+            mark()
+            dist.all_to_all_single(back, there, send_splits, recv_splits, group=group)
+            return back
+
+        return step
+
+    def _dispatcher(self, name: str):
+        cluster = ClusterSpec(device=self.world.device.type, ranks_per_node=self.world.num_ranks)
+        layer = LayerConfig(dispatcher=name)
+        dispatcher = build_dispatcher(layer, self.world.group, slots_per_rank=1, cluster=cluster)
+        if name in ("basic", "padded"):
+
+            def step(mark):
+                rows_RD, handle = dispatcher.dispatch(self.x_TD, self.slot_TK)
+                mark()
+                return dispatcher.combine(rows_RD, handle, self.weight_TK)
+
+            return step
+        if name == "direct":
+
+            def step(mark):
+                rows_RD, handle = dispatcher.dispatch(self.x_TD, self.slot_TK, self.weight_TK)
+                mark()
+                return dispatcher.combine(rows_RD, handle)
+
+            return step
+        routing = Routing(self.slot_TK, self.weight_TK, torch.zeros((), device=self.world.device))
+        return lambda mark: dispatcher(self.x_TD, routing, self.slot_of_expert_E, _same_rows)
+
+
+def _same_rows(rows_RD, count_L):
+    return rows_RD
+
+
+def make_row(results_W: list[dict]) -> dict:
+    """Times in us of the slowest rank; GB/s = bytes that leave a rank, each way, over the time."""
+    times_us = 1e3 * slowest([result["times"] for result in results_W])
+    names = ("dispatch", "combine", "round_trip") if times_us.shape[1] == 3 else (None, "round_trip")
+    row = {f"{name}_us": spread(part) for name, part in zip(names, times_us.T, strict=True) if name}
+    num_bytes = float(np.mean([result["off_rank_bytes"] for result in results_W]))
+    row |= {"num_iterations": len(times_us), "off_rank_bytes": num_bytes}
+    for name in names:
+        if name:
+            trips = 2 if name == "round_trip" else 1
+            row[f"{name}_gbytes_per_s"] = round(trips * num_bytes / row[f"{name}_us"]["median"] / 1e3, 6)
+    return row
+
+
+COLUMNS = (
+    "rows x width   share  mechanism     dispatch us (p10 - p90)   GB/s   combine us (p10 - p90)    GB/s   "
+    "round trip us (p10 - p90)  GB/s"
+)
+
+
+def format_row(row: dict) -> str:
+    start = f"{row['size']:14.14s} {row['share']:6s} {row['mechanism']:10s}"
+    if row["status"] != "ok":
+        return f"{start} {row['status']}: {row['reason']}"
+    text = start
+    for name in ("dispatch", "combine", "round_trip"):
+        if f"{name}_us" not in row:
+            text += "-".rjust(20) + " " * 13
+            continue
+        us = row[f"{name}_us"]
+        text += f"{us['median']:11.1f} ({us['p10']:.1f} - {us['p90']:.1f})".ljust(27)
+        text += f"{row[f'{name}_gbytes_per_s']:6.1f}"
+    return text
+
+
+def run(args: argparse.Namespace, world: World) -> dict:
+    """Measure everything that `args` asks for and return what the JSON file has. Collective."""
+    dtype = DTYPES[dtype_of(args)]
+    report = Report("exchange", world, args.json, settings_of(args), ("size", "share", "mechanism"))
+    report.say(f"{world.num_ranks} x {report.data['provenance']['device']}, {dtype_of(args)}. {HOW}")
+    report.say(f"GB/s: bytes that leave a rank, each way, over the time.\n{COLUMNS}")
+    try:
+        for size in args.sizes:
+            for share in args.share:
+                for mechanism in args.mechanisms:
+                    row = {"size": f"{size[0]}x{size[1]}", "share": share, "mechanism": mechanism}
+                    if report.has(row):
+                        continue
+                    report.begin(row)
+
+                    def case(size=size, share=share, mechanism=mechanism) -> dict:
+                        if world.group is None:
+                            raise ValueError("an exchange needs two ranks: start it with torchrun")
+                        return Bench(size, share, world, dtype, args.seed).measure(mechanism, timing_of(args))
+
+                    status, reason, results = attempt(world, case)
+                    row |= {"status": status, "reason": reason, **(make_row(results) if results else {})}
+                    report.end(row, format_row(row))
+    except LeftAloneError as error:
+        report.give_up(error)
+    return report.data
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    about = "\n".join(f"  {name:11s} {text}" for name, text in MECHANISMS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m smartmoe.bench.exchange",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog=f"mechanisms:\n{about}\n\nOne that is not there, or fails, is a row with its reason. On a GPU each step "
+        "is launched while the\nGPU idles, so that launches cost nothing unless the mechanism waits for the host.\n\n"
+        "example:\n  torchrun --nproc-per-node 2 -m smartmoe.bench.exchange --sizes 4096x4096 --share even all\n",
+    )
+    parser.add_argument("--sizes", nargs="+", type=checked(parse_size), metavar="ROWSxWIDTH",
+                        default=[parse_size(size) for size in SIZES], help=f"default: {' '.join(SIZES)}")  # fmt: skip
+    parser.add_argument("--share", nargs="+", choices=("even", "all"), default=["even", "all"],
+                        help="where rows go: to all ranks evenly, or all to other ranks; default: both")  # fmt: skip
+    parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, metavar="NAME", default=[*MECHANISMS],
+                        help="default: all")  # fmt: skip
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        world = start_world(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with world:
+        run(args, world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""Time one MoE layer, forward and backward:  torchrun --nproc-per-node N -m smartmoe.bench.layer [options]
+
+Timed is what lies between the gate and the sum of the experts' answers: dispatch, experts, combine, and their
+backwards with the gradients of inputs, combine weights and expert weights. The gate is replaced by a fixed routing.
+Experts are spread in order over all N ranks, T tokens a rank; without torchrun one process computes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from smartmoe.bench import routing as routings
+from smartmoe.bench.measure import (
+    LeftAloneError,
+    MemoryMeter,
+    Timing,
+    World,
+    attempt,
+    slowest,
+    spread,
+    start_world,
+    time_steps,
+)
+from smartmoe.bench.peers import PlainTorch
+from smartmoe.bench.report import DTYPES, HOW, Report, add_options, checked, dtype_of, settings_of, timing_of
+from smartmoe.bench.shapes import PASSES, SHAPES, Shape, parse_shape
+from smartmoe.config import EXPERT_IMPLS, ClusterSpec, LayerConfig, ModelConfig
+from smartmoe.dispatch import build_dispatcher
+from smartmoe.gates import Routing
+from smartmoe.layer import Experts
+from smartmoe.ops.plan import count_slots, make_plan
+
+CEILING_TFLOPS = {"cuda": 700.0, "cpu": 0.0}
+
+
+DISPATCHERS = {
+    "torch": "a plain torch layer, as peer (see bench/peers.py)",
+    "fastmoe": "the fastmoe preset: basic with --experts loop",
+    "basic": "counts first, then all-to-all-v (FastMoE)",
+    "overlapped": "exchange and experts in overlapping steps (FasterMoE); no shadowing",
+    "padded": "equal buffers as large as the fullest expert needs (GShard, DeepSpeed, Tutel)",
+    "direct": "stores into the peers' memory inside one NVLink domain",
+    "direct+graph": "the same, captured once in a CUDA graph and replayed",
+}
+ALONE = "experts"  # the row of a one_gpu shape that has no dispatch at all
+
+
+# ---------------------------------------------------------------------------------------------------------------- case
+
+
+class Bench:
+    """One shape on this rank: weights and inputs on the device, made once for all dispatchers and routings."""
+
+    def __init__(self, shape: Shape, world: World, dtype: torch.dtype, seed: int, bias: bool):
+        self.shape, self.seed, self.complain = shape, seed, None
+        self.world, self.dtype, device = world, dtype, world.device
+        self.group, self.num_ranks = (None, 1) if shape.one_gpu else (world.group, world.num_ranks)
+        self.ep_rank = 0 if shape.one_gpu else world.ep_rank
+        if shape.num_experts % self.num_ranks:
+            raise ValueError(f"{shape.num_experts} experts cannot be spread evenly over {self.num_ranks} ranks")
+        self.slots_per_rank = shape.num_experts // self.num_ranks
+        model = ModelConfig(
+            hidden_size=shape.width, ffn_size=shape.ffn, num_experts=shape.num_experts, top_k=shape.top_k,
+            activation=shape.activation, expert_bias=bias,
+        )  # fmt: skip
+        # empty slots cost no random numbers on the host; the weights of a benchmark may be any
+        empty = (-1,) * self.slots_per_rank
+        self.experts = Experts(model, empty, impl="grouped", layer_idx=0, seed=seed, dtype=dtype, device=device)
+        generator = torch.Generator(device).manual_seed(seed + world.ep_rank)
+        with torch.no_grad():
+            for weight in self.experts.parameters():
+                weight.normal_(0.0, weight.shape[-2] ** -0.5 if weight.dim() == 3 else 0.02, generator=generator)
+        size = (shape.num_tokens, shape.width)
+        self.x_TD = torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_()
+        self.grad_TD = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        weight_TK = torch.rand(shape.num_tokens, shape.top_k, generator=generator, device=device).softmax(1)
+        self.weight_TK = weight_TK.requires_grad_()
+        self.slot_of_expert_E = torch.arange(shape.num_experts, device=device)
+
+    def set_routing(self, spec: routings.RoutingSpec) -> dict:
+        """Route as `spec` says from now on; returns the facts of the routing. Collective."""
+        shape = self.shape
+        args = (shape.num_tokens, shape.num_experts, shape.top_k)
+        drawn = torch.from_numpy(routings.draw(spec, *args, self.world.ep_rank, self.seed)).to(self.world.device)
+        self.routing = Routing(drawn, self.weight_TK, torch.zeros((), device=self.world.device))
+        self.reference = None
+        rank_TK = drawn // self.slots_per_rank
+        goes_TW = torch.stack([(rank_TK == rank).any(1) for rank in range(self.num_ranks)], dim=1)
+        goes_TW[:, self.ep_rank] = False
+        return {
+            "copies_W": torch.bincount(rank_TK.flatten(), minlength=self.num_ranks).tolist(),
+            "row_bytes": shape.width * self.x_TD.element_size(),
+            "off_rank_copies": int((rank_TK != self.ep_rank).sum()),
+            "off_rank_rows": int(goes_TW.sum()),
+        }
+
+    def measure(self, dispatcher: str, impl: str, timing: Timing) -> dict:
+        """Time one dispatcher under the routing that is set: this rank's times, memory and results. Collective."""
+        name, _, graph = dispatcher.partition("+")
+        forward = self._forward_of(name, impl)
+        difference = self._check(forward)
+        meter = MemoryMeter(self.world)
+        if graph:
+            parts = self._time_graphs(forward, timing)
+        else:
+            parts = time_steps(self.world, lambda mark: self._step(forward, mark), timing, self._drop_gradients)
+        result = {"times": parts.tolist(), "difference": difference, **meter.read()}
+        if self.group is not None and not graph:
+            result |= self._time_exchange(name, impl, timing)
+        return result
+
+    def _forward_of(self, name: str, impl: str):
+        """f(experts) -> y."""
+        self.experts.impl = impl
+        if name == ALONE:
+            return self._experts_alone()
+        if name == "torch":
+            dispatcher = PlainTorch(self.group, self.shape.num_experts)
+        else:
+            config = LayerConfig(dispatcher=name, experts=impl)
+            cluster = ClusterSpec(device=self.world.device.type, ranks_per_node=self.world.num_ranks)
+            dispatcher = build_dispatcher(config, self.group, slots_per_rank=self.slots_per_rank, cluster=cluster)
+        self.complain = getattr(dispatcher, "check", None)  # "direct": the routing may need more rows than it has
+        return lambda experts: dispatcher(self.x_TD, self.routing, self.slot_of_expert_E, experts)
+
+    def _experts_alone(self):
+        """Rows sorted by expert beforehand."""
+        count_L = count_slots(self.routing.expert_idx_TK, self.shape.num_experts)
+        plan = make_plan(self.routing.expert_idx_TK, self.shape.num_experts, self.routing.expert_idx_TK.numel())
+        self.rows_RD = self.x_TD.detach()[plan.token_of_row_R].requires_grad_()
+        self.grad_rows_RD = self.grad_TD[plan.token_of_row_R]
+        return lambda experts: experts(self.rows_RD, count_L)
+
+    def _step(self, forward, mark) -> torch.Tensor:
+        y = forward(self.experts)
+        mark()
+        y.backward(self.grad_TD if y.shape == self.grad_TD.shape else self.grad_rows_RD)
+        return y
+
+    def _drop_gradients(self) -> None:
+        for tensor in (self.x_TD, self.weight_TK, getattr(self, "rows_RD", None), *self.experts.parameters()):
+            if tensor is not None:
+                tensor.grad = None
+
+    def _check(self, forward) -> float | None:
+        """Largest relative distance (2-norm) of the output and the input's gradient from those of the first
+        dispatcher."""
+        y = self._step(forward, lambda: None).detach()
+        got = (y, self.x_TD.grad)
+        self._drop_gradients()
+        if self.complain is not None:
+            self.complain()
+        if got[1] is None:
+            return None
+        if self.reference is None:
+            self.reference = got
+        pairs = zip(got, self.reference, strict=True)
+        return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs)
+
+    def _time_graphs(self, forward, timing: Timing) -> np.ndarray:
+        """Forward and whole step captured apart and replayed; backward is the difference of times of equal place when
+        sorted."""
+        if self.world.device.type != "cuda":
+            raise ValueError("CUDA graphs need --device cuda")
+        times = []
+        for body in (lambda: forward(self.experts), lambda: self._step(forward, lambda: None)):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    body()
+                    self._drop_gradients()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                body()
+            times.append(time_steps(self.world, lambda mark, graph=graph: graph.replay(), timing))
+            del graph
+            self._drop_gradients()
+        num = min(map(len, times))
+        forward_I, step_I = (np.sort(part[:, 0])[np.linspace(0, len(part) - 1, num).astype(int)] for part in times)
+        return np.stack([forward_I, step_I - forward_I], axis=1)
+
+    def _time_exchange(self, name: str, impl: str, timing: Timing) -> dict:
+        """The forward pass with experts that return their rows: dispatch, permutation and combine."""
+        forward = self._forward_of(name, impl)
+        with torch.no_grad():
+            try:
+                times = time_steps(self.world, lambda mark: forward(_Identity(self.experts)), timing)
+            except (AttributeError, NotImplementedError, ValueError) as error:
+                return {"exchange_reason": f"{type(error).__name__}: {error}"}
+        return {"exchange": times.tolist()}
+
+
+class _Identity:
+    """Experts that give back what they get."""
+
+    def __init__(self, experts: Experts):
+        self.weights, self.activation, self.impl = experts.weights, experts.activation, experts.impl
+
+    def __call__(self, rows_RD, count_L):
+        return rows_RD
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def make_row(shape: Shape, facts_W: list[dict], results_W: list[dict], ceiling_tflops: float) -> dict:
+    """The numbers of one row from every rank's facts and results. Times in ms, memory in bytes, per rank."""
+    times = slowest([result["times"] for result in results_W])
+    copies_W = np.sum([facts["copies_W"] for facts in facts_W], axis=0)
+    mean_copies = shape.num_tokens * shape.top_k
+    row = dict(zip(("forward_ms", "backward_ms", "total_ms"), map(spread, times.T), strict=True))
+    passes = {"forward_ms": 1, "backward_ms": PASSES - 1, "total_ms": PASSES}
+    flops = shape.flops(mean_copies)
+    row["tflops_per_gpu"] = {
+        key.removesuffix("_ms"): round(num * flops / row[key]["median"] / 1e9, 3) for key, num in passes.items()
+    }
+    skew = 1.0 if shape.one_gpu else float(copies_W.max() / copies_W.mean())
+    floor_ms = PASSES * flops / ceiling_tflops / 1e9 if ceiling_tflops else None
+    row |= {
+        "num_iterations": len(times),
+        "rank_max_over_mean": round(skew, 4),
+        "floor_ms": floor_ms and round(floor_ms, 4),
+        "floor_fullest_rank_ms": floor_ms and round(floor_ms * skew, 4),
+        "difference": max((r["difference"] for r in results_W if r["difference"] is not None), default=None),
+    }
+    row |= {key: max(result[key] for result in results_W) for key in ("peak_bytes", "outside_bytes")}
+    return row | exchange_of(facts_W, results_W)
+
+
+def exchange_of(facts_W: list[dict], results_W: list[dict]) -> dict:
+    """Dispatch and combine alone: ms of both together, and off-rank bytes each way over that time.
+
+    GB/s counts every copy for another rank, whether or not the dispatcher sends a token once for several of them.
+    """
+    if not all("exchange" in result for result in results_W):
+        return {"exchange_ms": None, "exchange_reason": results_W[0].get("exchange_reason", "")}
+    exchange_ms = spread(slowest([result["exchange"] for result in results_W])[:, -1])
+    copies, rows = (float(np.mean([f[key] for f in facts_W])) for key in ("off_rank_copies", "off_rank_rows"))
+    row_bytes = facts_W[0]["row_bytes"]
+    return {
+        "exchange_ms": exchange_ms,
+        "off_rank_copy_bytes": copies * row_bytes,
+        "off_rank_row_bytes": rows * row_bytes,
+        "exchange_gbytes_per_s": round(2 * copies * row_bytes / exchange_ms["median"] / 1e6, 6),
+    }
+
+
+COLUMNS = (
+    "shape          routing     dispatcher        total ms (p10 - p90)      forward backward TFLOP/s  floor x floor "
+    "peak MiB +other  exch ms   GB/s  diff"
+)
+
+
+def format_row(row: dict) -> str:
+    name = row["dispatcher"] + (" loop" if row["experts"] == "loop" and row["dispatcher"] != "fastmoe" else "")
+    start = f"{row['shape']:14.14s} {row['routing']:11.11s} {name:15.15s}"
+    if row["status"] != "ok":
+        return f"{start} {row['status']}: {row['reason']}"
+    total, floor = row["total_ms"], row["floor_fullest_rank_ms"]
+    text = f"{start} {total['median']:9.3f} ({total['p10']:.3f} - {total['p90']:.3f})".ljust(69)
+    text += f"{row['forward_ms']['median']:8.3f} {row['backward_ms']['median']:8.3f} "
+    text += f"{row['tflops_per_gpu']['total']:8.3f} " if floor is None else f"{row['tflops_per_gpu']['total']:8.0f} "
+    text += "     -       - " if floor is None else f"{floor:6.2f} {total['median'] / floor:7.2f} "
+    text += f"{row['peak_bytes'] / 2**20:8.0f} {row['outside_bytes'] / 2**20:6.0f} "
+    exchange, diff = row["exchange_ms"], row["difference"]
+    text += "       -      - " if exchange is None else f"{exchange['median']:8.3f} {row['exchange_gbytes_per_s']:6.1f} "
+    return text + ("    -" if diff is None else f"{diff:.0e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def run(args: argparse.Namespace, world: World) -> dict:
+    """Measure everything that `args` asks for and return what the JSON file has. Collective."""
+    timing, dtype = timing_of(args), DTYPES[dtype_of(args)]
+    ceiling = CEILING_TFLOPS[args.device] if args.ceiling_tflops is None else args.ceiling_tflops
+    settings = settings_of(args, bias=args.bias, ceiling_tflops=ceiling)
+    report = Report("layer", world, args.json, settings, ("shape", "routing", "dispatcher", "experts"))
+    report.say(f"{world.num_ranks} x {report.data['provenance']['device']}, {dtype_of(args)}. {HOW}")
+    report.say(f"Floor: expert FLOPs of the fullest rank at {ceiling:g} TFLOP/s, no exchange." if ceiling else "No floor.")
+    report.say("peak: torch's allocator above weights and inputs; +other: symmetric memory, NCCL, code, at first use.")
+    report.say(f"exch: dispatch + combine, forward, no experts; GB/s: copies off the rank, each way. diff: relative, to "
+               f"the first dispatcher.\n{COLUMNS}")  # fmt: skip
+    try:
+        for shape in args.shapes:
+            _run_shape(args, shape, world, dtype, timing, ceiling, report)
+    except LeftAloneError as error:
+        report.give_up(error)
+    return report.data
+
+
+def _run_shape(args, shape, world, dtype, timing, ceiling, report) -> None:
+    made: list[Bench] = []
+    built = attempt(world, lambda: made.append(Bench(shape, world, dtype, args.seed, args.bias)))
+    for spec in args.routing:
+        bench = made[0] if made else None
+        routed = attempt(world, lambda spec=spec, bench=bench: bench.set_routing(spec)) if built[0] == "ok" else built
+        for dispatcher, impl in _cases(args, shape):
+            row = {"shape": shape.name, "routing": spec.label, "dispatcher": dispatcher, "experts": impl}
+            if report.has(row):
+                continue
+            report.begin(row)
+            status, reason, results = routed
+            if status == "ok":
+                name = "basic" if dispatcher == "fastmoe" else dispatcher
+                measure = lambda name=name, impl=impl, bench=bench: bench.measure(name, impl, timing)  # noqa: E731
+                status, reason, results = attempt(world, measure)
+            row |= {"sizes": asdict(shape), "status": status, "reason": reason}
+            if status == "ok":
+                row |= make_row(shape, routed[2], results, ceiling)
+            report.end(row, format_row(row))
+
+
+def _cases(args, shape) -> list[tuple[str, str]]:
+    """(dispatcher, expert implementation) in the order of the table, none twice."""
+    cases = [(ALONE, impl) for impl in args.experts] if shape.one_gpu else []
+    for dispatcher in args.dispatchers:
+        if dispatcher == "fastmoe":
+            cases.append(("fastmoe", "loop"))
+        elif dispatcher in ("torch", "direct", "direct+graph"):
+            cases.append((dispatcher, "grouped"))
+        else:
+            named = [("fastmoe" if (dispatcher, impl) == ("basic", "loop") else dispatcher, impl) for impl in args.experts]
+            cases += named
+    return list(dict.fromkeys(cases))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    about = "\n".join(f"  {name:14s} {text}" for name, text in DISPATCHERS.items())
+    shapes = "\n".join(
+        f"  {s.name:14s} T {s.num_tokens} D {s.width} F {s.ffn} E {s.num_experts} K {s.top_k} {s.activation}"
+        + (", on one GPU; the row 'experts' has no dispatch at all" if s.one_gpu else "")
+        for s in SHAPES.values()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m smartmoe.bench.layer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog=f"shapes (T tokens a rank, D width, F ffn, E experts, K a token):\n{shapes}\n\ndispatchers:\n{about}\n\n"
+        "A dispatcher that is not there, or fails, is a row with its reason.\n\n"
+        "examples:\n  torchrun --nproc-per-node 2 -m smartmoe.bench.layer --shapes S1 S2 --json out.json\n"
+        "  torchrun --nproc-per-node 2 -m smartmoe.bench.layer --device cpu --shapes 256,64,128,8,2 "
+        "--routing balanced zipf=1.2\n",
+    )
+    parser.add_argument("--shapes", nargs="+", type=checked(parse_shape), metavar="SHAPE", default=[*SHAPES.values()],
+                        help="names as below, or T,D,F,E,K[,activation]; default: all")  # fmt: skip
+    parser.add_argument("--routing", nargs="+", type=checked(routings.parse), metavar="ROUTING",
+                        default=[routings.parse("balanced")],
+                        help="balanced (default), zipf[=EXPONENT], trace=FILE:ITERATION:LAYER")  # fmt: skip
+    parser.add_argument("--dispatchers", nargs="+", choices=DISPATCHERS, metavar="NAME", default=[*DISPATCHERS],
+                        help="default: all, in the order below")  # fmt: skip
+    parser.add_argument("--experts", nargs="+", choices=EXPERT_IMPLS, default=["grouped"],
+                        help="how experts are computed; torch and direct have their own way")  # fmt: skip
+    parser.add_argument("--bias", action="store_true", help="experts with biases (the plain torch peer has none)")
+    parser.add_argument("--ceiling-tflops", type=float, metavar="X",
+                        help="speed that the floor assumes; default 700, an H200's grouped GEMM, on a CPU none")  # fmt: skip
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        world = start_world(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with world:
+        run(args, world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What the benchmarks share: the world, timing with events, memory, and failures that stay one row.
+
+Ranks exchange results and failures through the key-value store of the process group, never by a collective: a rank
+whose case failed can say so to ranks that wait for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+MIN_ITERATIONS = 5
+PATIENCE_S = 60.0  # how long a rank waits for the others' word about a case before it takes them for stuck
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How often to measure: `iterations`, or fewer (5 at least) where they would take more than `seconds`."""
+
+    warmup: int = 5
+    iterations: int = 30
+    seconds: float = 2.0
+
+
+class World:
+    """This process among the ranks. `group` is None for one rank."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.ep_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.group = dist.group.WORLD if self.num_ranks > 1 else None
+        self._num_words = 0
+        self._store = None
+        if self.group is not None:
+            self._store = dist.PrefixStore("bench", dist.distributed_c10d._get_default_store())
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Leave the world, with all ranks."""
+        if self.group is not None:
+            self.share("leaving")
+            dist.destroy_process_group()
+
+    def share(self, word) -> list:
+        """Give every rank's JSON-ready `word` to all, by rank. Raises LeftAloneError when one does not come."""
+        if self._store is None:
+            return [word]
+        self._num_words += 1
+        keys = [f"{self._num_words}/{rank}" for rank in range(self.num_ranks)]
+        self._store.set(keys[self.ep_rank], json.dumps(word))
+        try:
+            self._store.wait(keys, timedelta(seconds=PATIENCE_S))
+        except RuntimeError as error:
+            raise LeftAloneError(f"another rank is stuck ({type(error).__name__})") from None
+        return [json.loads(self._store.get(key)) for key in keys]
+
+    def largest(self, value: float) -> float:
+        """The largest value of all ranks, by a collective."""
+        if self.group is None:
+            return value
+        worst = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return worst.item()
+
+    def align(self) -> None:
+        """Let the ranks' next device work start together. On a GPU the host does not wait."""
+        if self.device.type == "cuda" and self.group is not None:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+        elif self.group is not None:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class LeftAloneError(RuntimeError):
+    """The ranks no longer agree on where they are; nothing further can be measured in these processes."""
+
+
+def start_world(device: str) -> World:
+    """Join the world that torchrun started, or be alone. `device` "cpu" or "cuda"."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; take --device cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if where.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(where)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if where.type == "cuda":
+            dist.init_process_group("nccl", device_id=where)
+        else:
+            dist.init_process_group("gloo")
+    world = World(where)
+    if world.group is not None:  # NCCL makes its connections, and takes their memory, at the first exchange
+        scratch = torch.zeros(world.num_ranks << 18, device=where)
+        dist.all_to_all_single(torch.empty_like(scratch), scratch)
+    return world
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def time_steps(
+    world: World, step: Callable, timing: Timing, reset: Callable = lambda: None, lead_cycles: int = 0
+) -> np.ndarray:
+    """Milliseconds of this rank, [iterations, parts]: parts are what `step(mark)` divides by its calls of mark().
+
+    On a GPU the times lie between device events; before each step the ranks are aligned on the device, not through
+    the host, so that a host that is ahead stays ahead, as in training: launches that it could make early cost
+    nothing. `lead_cycles`: cycles that a GPU idles before each step, which lets the host get ahead where steps are
+    shorter than their launches. `reset` runs after each step, untimed. Collective.
+    """
+    for _ in range(max(timing.warmup - 1, 0)):
+        _one_step(world, step, reset, lead_cycles)
+    world.synchronize()
+    start = time.perf_counter()
+    _one_step(world, step, reset, lead_cycles)
+    world.synchronize()
+    took_s = world.largest(time.perf_counter() - start)
+    num = int(np.clip(timing.seconds / max(took_s, 1e-9), min(MIN_ITERATIONS, timing.iterations), timing.iterations))
+    marks = [_one_step(world, step, reset, lead_cycles) for _ in range(num)]
+    world.synchronize()
+    return np.array([[_between(a, b) for a, b in zip(line[:-1], line[1:], strict=True)] for line in marks])
+
+
+def _one_step(world, step, reset, lead_cycles):
+    if lead_cycles and world.device.type == "cuda":
+        torch.cuda._sleep(lead_cycles)
+    world.align()
+    times = [_now(world)]
+    step(lambda: times.append(_now(world)))
+    times.append(_now(world))
+    reset()
+    return times
+
+
+def _now(world):
+    if world.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start, end) -> float:
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+def slowest(times_W: list) -> np.ndarray:
+    """[iterations, parts + 1] of the slowest rank in each iteration and part; the last column is the whole step."""
+    parts_WIP = np.array(times_W)
+    return np.concatenate([parts_WIP, parts_WIP.sum(2, keepdims=True)], axis=2).max(0)
+
+
+def spread(values) -> dict:
+    """Median and 10th and 90th percentile, in the unit of `values`."""
+    p10, median, p90 = np.percentile(np.asarray(values, dtype=float), (10, 50, 90)).tolist()
+    return {"median": round(median, 5), "p10": round(p10, 5), "p90": round(p90, 5)}
+
+
+class MemoryMeter:
+    """Device memory beyond what was allocated when it was made: weights and inputs are there already, so what counts
+    is activations, gradients and buffers. Zeros on a CPU."""
+
+    def __init__(self, world: World):
+        self.is_cuda = world.device.type == "cuda"
+        if self.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.base, self.outside = torch.cuda.memory_allocated(), self._outside()
+
+    @staticmethod
+    def _outside() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    def read(self) -> dict:
+        """Bytes: the peak of torch's allocator, and what was taken beside it (symmetric memory, NCCL, code)."""
+        if not self.is_cuda:
+            return {"peak_bytes": 0, "outside_bytes": 0}
+        peak = torch.cuda.max_memory_allocated() - self.base
+        return {"peak_bytes": peak, "outside_bytes": max(0, self._outside() - self.outside)}
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def attempt(world: World, case: Callable[[], dict]) -> tuple[str, str, list[dict]]:
+    """Run one case on all ranks: (status "ok" | "oom" | "skipped" | "failed", reason, every rank's result).
+
+    A ValueError or NotImplementedError means that the case does not exist here: "skipped". Raises LeftAloneError when
+    some ranks failed and others cannot come back from it, or a GPU no longer answers. Collective.
+    """
+    word = {"status": "ok", "reason": "", "result": None}
+    try:
+        word["result"] = case()
+        world.synchronize()
+    except torch.OutOfMemoryError as error:
+        word |= {"status": "oom", "reason": _one_line(error)}
+    except (ValueError, NotImplementedError) as error:
+        word |= {"status": "skipped", "reason": _one_line(error)}
+    except LeftAloneError:
+        raise
+    except Exception as error:  # whatever a peer raises is its row's reason, and the others go on
+        word |= {"status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}
+    if word["status"] != "ok" and not _device_answers(world):
+        raise LeftAloneError(f"rank {world.ep_rank}: {word['reason'] or word['status']}")
+    try:
+        words = world.share(word)
+    except LeftAloneError as error:
+        raise LeftAloneError(f"rank {world.ep_rank}: {word['reason'] or error}") from None
+    gc.collect()
+    bad = [(rank, w) for rank, w in enumerate(words) if w["status"] != "ok"]
+    if bad:
+        rank, first = bad[0]
+        return first["status"], f"rank {rank}: {first['reason']}", []
+    return "ok", "", [w["result"] for w in words]
+
+
+def _device_answers(world: World) -> bool:
+    if world.device.type != "cuda":
+        return True
+    try:
+        event = torch.cuda.Event()
+        event.record()
+        deadline = time.monotonic() + 10
+        while not event.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        torch.cuda.empty_cache()
+        return True
+    except RuntimeError:
+        return False
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,79 @@
+"""The layer as one writes it in plain PyTorch, without anything of this library: what a fast layer has to beat.
+
+Sort the copies by expert, all_to_all_single with the sizes known to the host, grouped_mm, and back again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+class PlainTorch:
+    """Called as a dispatcher is. Experts are spread in order; no copy may be dropped; the biases must be None.
+
+    Collective over the group: one all-to-all of counts and two of rows; one host synchronisation.
+    """
+
+    def __init__(self, group, num_experts: int):
+        self.group, self.num_experts = group, num_experts
+        self.num_ranks = 1 if group is None else group.size()
+
+    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+        """As BasicDispatcher.__call__, with the same result; `experts` gives weights and activation only."""
+        w1_LDF, b1_LF, w2_LFD, _ = experts.weights()
+        if b1_LF is not None:
+            raise ValueError("the plain torch layer has no biases: leave them out")
+        top_k = routing.expert_idx_TK.shape[1]
+        expert_N, order_N = torch.sort(routing.expert_idx_TK.flatten(), stable=True)
+        token_N = order_N // top_k
+        sent_WL = torch.bincount(expert_N, minlength=self.num_experts).view(self.num_ranks, -1)
+        received_WL = self._exchange_counts(sent_WL)
+        send_splits, recv_splits = sent_WL.sum(1).tolist(), received_WL.sum(1).tolist()
+
+        rows = _exchange(x_TD.index_select(0, token_N), send_splits, recv_splits, self.group)
+        local_R = torch.arange(received_WL.shape[1], device=rows.device).repeat(self.num_ranks)
+        local_R = local_R.repeat_interleave(received_WL.flatten(), output_size=rows.shape[0])
+        by_expert_R = torch.argsort(local_R, stable=True)
+        end_L = received_WL.sum(0).cumsum(0).to(torch.int32)
+        # moved by index_copy wherever rows are only permuted: its gradient is a gather, that of a gather has atomics
+        rows = torch.empty_like(rows).index_copy(0, torch.argsort(by_expert_R), rows)
+        hidden = F.grouped_mm(rows, w1_LDF, offs=end_L)
+        out = F.grouped_mm(_activate(hidden, experts.activation), w2_LFD, offs=end_L)
+        out = torch.empty_like(out).index_copy(0, by_expert_R, out)
+        out = _exchange(out, recv_splits, send_splits, self.group)
+
+        copies = torch.empty_like(out).index_copy(0, order_N, out).view(-1, top_k, out.shape[1])
+        return torch.bmm(routing.weight_TK.unsqueeze(1).to(out.dtype), copies).squeeze(1)
+
+    def _exchange_counts(self, sent_WL):
+        if self.group is None:
+            return sent_WL
+        received_WL = torch.empty_like(sent_WL)
+        dist.all_to_all_single(received_WL, sent_WL, group=self.group)
+        return received_WL
+
+
+def _activate(hidden, activation):
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.gelu(hidden, approximate="tanh") if activation == "gelu" else F.relu(hidden)
+
+
+def _exchange(rows, send_splits, recv_splits, group):
+    return rows if group is None else _AllToAll.apply(rows, send_splits, recv_splits, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, send_splits, recv_splits, group):
+        ctx.args = recv_splits, send_splits, group
+        out = rows.new_empty(sum(recv_splits), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), recv_splits, send_splits, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad, *ctx.args), None, None, None
