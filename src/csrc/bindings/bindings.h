@@ -1,0 +1,33 @@
+// Tensors in and out: every function checks its arguments, allocates its results and launches on the current stream.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace smartmoe::bindings {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor count_slots(const Tensor& slot_TK, int64_t num_slots);
+std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows);
+
+Tensor permute(const Tensor& x_TD, const Tensor& copy_of_row_R, const Tensor& row_of_copy_TK, bool padded);
+Tensor gather_sum(const Tensor& rows_RD, const Tensor& row_of_copy_TK, const OptionalTensor& weight_TK);
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_TD, const Tensor& rows_RD, const Tensor& weight_TK,
+                                            const Tensor& copy_of_row_R, const Tensor& row_of_copy_TK, bool padded,
+                                            bool need_weight);
+
+Tensor activate(const Tensor& hidden_RF, const OptionalTensor& bias_LF, const Tensor& end_L, const std::string& activation);
+// Returns grad_hidden (in the memory of grad_out but for swiglu), out and the gradient of the bias (empty without one).
+std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& hidden_RF, const OptionalTensor& bias_LF,
+                                                     const Tensor& grad_out_RF, const Tensor& end_L,
+                                                     const std::string& activation);
+void add_bias_(const Tensor& rows_RD, const Tensor& bias_LD, const Tensor& end_L);
+Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L);
+
+}  // namespace smartmoe::bindings

@@ -1,0 +1,31 @@
+#include "common.h"
+
+namespace smartmoe::bindings {
+
+Tensor count_slots(const Tensor& slot_TK, int64_t num_slots) {
+  TORCH_CHECK(slot_TK.is_cuda() && slot_TK.is_contiguous() && slot_TK.scalar_type() == at::kLong,
+              "slot_TK: expected a contiguous int64 CUDA tensor");
+  const c10::cuda::CUDAGuard guard(slot_TK.device());
+  Tensor count_S = at::zeros({num_slots}, slot_TK.options());
+  checked(smartmoe::count_slots(slot_TK.const_data_ptr<int64_t>(), slot_TK.numel(), num_slots,
+                                count_S.mutable_data_ptr<int64_t>(), stream()),
+          "count_slots");
+  return count_S;
+}
+
+std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows) {
+  check(slot_TK, "slot_TK", 2, at::kLong);
+  TORCH_CHECK(capacity == 0 || num_rows == num_slots * capacity, "num_rows: expected num_slots * capacity");
+  const c10::cuda::CUDAGuard guard(slot_TK.device());
+  Tensor count_S = at::empty({num_slots}, slot_TK.options()), copy_of_row_R = at::empty({num_rows}, slot_TK.options());
+  Tensor row_of_copy_TK = at::empty(slot_TK.sizes(), slot_TK.options());
+  Tensor workspace =
+      at::empty({smartmoe::plan_blocks(slot_TK.numel(), num_slots) * num_slots}, slot_TK.options().dtype(at::kInt));
+  checked(smartmoe::plan_rows(slot_TK.const_data_ptr<int64_t>(), slot_TK.numel(), num_slots, capacity, num_rows,
+                              workspace.mutable_data_ptr<int>(), count_S.mutable_data_ptr<int64_t>(),
+                              copy_of_row_R.mutable_data_ptr<int64_t>(), row_of_copy_TK.mutable_data_ptr<int64_t>(), stream()),
+          "plan_rows");
+  return {count_S, copy_of_row_R, row_of_copy_TK};
+}
+
+}  // namespace smartmoe::bindings

@@ -1,0 +1,18 @@
+// The table of smartmoe._C. Arguments and results: bindings.h; what they compute: ../kernels/launch.h.
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace b = smartmoe::bindings;
+  m.def("count_slots", &b::count_slots);
+  m.def("plan_rows", &b::plan_rows);
+  m.def("permute", &b::permute);
+  m.def("gather_sum", &b::gather_sum);
+  m.def("combine_backward", &b::combine_backward);
+  m.def("activate", &b::activate);
+  m.def("activate_backward", &b::activate_backward);
+  m.def("add_bias_", &b::add_bias_);
+  m.def("sum_slots", &b::sum_slots);
+}
