@@ -1,27 +1,43 @@
-"""The feed-forward network of many experts at once, on rows sorted by expert."""
+"""The feed-forward network of many experts at once, on rows sorted by expert.
+
+Three forms with one result. On CUDA, impl "grouped" is two operations with their own backward: the first product, and
+everything behind it. They keep the rows and the pre-activation, recompute the activation, and sum the gradient of the
+first bias in the pass that makes its addends; that they are two lets go of the pre-activation before the gradients of the
+first product are made. On a CPU, "grouped" is the composition that autograd differentiates. "loop" is that of FastMoE
+everywhere.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from smartmoe.ops.activation import activate
+from smartmoe.ops.activation import activate, activate_rows, activate_rows_backward, add_bias_rows, sum_rows
+from smartmoe.ops.extension import path_for
+from smartmoe.ops.library import register
 
 _ONES_WIDTH = 8
+_NAMES = ("gelu", "relu", "swiglu")
 
 
 def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, impl: str) -> torch.Tensor:
     """act(rows @ w1 + b1) @ w2 + b2, with the weights of the slot that each row belongs to.
 
-    rows_RD: [R, D] sorted by slot; count_L: [L] int64 rows of each slot, on the device of the rows, their sum is R
-    (any of them, and R, may be 0). w1_LDF: [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD, b2_LD (the biases may
-    both be None): dtype of the rows. Returns [R, D]. impl "grouped": two grouped GEMMs, no host synchronisation on
-    CUDA in bfloat16; "loop": one GEMM pair for each expert, reads the counts on the host (FastMoE's form in the
-    SmartMoE artifact). The result of a slot depends on its own rows and weights only, in bits too, not on which slot
-    it is.
+    rows_RD: [R, D] sorted by slot; count_L: [L] int64 rows of each slot, on the device of the rows (any of them, and R,
+    may be 0). Their sum is R; on CUDA with impl "grouped" it may be less: the rows behind are then neither read nor
+    written, in forward and backward, and hold anything in the result and in the gradient.
+    w1_LDF: [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD, b2_LD (the biases may both be None): dtype of the rows.
+    Returns [R, D]. impl "grouped": two grouped GEMMs, no host synchronisation on CUDA in bfloat16 where torch has them
+    (ops.extension.choose_path); "loop": one GEMM pair for each expert, reads the counts on the host (FastMoE's form in
+    the SmartMoE artifact). The result of a slot depends on its own rows and weights only, in bits too, not on which
+    slot it is.
     """
+    if activation not in _NAMES:
+        raise ValueError(f'activation = "{activation}" is not one of {", ".join(_NAMES)}')
     if impl == "grouped":
         _check_strides(rows_RD, w1_LDF, w2_LFD)
+        if rows_RD.is_cuda:
+            return fused_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
         return _grouped(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
     if impl == "loop":
         return _loop(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
@@ -38,6 +54,129 @@ def _check_strides(rows_RD, w1_LDF, w2_LFD):
             )
 
 
+def fused_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str) -> torch.Tensor:
+    """`expert_ffn` as on CUDA. What the extension does is plain torch where it is missing, so it runs on a CPU, too."""
+    end_L = count_L.cumsum(0, dtype=torch.int32)
+    hidden_RF = _grouped_matmul(rows_RD, end_L, w1_LDF)
+    return _activate_matmul(hidden_RF, end_L, b1_LF, w2_LFD, b2_LD, activation)
+
+
+def _bounds(end_L):
+    """(slot, first row, last row + 1) of each slot; reads them on the host."""
+    ends = end_L.tolist()
+    return zip(range(len(ends)), [0, *ends], ends, strict=False)
+
+
+def _times_weights(rows, weight_LXY, end_L):
+    """Each row times its slot's matrix."""
+    if not rows.shape[0]:
+        return rows.new_empty(0, weight_LXY.shape[2])
+    if path_for(rows).gemm == "grouped":
+        return F.grouped_mm(rows, weight_LXY, offs=end_L)
+    out = rows.new_empty(rows.shape[0], weight_LXY.shape[2])
+    for slot, start, end in _bounds(end_L):
+        torch.mm(rows[start:end], weight_LXY[slot], out=out[start:end])
+    return out
+
+
+def _weight_gradient(rows, grad, end_L):
+    """For each slot, its rows transposed times its gradients: [L, X, Y]."""
+    shape = (end_L.shape[0], rows.shape[1], grad.shape[1])
+    if not rows.shape[0]:
+        return rows.new_zeros(shape)
+    if path_for(rows).gemm == "grouped":
+        return F.grouped_mm(rows.t(), grad, offs=end_L)
+    out = rows.new_empty(shape)
+    for slot, start, end in _bounds(end_L):
+        torch.mm(rows[start:end].t(), grad[start:end], out=out[slot])
+    return out
+
+
+def _run_matmul(rows, end_L, weight):
+    return _times_weights(rows.contiguous(), weight, end_L)
+
+
+def _run_matmul_backward(grad, rows, end_L, weight):
+    grad = grad.contiguous()
+    return _times_weights(grad, weight.transpose(1, 2), end_L), _weight_gradient(rows.contiguous(), grad, end_L)
+
+
+def _run_activate_matmul(hidden, end_L, b1, w2, b2, activation):
+    out = _times_weights(activate_rows(hidden, b1, end_L, activation), w2, end_L)
+    return out if b2 is None else add_bias_rows(out, b2, end_L)
+
+
+def _run_activate_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2):
+    grad = grad.contiguous()
+    none = grad.new_empty(0)
+    grad_b2 = sum_rows(grad, end_L) if has_b2 else none
+    grad_act = _times_weights(grad, w2.transpose(1, 2), end_L)
+    grad_hidden, act, grad_b1 = activate_rows_backward(hidden, b1, grad_act, end_L, activation)
+    del grad_act
+    return grad_hidden, none if grad_b1 is None else grad_b1, _weight_gradient(act, grad, end_L), grad_b2
+
+
+def _setup_matmul(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_backward(ctx, grad):
+    grad_rows, grad_weight = _grouped_matmul_backward(grad, *ctx.saved_tensors)
+    return grad_rows, None, grad_weight
+
+
+def _setup_activate_matmul(ctx, inputs, output):
+    hidden, end_L, b1, w2, b2, ctx.activation = inputs
+    ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
+    ctx.save_for_backward(hidden, end_L, b1, w2)
+
+
+def _activate_matmul_gradients(ctx, grad):
+    grads = _activate_matmul_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
+    grad_hidden, grad_b1, grad_w2, grad_b2 = grads
+    return grad_hidden, None, grad_b1 if ctx.has_b1 else None, grad_w2, grad_b2 if ctx.has_b2 else None, None
+
+
+def _fake_like(tensor):
+    return tensor.new_empty(tensor.shape)
+
+
+def _fake_activate_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2):
+    grad_b1 = grad.new_empty(0) if b1 is None else _fake_like(b1)
+    grad_b2 = grad.new_empty((w2.shape[0], w2.shape[2]) if has_b2 else (0,))
+    return _fake_like(hidden), grad_b1, _fake_like(w2), grad_b2
+
+
+_grouped_matmul_backward = register(
+    "grouped_matmul_backward(Tensor grad, Tensor rows, Tensor end_L, Tensor weight) -> (Tensor, Tensor)",
+    _run_matmul_backward,
+    lambda grad, rows, end_L, weight: (_fake_like(rows), _fake_like(weight)),
+)
+_grouped_matmul = register(
+    "grouped_matmul(Tensor rows, Tensor end_L, Tensor weight) -> Tensor",
+    _run_matmul,
+    lambda rows, end_L, weight: rows.new_empty(rows.shape[0], weight.shape[2]),
+    backward=_matmul_backward,
+    setup=_setup_matmul,
+)
+_activate_matmul_backward = register(
+    "activate_matmul_backward(Tensor grad, Tensor hidden, Tensor end_L, Tensor? b1, Tensor w2, str activation, bool has_b2) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_activate_matmul_backward,
+    _fake_activate_matmul_backward,
+)
+_activate_matmul = register(
+    "activate_matmul(Tensor hidden, Tensor end_L, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> Tensor",
+    _run_activate_matmul,
+    lambda hidden, end_L, b1, w2, b2, activation: hidden.new_empty(hidden.shape[0], w2.shape[2]),
+    backward=_activate_matmul_gradients,
+    setup=_setup_activate_matmul,
+)
+
+
+# The compositions that autograd differentiates.
+
+
 def _grouped(rows, count_L, w1, b1, w2, b2, activation):
     end_L = count_L.cumsum(0).to(torch.int32)
     hidden = _add_bias(_Contiguous.apply(F.grouped_mm(rows, w1, offs=end_L)), b1, count_L, end_L)
@@ -46,10 +185,8 @@ def _grouped(rows, count_L, w1, b1, w2, b2, activation):
 
 
 def _activate_slots(hidden, count_L, activation):
-    """The activation of all rows; on a CPU slot by slot: the scalar tail of an elementwise loop, and the seams between
-    threads, round otherwise than its vector part, so the bits of a slot would depend on where its rows lie."""
-    if hidden.is_cuda:
-        return activate(hidden, activation)
+    """The activation slot by slot: on a CPU the scalar tail of an elementwise loop, and the seams between threads,
+    round otherwise than its vector part, so the bits of a slot would depend on where its rows lie."""
     return torch.cat([activate(part, activation) for part in hidden.split(count_L.tolist())])
 
 

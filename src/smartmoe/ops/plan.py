@@ -6,19 +6,27 @@ from dataclasses import dataclass
 
 import torch
 
+from smartmoe.ops.extension import kernels_for
+from smartmoe.ops.library import register
+
+MAX_KERNEL_SLOTS = 3072  # kMaxSlots of csrc/kernels/launch.h
+
 
 @dataclass(frozen=True)
 class RoutingPlan:
     """The order in which token copies are laid out as rows.
 
-    copy_of_row_R: [R] int64, the copy t * K + k that stands in a row; -1 in a row that only fills a buffer up.
+    copy_of_row_R: [R] int64, the copy t * K + k that stands in a row; -1 in a row without a copy.
     row_of_copy_TK: [T, K] int64, the inverse; R or more for a dropped copy.
-    padded: whether any copy_of_row_R may be -1.
+    padded: the rows without a copy fill buffers up: they are zero and so are their gradients. Otherwise they all lie
+    behind the others and nothing is said about their contents, which may be anything and are used by nobody.
+    count_S: [S] int64, copies of each slot.
     """
 
     copy_of_row_R: torch.Tensor
     row_of_copy_TK: torch.Tensor
     padded: bool = False
+    count_S: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -26,6 +34,7 @@ class RoutingPlan:
 
     @property
     def token_of_row_R(self) -> torch.Tensor:
+        """[R] int64, the token whose copy stands in a row, 0 in a row without a copy."""
         return self.copy_of_row_R.clamp(min=0) // max(self.row_of_copy_TK.shape[1], 1)
 
 
@@ -37,23 +46,18 @@ def slots_of(expert_idx_TK: torch.Tensor, slot_of_expert_E: torch.Tensor) -> tor
 
 def count_slots(slot_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Copies in each slot, dropped ones left out: [num_slots] int64. No host synchronisation (bincount would)."""
-    flat = slot_TK.reshape(-1)
-    count = torch.zeros(num_slots + 1, dtype=torch.int64, device=flat.device)
-    count.scatter_add_(0, torch.where(flat >= 0, flat, num_slots), torch.ones_like(flat))
-    return count[:num_slots]
+    return _count_slots(slot_TK, num_slots)
 
 
 def make_plan(slot_TK: torch.Tensor, num_slots: int, num_rows: int) -> RoutingPlan:
     """Lay the kept copies out by slot, inside a slot in the order of tokens and then of k.
 
     slot_TK: [T, K] int64, -1 = dropped; num_rows: how many copies are kept (from the counts, known on the host by
-    then).
+    then), or any other number R of rows to lay them out in: what does not fit is dropped, and rows that are left over
+    lie behind the others. No host synchronisation.
     """
-    flat = slot_TK.reshape(-1)
-    order = torch.sort(torch.where(flat >= 0, flat, num_slots), stable=True).indices
-    row_of_copy = torch.empty_like(order)
-    row_of_copy[order] = torch.arange(order.shape[0], device=order.device)
-    return RoutingPlan(order[:num_rows], row_of_copy.view(slot_TK.shape))
+    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, 0, num_rows)
+    return RoutingPlan(copy_of_row_R, row_of_copy_TK, count_S=count_S)
 
 
 def make_padded_plan(slot_TK: torch.Tensor, num_slots: int, capacity: int) -> RoutingPlan:
@@ -61,17 +65,65 @@ def make_padded_plan(slot_TK: torch.Tensor, num_slots: int, capacity: int) -> Ro
 
     Row s * capacity + c holds copy c of slot s. A copy beyond the capacity of its slot would be dropped.
     """
-    count_S = count_slots(slot_TK, num_slots)
-    dense = make_plan(slot_TK, num_slots, slot_TK.numel())
-    start_S = count_S.cumsum(0) - count_S
-    seat_C = torch.arange(capacity, device=slot_TK.device)
-    filled_SC = seat_C < count_S.unsqueeze(1)
-    if slot_TK.numel():
-        source_SC = (start_S.unsqueeze(1) + seat_C).clamp(max=slot_TK.numel() - 1)
-        copy_SC = torch.where(filled_SC, dense.copy_of_row_R[source_SC], -1)
+    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, capacity, num_slots * capacity)
+    return RoutingPlan(copy_of_row_R, row_of_copy_TK, padded=True, count_S=count_S)
+
+
+def _run_count(slot_TK, num_slots):
+    kernels = kernels_for(slot_TK) if num_slots <= MAX_KERNEL_SLOTS else None
+    return kernels.count_slots(slot_TK.contiguous(), num_slots) if kernels else count_slots_reference(slot_TK, num_slots)
+
+
+def _run_plan(slot_TK, num_slots, capacity, num_rows):
+    kernels = kernels_for(slot_TK) if 0 < num_slots <= MAX_KERNEL_SLOTS else None
+    if kernels:
+        return kernels.plan_rows(slot_TK.contiguous(), num_slots, capacity, num_rows)
+    return plan_reference(slot_TK, num_slots, capacity, num_rows)
+
+
+def _fake_plan(slot_TK, num_slots, capacity, num_rows):
+    return slot_TK.new_empty(num_slots), slot_TK.new_empty(num_rows), torch.empty_like(slot_TK)
+
+
+_count_slots = register(
+    "count_slots(Tensor slot_TK, int num_slots) -> Tensor",
+    _run_count,
+    lambda slot_TK, num_slots: slot_TK.new_empty(num_slots),
+)
+_routing_plan = register(
+    "routing_plan(Tensor slot_TK, int num_slots, int capacity, int num_rows) -> (Tensor, Tensor, Tensor)",
+    _run_plan,
+    _fake_plan,
+)
+
+
+def count_slots_reference(slot_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """`count_slots` in plain torch."""
+    flat = slot_TK.reshape(-1)
+    count = torch.zeros(num_slots + 1, dtype=torch.int64, device=flat.device)
+    count.scatter_add_(0, torch.where(flat >= 0, flat, num_slots), torch.ones_like(flat))
+    return count[:num_slots].clone()
+
+
+def plan_reference(slot_TK: torch.Tensor, num_slots: int, capacity: int, num_rows: int):
+    """(count_S, copy_of_row_R, row_of_copy_TK) in plain torch. capacity 0: rows lie close; else buffers of that many
+    rows for each slot."""
+    flat, device = slot_TK.reshape(-1), slot_TK.device
+    count_S = count_slots_reference(slot_TK, num_slots)
+    order_N = torch.sort(torch.where(flat >= 0, flat, num_slots), stable=True).indices
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(order_N.shape[0], device=device)
+    if capacity:
+        start_S = count_S.cumsum(0) - count_S
+        seat_N = place_N - start_S[flat.clamp(min=0)]
+        row_N = torch.where((flat >= 0) & (seat_N < capacity), flat * capacity + seat_N, num_rows)
+        seat_C = torch.arange(capacity, device=device)
+        source_R, filled_R = (start_S.unsqueeze(1) + seat_C).reshape(-1), (seat_C < count_S.unsqueeze(1)).reshape(-1)
     else:
-        copy_SC = torch.full_like(filled_SC, -1, dtype=torch.int64)
-    seat_TK = dense.row_of_copy_TK - start_S[slot_TK.clamp(min=0)]
-    fits_TK = (slot_TK >= 0) & (seat_TK < capacity)
-    row_TK = torch.where(fits_TK, slot_TK * capacity + seat_TK, num_slots * capacity)
-    return RoutingPlan(copy_SC.reshape(-1), row_TK, padded=True)
+        row_N = torch.where(flat >= 0, place_N, num_rows)
+        source_R = torch.arange(num_rows, device=device)
+        filled_R = source_R < count_S.sum()
+    if not flat.shape[0]:
+        return count_S, torch.full_like(source_R, -1), row_N.view(slot_TK.shape)
+    copy_R = torch.where(filled_R, order_N[source_R.clamp(max=flat.shape[0] - 1)], -1)
+    return count_S, copy_R, row_N.view(slot_TK.shape)

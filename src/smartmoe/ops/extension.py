@@ -1,0 +1,67 @@
+"""The CUDA extension, and which path an operation takes on which device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+try:
+    from smartmoe import _C
+except ImportError as error:
+    _C, _MISSING = None, str(error)
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the experts are computed. gemm: "grouped" (one grouped product, counts stay on the device) or "loop" (one
+    product for each slot, reads the counts on the host). kernels: "extension" or "torch" for everything around it."""
+
+    gemm: str
+    kernels: str
+    reason: str
+
+
+def choose_path(capability: tuple[int, int] | None, dtype: torch.dtype, have_extension: bool) -> Path:
+    """Choose for a device of this compute capability, None = a CPU. Pure.
+
+    torch's grouped product stays on the device in bfloat16 on compute capability 9.x and 10.x; elsewhere it would loop
+    over the groups and synchronise in every product, so that one loop of our own, with one synchronisation, is better.
+    Raises ValueError for bfloat16 on a device without it (before 8.0, so V100 and T4).
+    """
+    if capability is None:
+        return Path("grouped", "torch", "no CUDA device")
+    name = f"compute capability {capability[0]}.{capability[1]}, {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        raise ValueError(f'{name}: this GPU has no bfloat16 arithmetic, take workload.dtype = "float16"')
+    gemm = "grouped" if dtype == torch.bfloat16 and capability[0] in (9, 10) else "loop"
+    kernels = "extension" if have_extension and dtype in KERNEL_DTYPES and capability >= (7, 0) else "torch"
+    return Path(gemm, kernels, name)
+
+
+@functools.cache
+def _path_of(device: torch.device, dtype: torch.dtype) -> Path:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    path = choose_path(capability, dtype, _C is not None)
+    if capability is not None:
+        missing = "" if _C is not None else f" (smartmoe._C is not there: {_MISSING})"
+        _logger.info("experts on %s: %s products, kernels of %s%s", path.reason, path.gemm, path.kernels, missing)
+    return path
+
+
+def path_for(tensor: torch.Tensor) -> Path:
+    """The path for a tensor's device and dtype; said once in the log for each of them."""
+    return _path_of(tensor.device, tensor.dtype)
+
+
+def kernels_for(tensor: torch.Tensor, weight: torch.Tensor | None = None) -> ModuleType | None:
+    """The extension when it can work on these: on CUDA, rows of a type it knows, combine weights float32; else None."""
+    if _C is None or not tensor.is_cuda or tensor.dtype not in (*KERNEL_DTYPES, torch.int64):
+        return None
+    return _C if weight is None or weight.dtype == torch.float32 else None

@@ -1,0 +1,24 @@
+"""Registration of operations with torch, so that a compiled graph holds each as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("smartmoe", "FRAGMENT")
+
+
+def register(schema: str, run: Callable, fake: Callable, *, backward: Callable | None = None, setup=None):
+    """Register "smartmoe::<schema>" and return it, to be called like a function.
+
+    run: computes on any device. fake: results of the right shape without data. backward(ctx, *gradients) and
+    setup(ctx, inputs, output): as torch.library.register_autograd; None = not differentiable.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"smartmoe::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"smartmoe::{name}", backward, setup_context=setup, lib=_LIBRARY)
+    return getattr(torch.ops.smartmoe, name).default
