@@ -21,15 +21,14 @@ from smartmoe.placement import Placement
 GATE = GateConfig(kind="gshard", capacity=1.5)
 
 
-def _train_and_save(world_rank, plan, folder, shuffled):
+def _shuffled(plan):
+    order = np.random.default_rng(3).permutation(MODEL.num_experts)
+    return Placement(num_ranks=plan.ep, expert_of_slot=tuple(order.tolist()))
+
+
+def _train_and_save(world_rank, plan, folder):
     trainer = make_trainer(make_config(plan, gate=GATE))
-    if shuffled:
-        order = np.random.default_rng(3).permutation(8)
-        entries = []
-        for layer in trainer.layers.values():
-            new = Placement(num_ranks=plan.ep, expert_of_slot=tuple(int(expert) for expert in order))
-            entries.append((layer, new))
-        trainer.online.move(entries)
+    trainer.online.move([(layer, _shuffled(plan)) for layer in trainer.layers.values()])
     for _ in range(5):
         trainer.run_iteration()
     trainer.save(Path(folder))
@@ -38,7 +37,7 @@ def _train_and_save(world_rank, plan, folder, shuffled):
 def _resume_and_train(world_rank, plan, folder):
     trainer = make_trainer(make_config(plan, gate=GATE))
     trainer.resume(checkpoint.latest(Path(folder)))
-    return [trainer.run_iteration().lm_loss for _ in range(5)]
+    return [layer.placement for layer in trainer.layers.values()], [trainer.run_iteration().lm_loss for _ in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,10 @@ PLANS = [
     "saving_world,saving,loading_world,loading", PLANS, ids=lambda v: getattr(v, "describe", str)()
 )
 def test_another_plan_continues_with_the_same_losses(tmp_path, whole, saving_world, saving, loading_world, loading):
-    spawn(_train_and_save, saving_world, saving, str(tmp_path), True)
-    losses = spawn(_resume_and_train, loading_world, loading, str(tmp_path))[0]
+    spawn(_train_and_save, saving_world, saving, str(tmp_path))
+    placements, losses = spawn(_resume_and_train, loading_world, loading, str(tmp_path))[0]
+    plain = Placement.identity(MODEL.num_experts, loading.ep)
+    assert placements == [_shuffled(saving) if saving.ep == loading.ep else plain] * MODEL.num_layers
     np.testing.assert_allclose(losses, whole[5:], rtol=LOSS_TOLERANCE)
 
 

@@ -11,6 +11,7 @@ from parity import GATES, WORKLOAD, make_config, make_trainer
 
 from smartmoe.config import ParallelPlan, Workload
 from smartmoe.optimizer import layer_of, learning_rate
+from smartmoe.placement import Placement
 
 
 def _norms(world_rank, plan):
@@ -33,6 +34,20 @@ def test_the_norm_is_that_of_all_gradients():
         ref.grad.normal_()
     flat = torch.cat([ref.grad.flatten() for ref in trainer.optimizer.buffers.refs]).double()
     assert trainer.optimizer.grad_norm() == pytest.approx(flat.norm().item(), rel=1e-12)
+
+
+def test_the_norm_does_not_depend_on_where_experts_live():
+    trainer = make_trainer(make_config())
+    for ref in trainer.optimizer.buffers.refs:
+        ref.grad.normal_()
+    before = trainer.optimizer.grad_norm()
+    order = np.random.default_rng(0).permutation(8)
+    for layer in trainer.layers.values():
+        layer.set_placement(Placement(1, tuple(order.tolist())))
+    for ref in trainer.optimizer.buffers.refs:
+        if ref.kind == "expert":
+            ref.grad.copy_(ref.grad[torch.from_numpy(order)])
+    assert trainer.optimizer.grad_norm() == before
 
 
 def _overflow_on_one_rank(world_rank, plan):
