@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace")
-DISPATCHERS = ("basic", "overlapped", "padded")
+DISPATCHERS = ("basic", "overlapped", "padded", "direct", "auto")
 EXPERT_IMPLS = ("grouped", "loop")
 ONLINE_POLICIES = ("static", "greedy", "least_move")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,12 +61,17 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Which mechanism carries tokens to experts and back, and how experts are computed."""
+    """Which mechanism carries tokens to experts and back, and how experts are computed.
+
+    `row_factor` bounds the rows of a rank in dispatcher "direct", in multiples of an even share; as many as there are
+    ranks holds any routing. "auto" is "direct" where GPUs reach each other's memory, else "basic".
+    """
 
     dispatcher: str = "basic"
     experts: str = "grouped"
     overlap_groups: int = 2
     shadowing: bool = False
+    row_factor: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +239,8 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"online.interval = {config.online.interval} must be at least 1")
     if config.layer.overlap_groups < 1:
         problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
+    if not config.layer.row_factor >= 1:
+        problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, an even share of the rows")
     if config.layer.shadowing and config.layer.dispatcher != "overlapped":
         problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')
     return problems

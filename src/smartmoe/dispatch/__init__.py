@@ -6,20 +6,34 @@ Shape letters are those of `smartmoe.ops`.
 
 from __future__ import annotations
 
-from smartmoe.config import ClusterSpec, LayerConfig
+import functools
+import logging
+
+from smartmoe.config import DISPATCHERS, ClusterSpec, LayerConfig
 from smartmoe.dispatch.basic import BasicDispatcher
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.overlapped import OverlappedDispatcher
 from smartmoe.dispatch.padded import PaddedDispatcher
 from smartmoe.dispatch.shadow import ShadowCost
+from smartmoe.dispatch.symmetric import why_unavailable
+
+_log = logging.getLogger(__name__)
 
 
 def build_dispatcher(layer: LayerConfig, ep_group, *, slots_per_rank: int, cluster: ClusterSpec | None = None):
     """The dispatcher that `layer` names, over `ep_group` (None = this process alone), for `slots_per_rank` slots a
     rank.
 
-    `cluster`: bandwidth and speed for the shadowing decision, needed by layer.shadowing only. Raises ValueError for
-    an unknown name, or shadowing without a cluster.
+    `cluster`: bandwidth and speed for the shadowing decision, needed by layer.shadowing only. "auto" is collective
+    over the group. Raises ValueError for an unknown name, or shadowing without a cluster.
     """
+    if layer.dispatcher == "auto":
+        reason = why_unavailable(ep_group)
+        _log_choice("direct" if reason is None else f"basic: {reason}")
+        if reason is not None:
+            return BasicDispatcher(ep_group, slots_per_rank)
+    if layer.dispatcher in ("direct", "auto"):
+        return DirectDispatcher(ep_group, slots_per_rank, layer.row_factor)
     if layer.dispatcher == "basic":
         return BasicDispatcher(ep_group, slots_per_rank)
     if layer.dispatcher == "padded":
@@ -31,4 +45,10 @@ def build_dispatcher(layer: LayerConfig, ep_group, *, slots_per_rank: int, clust
             )
         cost = ShadowCost.of(cluster) if layer.shadowing else None
         return OverlappedDispatcher(ep_group, slots_per_rank, num_groups=layer.overlap_groups, shadow_cost=cost)
-    raise ValueError(f'layer.dispatcher = "{layer.dispatcher}" is not one of basic, overlapped, padded')
+    raise ValueError(f'layer.dispatcher = "{layer.dispatcher}" is not one of {", ".join(DISPATCHERS)}')
+
+
+@functools.cache
+def _log_choice(choice: str) -> None:
+    """Once for each choice, not once for each layer."""
+    _log.info("layer.dispatcher = auto: %s", choice)

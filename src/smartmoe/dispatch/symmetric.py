@@ -1,0 +1,252 @@
+"""The transport of the direct dispatcher on GPUs: kernels that store into the memory of the other ranks.
+
+Needs Triton, and torch symmetric memory between GPUs of one host that reach each other's memory; one rank alone needs
+no symmetric memory. NVLink multicast is not used. Shape letters are those of `smartmoe.dispatch.transport`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import torch
+import torch.distributed as dist
+
+from smartmoe.dispatch.transport import Arrivals, LocalPlan
+from smartmoe.ops.all_to_all import group_rank, group_size
+
+_ALIGNMENT = 256
+_TILE_ELEMENTS = 4096
+_NUM_WARPS = 4
+_REASONS: dict[object, str | None] = {}
+
+
+def why_unavailable(group) -> str | None:
+    """Why the ranks of `group` cannot store into each other's memory, or None when they can.
+
+    The same answer on every rank. Collective on the first call for a group of GPUs: two small gathers of objects.
+    """
+    if group not in _REASONS:
+        _REASONS[group] = _find_reason(group)
+    return _REASONS[group]
+
+
+def _find_reason(group) -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if group_size(group) == 1:
+        return None
+    if "nccl" not in dist.get_backend(group):
+        return f"the group's backend is {dist.get_backend(group)}, not nccl"
+    device = torch.cuda.current_device()
+    peers = _gather_objects((socket.gethostname(), device), group)
+    mine = None
+    if len({host for host, _ in peers}) > 1:
+        mine = "its ranks are on several hosts"
+    else:
+        hidden = [peer for _, peer in peers if peer >= torch.cuda.device_count()]
+        others = [peer for _, peer in peers if peer != device and peer not in hidden]
+        # devices hidden from this process cannot be asked about
+        if not all(torch.cuda.can_device_access_peer(device, peer) for peer in others):
+            mine = f"GPU {device} cannot reach the memory of all others"
+    return next((reason for reason in _gather_objects(mine, group) if reason), None)
+
+
+def _gather_objects(value, group) -> list:
+    values = [None] * group_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class SymmetricTransport:
+    """As CollectiveTransport, without the host, and collective over the group by flags in the peers' memory.
+
+    One buffer for each rank, the same layout everywhere: tokens [N, D], sums [N, D], slots and weights [N, K], gradients
+    of weights [C, K], rows needed [W], flags [W]. Each call that moves something ends when all peers' stores of that call
+    arrived. A peer starts to fill a region again only after it saw our next call, which this stream launches after its
+    reads of the region, as long as calls alternate between tokens (`send`, `push`) and sums (`sum_back`). Where they do
+    not, an extra meeting of all ranks stands between them. All calls must be made in the same order on
+    all ranks and on one stream at a time. Building it is collective and must not be captured in a CUDA graph.
+    """
+
+    def __init__(self, group, slots_per_rank: int, capacity: int, x_TD: torch.Tensor, top_k: int):
+        if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"direct dispatcher: dtype {x_TD.dtype} is not float32, bfloat16 or float16")
+        reason = why_unavailable(group)
+        if reason is not None:
+            raise ValueError(f'direct dispatcher: {reason}; take layer.dispatcher = "auto" or "basic"')
+        from smartmoe.dispatch import direct_kernels
+
+        self._kernels = direct_kernels
+        self.group, self.slots_per_rank, self.capacity, self.top_k = group, slots_per_rank, capacity, top_k
+        self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
+        self.width, self.dtype, self.device = x_TD.shape[1], x_TD.dtype, x_TD.device
+        self._layout()
+        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.alarm = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self.block_d = _column_block(self.width)
+        self.block_rows = max(1, _TILE_ELEMENTS // self.block_d)
+        self._open = False
+        self._stream = None
+
+    def _layout(self):
+        num_tokens, num_copies = self.num_ranks * self.capacity, self.num_ranks * self.capacity * self.top_k
+        # one rank reads its input and writes its output in place: no rows in the buffer
+        rows = (num_tokens if self.num_ranks > 1 else 0) * self.width
+        regions = {
+            "tokens": (rows, self.dtype),
+            "sums": (rows, self.dtype),
+            "slots": (num_copies, torch.int32),
+            "weights": (num_copies, torch.float32),
+            "grads": (self.capacity * self.top_k, torch.float32),
+            "needed": (self.num_ranks, torch.int32),
+            "flags": (self.num_ranks, torch.int32),
+        }
+        self.offset, total = {}, 0
+        for name, (numel, dtype) in regions.items():
+            self.offset[name] = total
+            total += -(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._buffer, addresses = _allocate(total, self.device, self.group)
+        self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.view = {
+            name: self._buffer[self.offset[name] : self.offset[name] + numel * dtype.itemsize].view(dtype)
+            for name, (numel, dtype) in regions.items()
+        }
+
+    def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
+        """As CollectiveTransport.send."""
+        num_copies = self.num_ranks * self.capacity * self.top_k
+        self._begin(opens=True)
+        local_NK = torch.empty(num_copies // self.top_k, self.top_k, dtype=torch.int64, device=self.device)
+        weight_NK = torch.empty(local_NK.shape, dtype=torch.float32, device=self.device)
+        self._push(x_TD, slot_TK, weight_TK)
+        self._kernels.receive_kernel[(-(-num_copies // 1024),)](
+            self.view["slots"], self.view["weights"], local_NK, weight_NK, self.peers_W, self.state, self.ep_rank,
+            num_copies, self.slots_per_rank, self.offset["flags"], W=self.num_ranks, BLOCK=1024,
+        )  # fmt: skip
+        return Arrivals(self._arrived(x_TD), local_NK, weight_NK)
+
+    def push(self, x_TD, slot_TK) -> torch.Tensor:
+        """As CollectiveTransport.push; the next call must be `weigh`, which waits."""
+        self._begin(opens=True)
+        if self.num_ranks > 1:
+            self._push(x_TD, slot_TK, None)
+        return self._arrived(x_TD)
+
+    def bound(self, wanted_L, row_bound: int):
+        """As CollectiveTransport.bound."""
+        count_L = torch.empty_like(wanted_L)
+        sizes = torch.empty(2, dtype=torch.int32, device=self.device)
+        num_rows, num_needed = sizes[:1], sizes[1:]
+        self._kernels.bound_kernel[(1,)](
+            wanted_L, count_L, num_rows, num_needed, wanted_L.shape[0], row_bound, L_PAD=_power_of_two(wanted_L.shape[0])
+        )
+        return count_L, num_rows, num_needed
+
+    def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
+        """As CollectiveTransport.gather; rows that are not in use are not written."""
+        rows_RD = torch.empty(plan.row_bound, self.width, dtype=self.dtype, device=self.device)
+        self._kernels.gather_kernel[self._grid(plan.row_bound)](
+            tokens_ND, rows_RD, plan.copy_R, plan.num_rows, self.width, K=self.top_k, **self._tile("R"),
+        )  # fmt: skip
+        return rows_RD
+
+    def weigh(self, grad_ND, rows_RD, plan: LocalPlan) -> torch.Tensor:
+        """As CollectiveTransport.weigh; rows that are not in use are not written."""
+        grad_RD = torch.empty_like(rows_RD)
+        self._kernels.weigh_kernel[self._grid(max(rows_RD.shape[0], 1))](
+            grad_ND, rows_RD, grad_RD, plan.copy_R, plan.weight_NK, plan.num_rows, self.peers_W, self.state, self.ep_rank,
+            self.capacity, self.width, self.offset["grads"], self.offset["flags"], K=self.top_k, W=self.num_ranks,
+            WAIT=self.num_ranks > 1, **self._tile("R"),
+        )  # fmt: skip
+        return grad_RD
+
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, weighted: bool) -> torch.Tensor:
+        """As CollectiveTransport.sum_back."""
+        y_TD = torch.empty(slot_TK.shape[0], self.width, dtype=self.dtype, device=self.device)
+        self._begin(opens=False)
+        self._kernels.sum_back_kernel[(self._grid(self.capacity)[0] * self.num_ranks,)](
+            rows_RD, plan.row_NK, plan.weight_NK, y_TD, plan.num_rows, plan.num_needed, self.peers_W, self.state,
+            self.ep_rank, self.capacity, slot_TK.shape[0], self.width, self.offset["sums"], self.offset["needed"],
+            self.offset["flags"], K=self.top_k, W=self.num_ranks, WEIGHTED=weighted, **self._tile("T"),
+        )  # fmt: skip
+        if self.num_ranks > 1:
+            self._collect(y_TD, slot_TK, plan.row_bound, check=weighted)
+        return y_TD
+
+    def wait(self) -> None:
+        """As CollectiveTransport.wait; synchronises with the device."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def weight_grad(self, slot_TK) -> torch.Tensor:
+        """As CollectiveTransport.weight_grad."""
+        grads_TK = self.view["grads"].view(self.capacity, self.top_k)[: slot_TK.shape[0]]
+        return grads_TK.masked_fill(slot_TK < 0, 0)
+
+    def _push(self, x_TD, slot_TK, weight_TK):
+        with_meta = weight_TK is not None
+        self._kernels.push_kernel[self._grid(self.capacity)](
+            x_TD, slot_TK, weight_TK if with_meta else slot_TK, self.peers_W, self.state, self.ep_rank, x_TD.shape[0],
+            self.capacity, self.slots_per_rank, self.width if self.num_ranks > 1 else 0, self.offset["tokens"],
+            self.offset["slots"], self.offset["weights"], self.offset["flags"], K=self.top_k, W=self.num_ranks,
+            WITH_META=with_meta, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
+        )  # fmt: skip
+
+    def _collect(self, y_TD, slot_TK, row_bound, check):
+        self._kernels.collect_kernel[self._grid(max(y_TD.shape[0], 1))](
+            self.view["sums"], slot_TK, y_TD, self.view["needed"], self.alarm, self.peers_W, self.state, self.ep_rank,
+            y_TD.shape[0], self.capacity, self.slots_per_rank, row_bound, self.width, self.offset["flags"],
+            K=self.top_k, W=self.num_ranks, CHECK=check, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
+        )  # fmt: skip
+
+    def _arrived(self, x_TD):
+        return x_TD if self.num_ranks == 1 else self.view["tokens"].view(-1, self.width)
+
+    def _grid(self, num_rows: int) -> tuple[int]:
+        return (-(-num_rows // self.block_rows),)
+
+    def _tile(self, letter: str) -> dict:
+        return {f"BLOCK_{letter}": self.block_rows, "BLOCK_D": self.block_d, "num_warps": _NUM_WARPS}
+
+    def _begin(self, opens: bool) -> None:
+        """Before a call that fills tokens (`opens`) or sums: see that the two alternate, and follow the last stream."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+        self._stream = stream
+        if self._open == opens and self.num_ranks > 1:
+            # a call was left without its answer: peers may still read the region that this one fills
+            self._kernels.meet_kernel[(1,)](
+                self.peers_W, self.state, self.ep_rank, self.offset["flags"], W=self.num_ranks
+            )
+        self._open = opens
+
+
+def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
+    """A zeroed buffer on every rank, and the address of each rank's as this process sees it. Collective."""
+    if group_size(group) == 1:
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        return buffer, [buffer.data_ptr()]
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(buffer, group)
+    buffer.zero_()
+    bases = [handle.get_buffer(peer, (1,), torch.uint8).data_ptr() for peer in range(group_size(group))]
+    # the tensor may stand inside a larger allocation, at the same place on every rank
+    shift = buffer.data_ptr() - bases[group_rank(group)]
+    torch.cuda.synchronize(device)
+    dist.barrier(group)
+    return buffer, [base + shift for base in bases]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _column_block(width: int) -> int:
+    """Columns that a block moves at once: the widest tile that leaves no lane idle, or one that covers odd widths."""
+    exact = [block for block in (2048, 1024, 512, 256, 128) if width % block == 0]
+    return exact[0] if exact else min(_power_of_two(width), 1024)

@@ -1,0 +1,159 @@
+"""What the direct dispatcher needs of a transport, in plain torch over collectives: the reference, and the form for CPUs.
+
+Shape letters are those of `smartmoe.ops`, and C the tokens that a rank may have at most, N = W * C the tokens of all
+ranks: token n = (source rank, t). A transport moves each token once to every rank that hosts one of its copies and
+brings one row back; `smartmoe.dispatch.symmetric` does the same with kernels that store into the peers' memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
+from smartmoe.ops.plan import make_plan
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What `send` brought. tokens_ND: [N, D], a row is filled only when a copy of its token is for this rank, and valid
+    until the next call of the transport. local_NK: [N, K] int64 local slot of each copy, -1 = none here; weight_NK:
+    [N, K] float32; both private copies."""
+
+    tokens_ND: torch.Tensor
+    local_NK: torch.Tensor
+    weight_NK: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """How the copies that this rank hosts are laid out as at most R rows, by (local slot, source rank, t, k).
+
+    row_NK: [N, K] int64, num_rows or more = no row here; copy_R: [R] int64 copy n * K + k in each row, meaningless from
+    num_rows on; weight_NK: [N, K] float32; count_L: [L] int64 rows of each slot, at most R in all. num_rows: [1] int32
+    rows used; num_needed: [1] int32 rows that the routing asks for, more than R = the rest has no row. All on the device.
+    """
+
+    row_NK: torch.Tensor
+    copy_R: torch.Tensor
+    weight_NK: torch.Tensor
+    count_L: torch.Tensor
+    num_rows: torch.Tensor
+    num_needed: torch.Tensor
+
+    @property
+    def row_bound(self) -> int:
+        return self.copy_R.shape[0]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.row_NK, self.copy_R, self.weight_NK, self.count_L, self.num_rows, self.num_needed
+
+
+def make_local_plan(transport, arrivals: Arrivals, row_bound: int) -> LocalPlan:
+    """Lay the copies of `arrivals` out as at most `row_bound` rows. No host synchronisation."""
+    plan = make_plan(arrivals.local_NK, transport.slots_per_rank, row_bound)
+    sizes = transport.bound(plan.count_S, row_bound)
+    return LocalPlan(plan.row_of_copy_TK, plan.copy_of_row_R, arrivals.weight_NK, *sizes)
+
+
+class CollectiveTransport:
+    """The transport over all-gathers and all-to-alls of whole buffers, in plain torch on any device and backend.
+
+    It moves what the kernels move and W times more; rows that the kernels would leave unwritten are NaN here, so that a
+    reader of too much shows. Collective over the group in every call but `bound`, `gather`, `wait` and `weight_grad`.
+    Reads sizes on the host.
+    """
+
+    def __init__(self, group, slots_per_rank: int, capacity: int):
+        self.group, self.slots_per_rank, self.capacity = group, slots_per_rank, capacity
+        self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
+        self.alarm = torch.zeros(1, dtype=torch.int32)
+        self._weight_grad = None
+
+    def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
+        """Bring x_TD [T, D] of every rank to the ranks of slot_TK [T, K] int64 (-1 = dropped), and the slots and
+        weights [T, K] float32 to all."""
+        local_NK = self._local(slot_TK)
+        return Arrivals(self._tokens(x_TD, local_NK), local_NK, gather_all(self._padded(weight_TK, 0.0), self.group))
+
+    def push(self, x_TD, slot_TK) -> torch.Tensor:
+        """As `send`, without slots and weights: returns tokens_ND."""
+        return self._tokens(x_TD, self._local(slot_TK))
+
+    def bound(self, wanted_L, row_bound: int):
+        """Cut counts where their running sum passes row_bound: (count_L, num_rows [1] int32, num_needed [1] int32)."""
+        end_L = wanted_L.cumsum(0)
+        kept_L = end_L.clamp(max=row_bound)
+        count_L = torch.diff(kept_L, prepend=kept_L.new_zeros(1))
+        return count_L, kept_L[-1:].to(torch.int32), end_L[-1:].to(torch.int32)
+
+    def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
+        """The rows of the plan: [R, D], NaN beyond the rows in use."""
+        return self._poison_tail(tokens_ND[plan.copy_R // plan.weight_NK.shape[1]], plan)
+
+    def weigh(self, grad_ND, rows_RD, plan: LocalPlan) -> torch.Tensor:
+        """The gradient of `sum_back` with weights, of the shape of rows_RD; the weights' gradients go to their source."""
+        copy_R = plan.copy_R[: rows_RD.shape[0]]
+        grad_RD = grad_ND[copy_R // plan.weight_NK.shape[1]].float()
+        dot_R = (rows_RD.float() * grad_RD).sum(1)
+        has_row_NK = plan.row_NK < plan.num_rows
+        picked_NK = plan.row_NK.masked_fill(~has_row_NK, 0)
+        grad_NK = dot_R[picked_NK].masked_fill(~has_row_NK, 0) if dot_R.numel() else torch.zeros_like(plan.weight_NK)
+        self._weight_grad = self._exchange(grad_NK).view(self.num_ranks, self.capacity, -1).sum(0)
+        weight_R = plan.weight_NK.reshape(-1)[copy_R]
+        return self._poison_tail((grad_RD * weight_R.unsqueeze(1)).to(rows_RD.dtype), plan)
+
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, weighted: bool) -> torch.Tensor:
+        """Sum each token's rows over k (times its weights), bring one row back to its source and sum there over ranks.
+
+        Returns [T, D]; NaN everywhere, on every rank, when some rank's routing did not fit its rows.
+        """
+        part_ND = torch.zeros(plan.row_NK.shape[0], rows_RD.shape[1], device=rows_RD.device)
+        for k in range(plan.row_NK.shape[1]):
+            row_N = plan.row_NK[:, k]
+            has_row_N = row_N < plan.num_rows
+            picked = rows_RD[row_N[has_row_N]].float()
+            part_ND[has_row_N] += picked * plan.weight_NK[has_row_N, k : k + 1] if weighted else picked
+        back = self._exchange(part_ND.to(rows_RD.dtype)).float().view(self.num_ranks, self.capacity, -1)
+        y_TD = back[0, : slot_TK.shape[0]]
+        for source in range(1, self.num_ranks):
+            y_TD = y_TD + back[source, : slot_TK.shape[0]]
+        needed = int(gather_all(plan.num_needed, self.group).max())
+        if weighted and needed > plan.row_bound:
+            self.alarm[0] = needed
+            y_TD = torch.full_like(y_TD, torch.nan)
+        return y_TD.to(rows_RD.dtype)
+
+    def wait(self) -> None:
+        """Return when `alarm` tells of all calls so far: 0, or the rows that a routing needed and did not get."""
+
+    def weight_grad(self, slot_TK) -> torch.Tensor:
+        """The gradients [T, K] float32 of the weights, after the `sum_back` that followed `weigh`."""
+        return self._weight_grad[: slot_TK.shape[0]].contiguous()
+
+    def _padded(self, tensor, value):
+        out = tensor.new_full((self.capacity, tensor.shape[1]), value)
+        out[: tensor.shape[0]] = tensor
+        return out
+
+    def _local(self, slot_TK):
+        local_NK = gather_all(self._padded(slot_TK, -1), self.group) - self.ep_rank * self.slots_per_rank
+        return torch.where((local_NK >= 0) & (local_NK < self.slots_per_rank), local_NK, -1)
+
+    def _tokens(self, x_TD, local_NK):
+        tokens_ND = gather_all(self._padded(x_TD, torch.nan), self.group)
+        return tokens_ND.masked_fill((local_NK < 0).all(1, keepdim=True), torch.nan)
+
+    def _poison_tail(self, rows_RD, plan):
+        tail_R = torch.arange(rows_RD.shape[0], device=rows_RD.device) >= plan.num_rows
+        return rows_RD.masked_fill(tail_R.unsqueeze(1), torch.nan)
+
+    def _exchange(self, parts_ND):
+        """Part w of the rows goes to rank w; returns what the ranks sent here."""
+        if self.num_ranks == 1:
+            return parts_ND
+        back = torch.empty_like(parts_ND)
+        dist.all_to_all_single(back, parts_ND.contiguous(), group=self.group)
+        return back

@@ -1,0 +1,332 @@
+"""The direct dispatcher: its arithmetic on gloo worlds through the plain transport, its kernels on GPUs."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from smartmoe import dispatch
+from smartmoe.config import LayerConfig, ModelConfig, RunConfig, check
+from smartmoe.dispatch.basic import BasicDispatcher
+from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.dispatch.transport import Arrivals, CollectiveTransport, make_local_plan
+from tests import oracle
+from tests.dispatch import cases
+from tests.dist import spawn
+
+WIDTH, TOKENS, TOP_K, SLOTS = 64, 48, 3, 4
+
+
+def _group(num_ranks):
+    return dist.group.WORLD if num_ranks > 1 else None
+
+
+def _device(device_type, rank):
+    return torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+
+
+class _Scaled:
+    """Experts that multiply by 1 + their rank, and spoil every row that they must leave alone."""
+
+    def __init__(self, ep_rank):
+        self.ep_rank = ep_rank
+
+    def __call__(self, rows_RD, count_L):
+        tail_R = torch.arange(rows_RD.shape[0], device=rows_RD.device) >= count_L.sum()
+        return (rows_RD * (1 + self.ep_rank)).masked_fill(tail_R.unsqueeze(1), torch.nan)
+
+
+def _routed(num_ranks, seed, device, kind="random", num_tokens=TOKENS):
+    """x, slots, weights and the gradient of y of one rank, and what the output and the gradients must be."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_tokens, TOP_K)
+    slot = torch.randint(0, num_ranks * SLOTS, shape, generator=generator)
+    if kind == "skewed":
+        slot = (slot * torch.rand(shape, generator=generator) ** 4).long()
+    elif kind == "hot":
+        slot[:] = int(slot.reshape(-1)[0]) if num_tokens else 0
+    elif kind == "one rank":
+        slot = slot % SLOTS + SLOTS * (num_ranks - 1)
+    elif kind == "drops":
+        slot[torch.rand(shape, generator=generator) < 0.5] = -1
+    elif kind == "nothing":
+        slot[:] = -1
+    x, grad = (torch.randn(num_tokens, WIDTH, generator=generator) for _ in range(2))
+    weight = torch.rand(shape, generator=generator)
+    return [tensor.to(device) for tensor in (x, slot, weight, grad)]
+
+
+def _wanted(x, slot, weight, grad):
+    scale = torch.where(slot >= 0, 1 + slot // SLOTS, 0).double()
+    total = (weight.double() * scale).sum(1, keepdim=True)
+    return x.double() * total, grad.double() * total, scale * (x.double() * grad.double()).sum(1, keepdim=True)
+
+
+def _exchange(dispatcher, x, slot, weight, grad, ep_rank):
+    """(y, gradient of x, gradient of the weights)."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    rows, handle = dispatcher.dispatch(x, slot, weight)
+    y = dispatcher.combine(_Scaled(ep_rank)(rows, handle.count_L), handle)
+    return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
+
+
+def _check_exchange(got, want, what):
+    for mine, wanted, name in zip(got, want, ("y", "x", "weight"), strict=True):
+        oracle.assert_close(mine, wanted.cpu(), torch.float32, f"{what}, {name}")
+
+
+# Through the experts, against the oracle.
+
+
+def _carry_table(world_rank, num_ranks, device_type, dtype, impls):
+    group, device = _group(num_ranks), _device(device_type, world_rank)
+    answers = {}
+    for case in cases.cases(num_ranks):
+        for impl in impls:
+            dispatcher = DirectDispatcher(group, case.placement().slots_per_rank, row_factor=num_ranks)
+            answers[case.name, impl] = cases.carry(case, dispatcher, impl, world_rank, dtype, device)
+            dispatcher.check()
+    return answers
+
+
+def _compare_table(answers_W, num_ranks, dtype):
+    by_name = {case.name: case for case in cases.cases(num_ranks)}
+    for name, impl in answers_W[0]:
+        # float16 holds what bfloat16 holds here, and more
+        tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        cases.compare(by_name[name], [answers[name, impl] for answers in answers_W], f"direct, {impl}", tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_process_gives_the_oracles_answer(dtype):
+    _compare_table([_carry_table(0, 1, "cpu", dtype, ("grouped", "loop"))], 1, dtype)
+
+
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_gloo_gives_the_oracles_answer(num_ranks):
+    answers_W = spawn(_carry_table, num_ranks, num_ranks, "cpu", torch.float32, ("grouped", "loop"))
+    _compare_table(answers_W, num_ranks, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_gpus_give_the_oracles_answer(num_ranks, dtype):
+    _need_gpus(num_ranks)
+    impls = ("grouped", "loop")
+    answers_W = spawn(_carry_table, num_ranks, num_ranks, "cuda", dtype, impls, backend="nccl", timeout_s=120)
+    _compare_table(answers_W, num_ranks, dtype)
+
+
+# What the dispatcher says of itself.
+
+
+def _overflow(world_rank, num_ranks, device_type):
+    device = _device(device_type, world_rank)
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    seen = []
+    for kind in ("one rank", "nothing"):
+        routed = _routed(num_ranks, world_rank, device, kind)
+        seen.append(_exchange(dispatcher, *routed, world_rank)[0])
+        try:
+            dispatcher.check()
+            seen.append("fits")
+        except ValueError as error:
+            seen.append(str(error))
+    _exchange(dispatcher, *_routed(num_ranks, world_rank, device, "one rank"), world_rank)
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    try:
+        dispatcher.dispatch(*_routed(num_ranks, world_rank, device, "nothing")[:3])
+    except ValueError as error:
+        return [*seen, str(error)]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_too_many_rows_poison_the_output_of_every_rank_and_are_told(device_type):
+    num_ranks = 2 if device_type == "cuda" else 3
+    if device_type == "cuda":
+        _need_gpus(num_ranks)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    for y_full, told, y_empty, fits, told_later in spawn(_overflow, num_ranks, num_ranks, device_type, backend=backend):
+        assert torch.isnan(y_full).all()
+        assert f"needed {num_ranks * TOKENS * TOP_K} rows" in told and "layer.row_factor = 1.0" in told
+        assert not y_empty.any() and fits == "fits"
+        assert "basic" in told_later
+
+
+def test_a_batch_larger_than_the_first_is_refused():
+    dispatcher = DirectDispatcher(None, SLOTS)
+    x, slot, weight, _ = _routed(1, 0, "cpu")
+    dispatcher.dispatch(x[:5], slot[:5], weight[:5])
+    dispatcher.dispatch(x[:3], slot[:3], weight[:3])
+    with pytest.raises(ValueError, match="6 tokens, but its buffers were made for 5"):
+        dispatcher.dispatch(x[:6], slot[:6], weight[:6])
+    roomy = DirectDispatcher(None, SLOTS, max_tokens=9)
+    roomy.dispatch(x[:5], slot[:5], weight[:5])
+    roomy.dispatch(x[:9], slot[:9], weight[:9])
+
+
+def test_the_plan_keeps_what_fits_and_counts_what_does_not():
+    local = torch.tensor([[1, -1], [0, 1], [1, 0], [-1, -1]])
+    weight = torch.rand(4, 2)
+    transport = CollectiveTransport(None, slots_per_rank=3, capacity=4)
+    plan = make_local_plan(transport, Arrivals(torch.zeros(4, 1), local, weight), row_bound=3)
+    assert plan.copy_R.tolist() == [2, 5, 0]
+    assert plan.row_NK.clamp(max=3).tolist() == [[2, 3], [0, 3], [3, 1], [3, 3]]
+    assert int(plan.row_NK[0, 1]) >= 3
+    assert plan.count_L.tolist() == [2, 1, 0] and int(plan.num_rows) == 3 and int(plan.num_needed) == 5
+
+
+def test_auto_is_basic_without_gpus_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("smartmoe.dispatch.symmetric._REASONS", {})
+    dispatch._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="smartmoe.dispatch"):
+        built = [dispatch.build_dispatcher(LayerConfig(dispatcher="auto"), None, slots_per_rank=2) for _ in range(3)]
+    assert all(isinstance(dispatcher, BasicDispatcher) for dispatcher in built)
+    assert [record.getMessage() for record in caplog.records] == ["layer.dispatcher = auto: basic: no CUDA device"]
+
+
+def test_direct_is_built_by_name_with_its_bound():
+    dispatcher = dispatch.build_dispatcher(LayerConfig(dispatcher="direct", row_factor=3.0), None, slots_per_rank=2)
+    assert isinstance(dispatcher, DirectDispatcher) and dispatcher.row_factor == 3.0
+    with pytest.raises(ValueError, match="row_factor"):
+        check(RunConfig(model=ModelConfig(), layer=LayerConfig(row_factor=0.5)))
+
+
+# Repeated calls: order of the exchange, memory that is reused.
+
+
+def _steady(world_rank, num_ranks, device_type, num_rounds):
+    """Random routings of every kind twice over, with calls left half done between them."""
+    device = _device(device_type, world_rank)
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=num_ranks, max_tokens=TOKENS)
+    kinds = ("random", "skewed", "hot", "one rank", "drops", "nothing")
+    for turn in range(num_rounds):
+        num_tokens = (TOKENS, 0, 7, TOKENS - 1)[(turn + world_rank) % 4] if turn % 3 else TOKENS
+        routed = _routed(num_ranks, 1000 * world_rank + turn, device, kinds[turn % len(kinds)], num_tokens)
+        first = _exchange(dispatcher, *routed, world_rank)
+        if turn % 5 == 0:
+            dispatcher.dispatch(*routed[:3])
+        again = _exchange(dispatcher, *routed, world_rank)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"turn {turn} differs when repeated"
+        _check_exchange(first, _wanted(*routed), f"turn {turn}")
+    dispatcher.check()
+
+
+def test_gloo_exchanges_repeat():
+    spawn(_steady, 3, 3, "cpu", 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_thousand_routings_repeat_on_gpus(num_ranks):
+    _need_gpus(num_ranks)
+    spawn(_steady, num_ranks, num_ranks, "cuda", 1000, backend="nccl", timeout_s=150)
+
+
+def _interleave(world_rank, num_ranks, device_type):
+    """Two layers, forward of both before backward of both, with and without recomputation."""
+    device = _device(device_type, world_rank)
+    layers = [DirectDispatcher(_group(num_ranks), SLOTS, row_factor=num_ranks) for _ in range(2)]
+    routed = [_routed(num_ranks, 10 * layer + world_rank, device, "skewed") for layer in range(2)]
+
+    def run(layer, x, weight):
+        rows, handle = layers[layer].dispatch(x, routed[layer][1], weight)
+        return layers[layer].combine(_Scaled(world_rank)(rows, handle.count_L), handle)
+
+    results = []
+    for recompute in (False, True):
+        inputs = [(x.clone().requires_grad_(), weight.clone().requires_grad_()) for x, _, weight, _ in routed]
+        call = (lambda *args: checkpoint(run, *args, use_reentrant=False)) if recompute else run
+        outputs = [call(layer, *inputs[layer]) for layer in range(2)]
+        flat = [tensor for pair in inputs for tensor in pair]
+        results.append([*outputs, *torch.autograd.grad(outputs, flat, [r[3] for r in routed])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "recomputation changes the result"
+    for layer in range(2):
+        got = [results[0][i].detach() for i in (layer, 2 + 2 * layer, 3 + 2 * layer)]
+        _check_exchange(got, _wanted(*routed[layer]), f"layer {layer}")
+
+
+def test_gloo_layers_interleave():
+    spawn(_interleave, 3, 3, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_layers_interleave_on_gpus(num_ranks):
+    _need_gpus(num_ranks)
+    spawn(_interleave, num_ranks, num_ranks, "cuda", backend="nccl", timeout_s=120)
+
+
+# No host in between.
+
+
+def _captured(world_rank, num_ranks):
+    """Forward and backward without a host synchronisation, then from a CUDA graph with other routings."""
+    device = torch.device("cuda", world_rank)
+    case = cases.Case("graph", (32,) * num_ranks, 4 * num_ranks, 2)
+    weights = oracle.slots_of_rank(case.weights(), case.placement(), world_rank, torch.bfloat16, device)
+    experts = cases.StackedExperts(weights, case.activation, "grouped")
+    slot_of_expert = torch.from_numpy(case.placement().primary_slot_E).to(device)
+    dispatcher = DirectDispatcher(_group(num_ranks), case.placement().slots_per_rank, row_factor=num_ranks)
+    batches = []
+    for seed in range(4):
+        x, expert_idx, weight, grad = cases.Case("graph", case.num_tokens_W, 4 * num_ranks, 2, seed=seed).inputs(world_rank)
+        if seed == 2:
+            expert_idx = expert_idx * 0 + 1
+        batches.append([x.bfloat16(), expert_idx, weight.float(), grad.bfloat16()])
+        batches[-1] = [tensor.to(device) for tensor in batches[-1]]
+    x, expert_idx, weight, grad = (tensor.clone() for tensor in batches[0])
+    x.requires_grad_(), weight.requires_grad_()
+
+    def step():
+        y = dispatcher(x, oracle.make_routing(expert_idx, weight), slot_of_expert, experts)
+        return (y.detach(), *torch.autograd.grad(y, (x, weight, *weights), grad))
+
+    def load(batch):
+        with torch.no_grad():
+            for static, new in zip((x, expert_idx, weight, grad), batch, strict=True):
+                static.copy_(new)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(), step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    wanted = []
+    torch.cuda.set_sync_debug_mode("error")
+    for batch in batches:
+        load(batch)
+        wanted.append([tensor.clone() for tensor in step()])
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = step()
+    for batch, want in zip(batches * 3, wanted * 3, strict=True):
+        load(batch)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True)), "a replay differs from a call"
+        step()  # calls between replays
+    dispatcher.check()
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
+    _need_gpus(num_ranks)
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
+    assert all(spawn(_captured, num_ranks, num_ranks, backend="nccl", timeout_s=120))
+
+
+def _need_gpus(num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
