@@ -30,7 +30,7 @@ ENTRIES = {"train": "smartmoe.train", "replay": "smartmoe.bench.replay"}
 class Grid:
     """One [[grid]] of an experiment: all its systems x all its gates, on one kind of cluster.
 
-    `ranks` 0 fits any number of ranks. `panel` and `group` are what the figure calls the bars; {ranks} and {capacity}
+    `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars; {ranks} and {capacity}
     are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the progress line estimate with.
     """
 
@@ -39,6 +39,7 @@ class Grid:
     panel: str
     group: str
     ranks: int = 0
+    min_ranks: int = 1
     entry: str = "train"
     timeout_s: float = 900.0
     start_s: float = 10.0
@@ -258,7 +259,9 @@ def _fitting(experiment: Experiment, kind: str, cluster: ClusterSpec) -> list[tu
     return [
         (number, *entry)
         for number, entry in enumerate(experiment.grids, 1)
-        if entry[0].cluster == kind and entry[0].ranks in (0, cluster.num_ranks)
+        if entry[0].cluster == kind
+        and entry[0].ranks in (0, cluster.num_ranks)
+        and entry[0].min_ranks <= cluster.num_ranks
     ]
 
 

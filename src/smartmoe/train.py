@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args, world_rank)
     except Exception as error:
-        _write_error(args.run_dir, world_rank, error)
+        record.write_error(args.run_dir, world_rank, error, _is_out_of_memory(error))
         print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
         # Other ranks may wait in a collective for this one: leave at once, so that the launcher ends them.
         os._exit(1)
@@ -99,7 +99,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
     stop: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
     checkpoints, interval = run_dir / "checkpoints", config.workload.checkpoint_interval
-    trace_parts: list[tuple[int, np.ndarray]] = []
+    trace_parts = _earlier_trace(run_dir / "trace.npz", trainer.iteration) if is_writer and config.record_trace else []
     progress = Progress(config, trainer.iteration)
     try:
         while trainer.iteration < config.workload.iterations:
@@ -115,14 +115,14 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
             if is_due:
                 path = trainer.save(checkpoints)
                 if writer:
+                    _save_trace(run_dir / "trace.npz", trace_parts, config)
                     writer.log(f"checkpoint {path.name} written")
             if result.stop_requested:
                 return True
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if writer and trace_parts:
-            _trace(trace_parts, config).save(run_dir / "trace.npz")
         if writer:
+            _save_trace(run_dir / "trace.npz", trace_parts, config)
             writer.close()
     return False
 
@@ -214,7 +214,20 @@ def _gather_counts(trainer: Trainer) -> np.ndarray | None:
     return np.stack([by_layer[layer] for layer in sorted(by_layer)], axis=1) if by_layer else None
 
 
-def _trace(parts: list[tuple[int, np.ndarray]], config: RunConfig) -> ExpertTrace:
+def _earlier_trace(path: Path, last_iteration: int) -> list[tuple[int, np.ndarray]]:
+    """What a run that is now resumed after `last_iteration` has recorded up to there."""
+    if last_iteration == 0 or not path.exists():
+        return []
+    trace = ExpertTrace.load(path)
+    recorded = zip(trace.iteration.tolist(), trace.counts, strict=True)
+    return [(iteration, counts) for iteration, counts in recorded if iteration <= last_iteration]
+
+
+def _save_trace(path: Path, parts: list[tuple[int, np.ndarray]], config: RunConfig) -> None:
+    if not parts:
+        return
+    if len({counts.shape for _, counts in parts}) > 1:  # resumed under another plan: the ranks are others now
+        parts = [(iteration, counts) for iteration, counts in parts if counts.shape == parts[-1][1].shape]
     meta = {
         "model": config.model.name,
         "num_experts": config.model.num_experts,
@@ -224,20 +237,15 @@ def _trace(parts: list[tuple[int, np.ndarray]], config: RunConfig) -> ExpertTrac
         "plan": config.plan.describe(),
         "tokens_per_micro_batch_and_rank": config.workload.micro_batch_size * config.model.seq_len // config.plan.tp,
     }
-    return ExpertTrace(
+    ExpertTrace(
         counts=np.stack([counts for _, counts in parts]).astype(np.int32),
         iteration=np.array([iteration for iteration, _ in parts], np.int64),
         meta=meta,
-    )
+    ).save(path)
 
 
-def _write_error(run_dir: Path, world_rank: int, error: Exception) -> None:
-    """Describe the first failure of the run; later ones are consequences."""
-    path = run_dir / "error.json"
-    if run_dir.is_dir() and not path.exists():
-        is_oom = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        facts = {"type": type(error).__name__, "message": str(error), "rank": world_rank, "oom": is_oom}
-        record.write_json(path, facts)
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":
