@@ -30,8 +30,9 @@ ENTRIES = {"train": "smartmoe.train", "replay": "smartmoe.bench.replay"}
 class Grid:
     """One [[grid]] of an experiment: all its systems x all its gates, on one kind of cluster.
 
-    `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars; {ranks} and {capacity}
-    are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the progress line estimate with.
+    `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars;
+    {ranks} and {capacity} are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the
+    progress line estimate with.
     """
 
     cluster: str
