@@ -101,10 +101,11 @@ def start_world(device: str) -> World:
             raise ValueError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(where)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if where.type == "cuda":
-            dist.init_process_group("nccl", device_id=where)
-        else:
-            dist.init_process_group("gloo")
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # processes that torchrun started anew find the store as the ones before them left it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend, device_id = ("nccl", where) if where.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     world = World(where)
     if world.group is not None:  # NCCL makes its connections, and takes their memory, at the first exchange
         scratch = torch.zeros(world.num_ranks << 18, device=where)
