@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dist import spawn
-from parity import GATES, WORKLOAD, Curve, compare, legal_plans, make_config, run_curve
+from parity import GATES, MODEL, WORKLOAD, Curve, compare, legal_plans, make_config, run_curve
 
 from smartmoe import systems
 from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
@@ -33,6 +33,20 @@ def test_every_plan_follows_one_process(references, world_size, gate):
     flips = [report for report in reports if report]
     print("\n".join(flips))
     assert len(flips) <= len(cases) // 4, "near-ties are rare:\n" + "\n".join(flips)
+
+
+MIXED_MODEL = dataclasses.replace(MODEL, moe_every=2)
+MIXED_PLANS = [ParallelPlan(pp=4), ParallelPlan(pp=2, dp=2, ep=2), ParallelPlan(dp=2, tp=2, ep=4)]
+
+
+def _run_mixed(world_rank):
+    return [run_curve(make_config(plan, model=MIXED_MODEL)) for plan in MIXED_PLANS]
+
+
+def test_dense_blocks_between_and_stages_without_experts():
+    reference = run_curve(make_config(model=MIXED_MODEL))
+    for curve, plan in zip(spawn(_run_mixed, 4)[0], MIXED_PLANS, strict=True):
+        assert not compare(curve, reference, plan.describe())
 
 
 # ------------------------------------------------------------------------------------------------ online placement

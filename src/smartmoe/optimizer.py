@@ -33,7 +33,7 @@ class MixedAdamW:
     """torch.optim.AdamW over fp32 masters of one rank's parameters.
 
     A master shares the parameter's storage when that is fp32 already. placement_of(name) gives the current Placement of
-    the layer that an expert parameter belongs to. num_layers is the model's, over all stages.
+    the layer that an expert parameter belongs to. num_layers and num_experts are the model's, over all stages.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class MixedAdamW:
         workload: Workload,
         mesh: Mesh,
         num_layers: int,
+        num_experts: int,
         placement_of: Callable[[str], Placement],
     ):
         self.buffers = buffers
         self.workload = workload
         self.mesh = mesh
-        self._num_layers = num_layers
+        self._num_layers, self._num_experts = num_layers, num_experts
         self._placement_of = placement_of
         self.loss_scale = workload.initial_loss_scale if workload.dtype == "float16" else 1.0
         self.good_steps = 0
@@ -129,11 +130,9 @@ class MixedAdamW:
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients. Collective over the world; synchronises with the host."""
         plan, mesh = self.mesh.plan, self.mesh
-        experts = [ref for ref in self.buffers.refs if ref.kind == "expert"]
-        num_experts = self._placement_of(experts[0].name).num_experts if experts else 0
         # Entries: one per stage (dense), one per stage and tensor slice, one per layer and logical expert. Each entry is
         # written by exactly one rank, so summing over ranks is exact and the order of the final sum is fixed.
-        num_dense, num_tensor = plan.pp, plan.pp * plan.tp
+        num_dense, num_tensor, num_experts = plan.pp, plan.pp * plan.tp, self._num_experts
         parts = torch.zeros(
             num_dense + num_tensor + self._num_layers * num_experts, dtype=torch.float64, device=mesh.device
         )

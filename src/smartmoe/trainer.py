@@ -55,6 +55,7 @@ class Trainer:
             work,
             mesh,
             model.num_layers,
+            model.num_experts,
             lambda name: self.layers[layer_of(name)].placement,
         )
         self.runner = MicroBatchRunner(
@@ -81,12 +82,9 @@ class Trainer:
         for chunk_idx in chunks_of_stage(mesh.pp_stage, plan.pp, plan.vpp):
             chunk = GPT(model, self._make_moe, ranges[chunk_idx], recompute=plan.recompute)
             init_weights(chunk, config.workload.seed, model.num_layers)
-            for name, child in chunk.named_modules():
-                if not isinstance(child, MoELayer) and ".moe." not in name:
-                    for param_name, param in child.named_parameters(recurse=False):
-                        child.register_parameter(
-                            param_name, torch.nn.Parameter(param.detach().to(mesh.device, self.dtype))
-                        )
+            for name, param in chunk.named_parameters():
+                if ".moe." not in name:  # MoE layers are made in their own precision, on the device
+                    param.data = param.data.to(mesh.device, self.dtype)
             apply_tensor_parallel(chunk.blocks, mesh.tp_group)
             chunks.append(chunk)
         return chunks
