@@ -171,6 +171,25 @@ def test_ffn_and_its_gradients_against_float64(bias, activation, dtype):
                     m.grad = None
 
 
+def test_the_plain_form_works_on_a_gpu_too(monkeypatch):
+    """The layer without the extension, rows to spare, against the layer with it."""
+    torch.manual_seed(0)
+    slot_TK, seen = slots(300, 3, 5, 11), []
+    inputs = [torch.randn(300, 64, device="cuda"), torch.rand(300, 3, device="cuda")]
+    shapes = [(5, 64, 128), (5, 128), (5, 128, 64), (5, 64)]
+    inputs += [torch.randn(s, device="cuda") / 8 for s in shapes]
+    for module in (extension._C, None):
+        monkeypatch.setattr(extension, "_C", module)
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        plan = make_plan(slot_TK, 5, 900)
+        rows = expert_ffn(permute(leaves[0], plan), plan.count_S, *leaves[2:], activation="gelu", impl="grouped")
+        y = combine(rows, leaves[1], plan)
+        y.square().sum().backward()
+        seen.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for idx, (first, second) in enumerate(zip(*seen, strict=True)):
+        close_in_norm(first, second.double(), torch.float32, idx)
+
+
 def test_two_runs_give_the_same_bits():
     slot_TK, torch_dtype = slots(4096, 4, 16, 7), torch.bfloat16
     plan = make_plan(slot_TK, 16, int((slot_TK >= 0).sum()))

@@ -39,14 +39,14 @@ __device__ __forceinline__ float act(float x, float* slope) {
   }
 }
 
+// Kept as it is stored: half the registers of float32.
 template <typename T, int N>
-__device__ __forceinline__ void load_bias(float (&bias)[N], const T* bias_F, int column, bool valid) {
+__device__ __forceinline__ Pack<T, N> load_bias(const T* bias_F, int column, bool valid) {
+  if (bias_F && valid) return load<T, N>(bias_F + column);
+  Pack<T, N> zeros;
 #pragma unroll
-  for (int n = 0; n < N; ++n) bias[n] = 0.f;
-  if (!bias_F || !valid) return;
-  const Pack<T, N> pack = load<T, N>(bias_F + column);
-#pragma unroll
-  for (int n = 0; n < N; ++n) bias[n] = to_float(pack.value[n]);
+  for (int n = 0; n < N; ++n) zeros.value[n] = from_float<T>(0.f);
+  return zeros;
 }
 
 // hidden and out may be the same memory, hence no __restrict__ on them.
@@ -55,13 +55,12 @@ __global__ void __launch_bounds__(256) activate_kernel(const T* hidden_RF, const
                                                        const int* __restrict__ end_L, int num_slots, T* out_RF,
                                                        int64_t num_rows, int width, int num_chunks) {
   constexpr bool kGated = ACT == kSwiglu, kFast = sizeof(T) == 2;
-  const RowRange rows = rows_of_piece(end_L, num_slots, num_rows, blockIdx.x / num_chunks);
+  const RowRange rows = rows_of_piece<kShortPieceRows>(end_L, num_slots, num_rows, blockIdx.x / num_chunks);
   const int column = (blockIdx.x % num_chunks * blockDim.x + threadIdx.x) * N, hidden_width = kGated ? 2 * width : width;
   if (column >= width || rows.begin >= rows.end) return;
-  float bias[N], value_bias[N];
   const T* bias_F = bias_LF ? bias_LF + int64_t(rows.slot) * hidden_width : nullptr;
-  load_bias<T, N>(bias, bias_F, column, true);
-  if (kGated) load_bias<T, N>(value_bias, bias_F, column + width, true);
+  const Pack<T, N> bias = load_bias<T, N>(bias_F, column, true);
+  const Pack<T, N> value_bias = load_bias<T, N>(bias_F, column + width, kGated);
   for (int64_t row0 = rows.begin + threadIdx.y; row0 < rows.end; row0 += kTurns * blockDim.y) {
     Pack<T, N> pack[kTurns], value[kGated ? kTurns : 1];
 #pragma unroll
@@ -77,8 +76,8 @@ __global__ void __launch_bounds__(256) activate_kernel(const T* hidden_RF, const
       Pack<T, N> out;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        float y = act<ACT, kFast>(to_float(pack[i].value[n]) + bias[n], nullptr);
-        if constexpr (kGated) y *= to_float(value[i].value[n]) + value_bias[n];
+        float y = act<ACT, kFast>(to_float(pack[i].value[n]) + to_float(bias.value[n]), nullptr);
+        if constexpr (kGated) y *= to_float(value[i].value[n]) + to_float(value_bias.value[n]);
         out.value[n] = from_float<T>(y);
       }
       store<T, N>(out_RF + row * width + column, out);
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(256) activate_kernel(const T* hidden_RF, const
 
 // grad_out and grad_hidden may be the same memory, hence no __restrict__ on them.
 template <typename T, int N, int ACT>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
     activate_backward_kernel(const T* __restrict__ hidden_RF, const T* __restrict__ bias_LF, const T* grad_out_RF,
                              const int* __restrict__ end_L, int num_slots, T* grad_hidden_RF, T* __restrict__ out_RF,
                              float* __restrict__ partial_PF, int64_t num_rows, int width, int num_chunks) {
@@ -96,14 +95,14 @@ __global__ void __launch_bounds__(256)
   constexpr int kLoads = kGated ? 2 : kTurns;
   __shared__ float shared[256 * N];
   const int64_t piece = blockIdx.x / num_chunks;
-  const RowRange rows = rows_of_piece(end_L, num_slots, num_rows, piece);
+  const RowRange rows = rows_of_piece<kPieceRows>(end_L, num_slots, num_rows, piece);
   if (rows.begin >= rows.end) return;
   const int column = (blockIdx.x % num_chunks * blockDim.x + threadIdx.x) * N, hidden_width = kGated ? 2 * width : width;
   const bool valid = column < width;
-  float bias[N], value_bias[N], sum[N] = {}, value_sum[N] = {};
+  float sum[N] = {}, value_sum[N] = {};
   const T* bias_F = bias_LF ? bias_LF + int64_t(rows.slot) * hidden_width : nullptr;
-  load_bias<T, N>(bias, bias_F, column, valid);
-  if (kGated) load_bias<T, N>(value_bias, bias_F, column + width, valid);
+  const Pack<T, N> bias = load_bias<T, N>(bias_F, column, valid);
+  const Pack<T, N> value_bias = load_bias<T, N>(bias_F, column + width, valid && kGated);
   for (int64_t row0 = valid ? rows.begin + threadIdx.y : rows.end; row0 < rows.end; row0 += kLoads * blockDim.y) {
     Pack<T, N> pack[kLoads], value[kGated ? kLoads : 1], grad[kLoads];
 #pragma unroll
@@ -121,10 +120,10 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float slope;
-        const float y = act<ACT, kFast>(to_float(pack[i].value[n]) + bias[n], &slope);
+        const float y = act<ACT, kFast>(to_float(pack[i].value[n]) + to_float(bias.value[n]), &slope);
         const float g = to_float(grad[i].value[n]);
         if constexpr (kGated) {
-          const float v = to_float(value[i].value[n]) + value_bias[n];
+          const float v = to_float(value[i].value[n]) + to_float(value_bias.value[n]);
           out.value[n] = from_float<T>(y * v);
           sum[n] += g * v * slope;
           value_sum[n] += g * y;
@@ -181,7 +180,8 @@ cudaError_t activate(const void* hidden_RF, const void* bias_LF, const int* end_
       const dim3 threads = piece_threads(num_packs);
       const int num_chunks = static_cast<int>(ceil_div(num_packs, threads.x));
       const auto kernel = wide ? activate_kernel<T, kWide, kAct> : activate_kernel<T, 1, kAct>;
-      kernel<<<num_pieces(num_rows, num_slots) * num_chunks, threads, 0, stream>>>(
+      const int64_t num_short_pieces = num_rows / kShortPieceRows + num_slots;
+      kernel<<<num_short_pieces * num_chunks, threads, 0, stream>>>(
           static_cast<const T*>(hidden_RF), static_cast<const T*>(bias_LF), end_L, num_slots, static_cast<T*>(out_RF),
           num_rows, width, num_chunks);
       return cudaGetLastError();

@@ -16,8 +16,8 @@ enum Activation { kGelu = 0, kRelu = 1, kSwiglu = 2, kIdentity = 3 };
 
 // Slots that plan_rows can hold in shared memory.
 constexpr int kMaxSlots = 3072;
-// Rows of one slot that one block takes; bias gradients are summed over such pieces first.
-constexpr int kPieceRows = 32;
+// Rows of one slot that bias gradients are summed over first.
+constexpr int kPieceRows = 64;
 
 // count_S [S] int64 += copies of each slot; slot_N [N] int64, anything outside [0, S) counts nowhere.
 cudaError_t count_slots(const int64_t* slot_N, int64_t num_copies, int num_slots, int64_t* count_S, cudaStream_t stream);

@@ -1,14 +1,17 @@
 // Rows sorted by slot, cut into pieces of one slot each, so that a block needs one bias and sums rows of one slot only.
 //
-// Piece i of slot l has the rows start_l + i * kPieceRows ..., and the number start_l / kPieceRows + l + i: numbers of
-// different pieces differ, ascend with the rows and are at most R / kPieceRows + L, whatever the counts. A number between
-// two slots may belong to no piece. The pieces of a slot, and so the order of any sum over them, depend on its own rows
-// only, not on where they lie.
+// Piece i of slot l, of P rows, has the rows start_l + i * P ..., and the number start_l / P + l + i: numbers of different
+// pieces differ, ascend with the rows and are less than R / P + L, whatever the counts. A number between two slots may
+// belong to no piece. The pieces of a slot, and so the order of any sum over them, depend on its own rows only, not on
+// where they lie.
 #pragma once
 
 #include "common.cuh"
 
 namespace smartmoe {
+
+// Rows of a piece where nothing is summed: less work for a block at a time fills the GPU more evenly.
+constexpr int kShortPieceRows = 32;
 
 struct RowRange {
   int64_t begin, end;
@@ -17,24 +20,26 @@ struct RowRange {
 
 __device__ __forceinline__ int64_t slot_start(const int* end_L, int slot) { return slot ? end_L[slot - 1] : 0; }
 
+template <int P>
 __device__ __forceinline__ int64_t first_piece(const int* end_L, int slot) {
-  return slot_start(end_L, slot) / kPieceRows + slot;
+  return slot_start(end_L, slot) / P + slot;
 }
 
 // The rows of a piece, empty for a number that belongs to none.
+template <int P>
 __device__ __forceinline__ RowRange rows_of_piece(const int* end_L, int num_slots, int64_t num_rows, int64_t piece) {
   int low = 0, high = num_slots - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (first_piece(end_L, middle) <= piece) {
+    if (first_piece<P>(end_L, middle) <= piece) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  const int64_t begin = slot_start(end_L, low) + (piece - first_piece(end_L, low)) * kPieceRows;
+  const int64_t begin = slot_start(end_L, low) + (piece - first_piece<P>(end_L, low)) * P;
   const int64_t slot_end = min(int64_t(end_L[low]), num_rows);
-  return {begin, min(begin + kPieceRows, slot_end), low};
+  return {begin, min(begin + P, slot_end), low};
 }
 
 // Blocks of 256 threads, x along `num_packs` columns: the widest x that leaves the fewest threads without a column.

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(256) sum_pieces_kernel(const T* __restrict__ r
                                                          int width, int num_chunks) {
   __shared__ float shared[256 * N];
   const int64_t piece = blockIdx.x / num_chunks;
-  const RowRange rows = rows_of_piece(end_L, num_slots, num_rows, piece);
+  const RowRange rows = rows_of_piece<kPieceRows>(end_L, num_slots, num_rows, piece);
   if (rows.begin >= rows.end) return;
   const int column = (blockIdx.x % num_chunks * blockDim.x + threadIdx.x) * N;
   const bool valid = column < width;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kSumColumns * kSumLanes)
   const int slot = blockIdx.y, column = blockIdx.x * kSumColumns + threadIdx.x;
   const int64_t count = max(min(int64_t(end_L[slot]), num_rows) - slot_start(end_L, slot), int64_t(0));
   const int64_t num_pieces = (count + kPieceRows - 1) / kPieceRows;
-  const float* partial_D = partial_PD + first_piece(end_L, slot) * width + column;
+  const float* partial_D = partial_PD + first_piece<kPieceRows>(end_L, slot) * width + column;
   float sum = 0.f;
   if (column < width) {
 #pragma unroll 4
