@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smartmoe.ops import expert_ffn as ffn
+from smartmoe.ops import extension
 from smartmoe.ops.extension import choose_path
 from smartmoe.ops.permute import combine, permute
 from smartmoe.ops.plan import make_padded_plan, make_plan
@@ -36,6 +37,34 @@ def test_path_by_capability(capability, dtype, extension, gemm, kernels):
 def test_bfloat16_is_refused_where_there_is_none(capability):
     with pytest.raises(ValueError, match="float16"):
         choose_path(capability, torch.bfloat16, True)
+
+
+class BuiltForOthers:
+    """An extension without code for this device, as torch reports it."""
+
+    @staticmethod
+    def count_slots(slot_TK, num_slots):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize("module, kernels, said", [
+    (None, "torch", "twice as long"),
+    (BuiltForOthers, "torch", "TORCH_CUDA_ARCH_LIST=7.0"),
+])  # fmt: skip
+def test_the_choice_is_said_once(module, kernels, said, monkeypatch, caplog):
+    """A V100 that is not there."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device=None, **kwargs: zeros(*args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(extension, "_C", module)
+    v100 = torch.device("cuda", 7)
+    with caplog.at_level("INFO", logger=extension.__name__):
+        for _ in range(2):
+            path = extension._path_of(v100, torch.float16)
+    extension._path_of.cache_clear()
+    extension._runs_on.cache_clear()
+    assert (path.gemm, path.kernels) == ("loop", kernels)
+    assert len(caplog.records) == 2 and said in caplog.text and "compute capability 7.0, float16: loop" in caplog.text
 
 
 def _leaves(tensors):

@@ -11,6 +11,8 @@ import torch
 
 try:
     from smartmoe import _C
+
+    _MISSING = ""
 except ImportError as error:
     _C, _MISSING = None, str(error)
 
@@ -46,12 +48,25 @@ def choose_path(capability: tuple[int, int] | None, dtype: torch.dtype, have_ext
 
 
 @functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether the extension holds code for this GPU; one small launch tells."""
+    try:
+        _C.count_slots(torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
+    except RuntimeError as error:
+        name = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+        _logger.warning("the CUDA extension does not run here, build it with TORCH_CUDA_ARCH_LIST=%s: %s", name, error)
+        return False
+    return True
+
+
+@functools.cache
 def _path_of(device: torch.device, dtype: torch.dtype) -> Path:
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    path = choose_path(capability, dtype, _C is not None)
-    if capability is not None:
-        missing = "" if _C is not None else f" (smartmoe._C is not there: {_MISSING})"
-        _logger.info("experts on %s: %s products, kernels of %s%s", path.reason, path.gemm, path.kernels, missing)
+    if device.type != "cuda":
+        return choose_path(None, dtype, False)
+    path = choose_path(torch.cuda.get_device_capability(device), dtype, _C is not None and _runs_on(device))
+    _logger.info("experts on %s: %s products, kernels of %s", path.reason, path.gemm, path.kernels)
+    if _C is None:
+        _logger.warning("the CUDA extension is not there, the layer takes about twice as long: %s", _MISSING)
     return path
 
 
@@ -64,4 +79,6 @@ def kernels_for(tensor: torch.Tensor, weight: torch.Tensor | None = None) -> Mod
     """The extension when it can work on these: on CUDA, rows of a type it knows, combine weights float32; else None."""
     if _C is None or not tensor.is_cuda or tensor.dtype not in (*KERNEL_DTYPES, torch.int64):
         return None
-    return _C if weight is None or weight.dtype == torch.float32 else None
+    if weight is not None and weight.dtype != torch.float32:
+        return None
+    return _C if _runs_on(tensor.device) else None
