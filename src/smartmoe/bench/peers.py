@@ -37,14 +37,12 @@ class PlainTorch:
         local_R = local_R.repeat_interleave(received_WL.flatten(), output_size=rows.shape[0])
         by_expert_R = torch.argsort(local_R, stable=True)
         end_L = received_WL.sum(0).cumsum(0).to(torch.int32)
-        # moved by index_copy wherever rows are only permuted: its gradient is a gather, that of a gather has atomics
-        rows = torch.empty_like(rows).index_copy(0, torch.argsort(by_expert_R), rows)
-        hidden = F.grouped_mm(rows, w1_LDF, offs=end_L)
+        hidden = F.grouped_mm(rows.index_select(0, by_expert_R), w1_LDF, offs=end_L)
         out = F.grouped_mm(_activate(hidden, experts.activation), w2_LFD, offs=end_L)
-        out = torch.empty_like(out).index_copy(0, by_expert_R, out)
+        out = out.index_select(0, torch.argsort(by_expert_R))
         out = _exchange(out, recv_splits, send_splits, self.group)
 
-        copies = torch.empty_like(out).index_copy(0, order_N, out).view(-1, top_k, out.shape[1])
+        copies = out.index_select(0, torch.argsort(order_N)).view(-1, top_k, out.shape[1])
         return torch.bmm(routing.weight_TK.unsqueeze(1).to(out.dtype), copies).squeeze(1)
 
     def _exchange_counts(self, sent_WL):
