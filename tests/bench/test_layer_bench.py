@@ -226,6 +226,22 @@ def test_slowest_takes_every_iteration_and_part_from_its_slowest_rank():
     assert measure.spread([1, 2, 3]) == {"median": 2.0, "p10": 1.2, "p90": 2.8}
 
 
+def test_memory_beside_the_allocator_counts_from_the_first_use(monkeypatch):
+    state = {"allocated": 100, "reserved": 150, "used": 200, "peak": 100}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["allocated"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state["reserved"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - state["used"], 1000))
+    meter = measure.MemoryMeter(measure.World(torch.device("cuda", 0)))
+    state.update(used=270, allocated=110, peak=190)  # 70 beside the allocator, and results that stay
+    meter.start_peak()
+    state.update(peak=140, reserved=160, used=280)
+    assert meter.read() == {"peak_bytes": 30, "outside_bytes": 70}
+
+
 def test_bad_options_end_with_one_line(capsys):
     for argv, word in ((["--shapes", "S9"], "S9"), (["--routing", "odd"], "odd"), (["--iterations", "0"], "less than 1")):
         with pytest.raises(SystemExit) as stop:

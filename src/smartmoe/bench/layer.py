@@ -103,8 +103,9 @@ class Bench:
         """Time one dispatcher under the routing that is set: this rank's times, memory and results. Collective."""
         name, _, graph = dispatcher.partition("+")
         forward = self._forward_of(name, impl)
-        difference = self._check(forward)
         meter = MemoryMeter(self.world)
+        difference = self._check(forward)
+        meter.start_peak()
         if graph:
             parts = self._time_graphs(forward, timing)
         else:

@@ -110,6 +110,7 @@ def start_world(device: str) -> World:
     if world.group is not None:  # NCCL makes its connections, and takes their memory, at the first exchange
         scratch = torch.zeros(world.num_ranks << 18, device=where)
         dist.all_to_all_single(torch.empty_like(scratch), scratch)
+        world.align()
     return world
 
 
@@ -175,16 +176,23 @@ def spread(values) -> dict:
 
 
 class MemoryMeter:
-    """Device memory beyond what was allocated when it was made: weights and inputs are there already, so what counts
-    is activations, gradients and buffers. Zeros on a CPU."""
+    """Device memory that is taken from now on, in bytes. Zeros on a CPU."""
 
     def __init__(self, world: World):
         self.is_cuda = world.device.type == "cuda"
         if self.is_cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            self.outside = self._outside()
+        self.start_peak()
+
+    def start_peak(self) -> None:
+        """Count the peak from here and above what is allocated now (weights and inputs); what is taken beside torch's
+        allocator still counts from the beginning, because it is taken at the first use."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.base, self.outside = torch.cuda.memory_allocated(), self._outside()
+            self.base = torch.cuda.memory_allocated()
 
     @staticmethod
     def _outside() -> int:
@@ -192,7 +200,7 @@ class MemoryMeter:
         return total - free - torch.cuda.memory_reserved()
 
     def read(self) -> dict:
-        """Bytes: the peak of torch's allocator, and what was taken beside it (symmetric memory, NCCL, code)."""
+        """The peak of torch's allocator, and what was taken beside it (symmetric memory, NCCL, code)."""
         if not self.is_cuda:
             return {"peak_bytes": 0, "outside_bytes": 0}
         peak = torch.cuda.max_memory_allocated() - self.base

@@ -26,24 +26,24 @@ class PlainTorch:
         if b1_LF is not None:
             raise ValueError("the plain torch layer has no biases: leave them out")
         top_k = routing.expert_idx_TK.shape[1]
+        num_tokens, width = x_TD.shape
         expert_N, order_N = torch.sort(routing.expert_idx_TK.flatten(), stable=True)
-        token_N = order_N // top_k
         sent_WL = torch.bincount(expert_N, minlength=self.num_experts).view(self.num_ranks, -1)
         received_WL = self._exchange_counts(sent_WL)
         send_splits, recv_splits = sent_WL.sum(1).tolist(), received_WL.sum(1).tolist()
 
-        rows = _exchange(x_TD.index_select(0, token_N), send_splits, recv_splits, self.group)
+        copies = x_TD.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, width)
+        rows = _exchange(_scatter(copies, torch.argsort(order_N)), send_splits, recv_splits, self.group)
         local_R = torch.arange(received_WL.shape[1], device=rows.device).repeat(self.num_ranks)
         local_R = local_R.repeat_interleave(received_WL.flatten(), output_size=rows.shape[0])
         by_expert_R = torch.argsort(local_R, stable=True)
         end_L = received_WL.sum(0).cumsum(0).to(torch.int32)
-        hidden = F.grouped_mm(rows.index_select(0, by_expert_R), w1_LDF, offs=end_L)
+        hidden = F.grouped_mm(_scatter(rows, torch.argsort(by_expert_R)), w1_LDF, offs=end_L)
         out = F.grouped_mm(_activate(hidden, experts.activation), w2_LFD, offs=end_L)
-        out = out.index_select(0, torch.argsort(by_expert_R))
-        out = _exchange(out, recv_splits, send_splits, self.group)
+        out = _exchange(_scatter(out, by_expert_R), recv_splits, send_splits, self.group)
 
-        copies = out.index_select(0, torch.argsort(order_N)).view(-1, top_k, out.shape[1])
-        return torch.bmm(routing.weight_TK.unsqueeze(1).to(out.dtype), copies).squeeze(1)
+        copies = _scatter(out, order_N).view(num_tokens, top_k, width)
+        return (copies * routing.weight_TK.unsqueeze(2).to(out.dtype)).sum(1)
 
     def _exchange_counts(self, sent_WL):
         if self.group is None:
@@ -51,6 +51,12 @@ class PlainTorch:
         received_WL = torch.empty_like(sent_WL)
         dist.all_to_all_single(received_WL, sent_WL, group=self.group)
         return received_WL
+
+
+def _scatter(rows, to_R):
+    """Row r goes to place to_R[r], a permutation: the gradient of index_copy is a gather, that of a gather has
+    atomics, about a millisecond for 65536 x 2048 on an H200."""
+    return torch.empty_like(rows).index_copy_(0, to_R, rows)
 
 
 def _activate(hidden, activation):
