@@ -28,7 +28,7 @@ LOGIT_TOLERANCE = 1e-5
 MODEL = ModelConfig(
     name="tiny", num_layers=4, hidden_size=32, ffn_size=64, num_heads=4, seq_len=16, vocab_size=320, num_experts=8
 )
-WORKLOAD = Workload(global_batch_size=16, micro_batch_size=SAMPLES_PER_MICRO_BATCH, iterations=10, lr=3e-3, seed=1)
+WORKLOAD = Workload(iterations=10, lr=3e-3, seed=1)
 
 
 @dataclass
@@ -41,11 +41,18 @@ class Curve:
     logits: list[dict[int, np.ndarray]] = field(default_factory=list)
 
 
-def make_config(plan: ParallelPlan | None = None, **changes) -> RunConfig:
+def num_micro_batches(plan: ParallelPlan) -> int:
+    """As few as accumulation and a pipeline's schedule need."""
+    return max(2, plan.pp)
+
+
+def make_config(plan: ParallelPlan | None = None, micro_batches: int | None = None, **changes) -> RunConfig:
     """A tiny run whose global micro-batches hold the same samples under every plan."""
     plan = plan or ParallelPlan()
     workload = dataclasses.replace(
-        changes.pop("workload", WORKLOAD), micro_batch_size=SAMPLES_PER_MICRO_BATCH // plan.dp
+        changes.pop("workload", WORKLOAD),
+        micro_batch_size=SAMPLES_PER_MICRO_BATCH // plan.dp,
+        global_batch_size=SAMPLES_PER_MICRO_BATCH * (micro_batches or num_micro_batches(plan)),
     )
     cluster = ClusterSpec(name="test", ranks_per_node=plan.world_size)
     config = RunConfig(**{"model": MODEL, "workload": workload, "plan": plan, "cluster": cluster, **changes})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dist import spawn
-from parity import GATES, MODEL, WORKLOAD, Curve, compare, legal_plans, make_config, run_curve
+from parity import GATES, MODEL, WORKLOAD, Curve, compare, legal_plans, make_config, num_micro_batches, run_curve
 
 from smartmoe import systems
 from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
@@ -15,7 +15,12 @@ from smartmoe.placement import Placement
 
 @pytest.fixture(scope="module")
 def references():
-    return {name: run_curve(make_config(gate=gate)) for name, gate in GATES.items()}
+    """(gate, micro-batches) -> curve of one process."""
+    return {
+        (name, num): run_curve(make_config(micro_batches=num, gate=gate))
+        for name, gate in GATES.items()
+        for num in (2, 4)
+    }
 
 
 def _run_plans(world_rank, cases):
@@ -28,7 +33,8 @@ def test_every_plan_follows_one_process(references, world_size, gate):
     cases = [(plan, gate) for plan in legal_plans(world_size)]
     curves = spawn(_run_plans, world_size, cases, timeout_s=900)[0]
     reports = [
-        compare(curve, references[gate], plan.describe()) for curve, (plan, _) in zip(curves, cases, strict=True)
+        compare(curve, references[gate, num_micro_batches(plan)], plan.describe())
+        for curve, (plan, _) in zip(curves, cases, strict=True)
     ]
     flips = [report for report in reports if report]
     print("\n".join(flips))
@@ -40,11 +46,11 @@ MIXED_PLANS = [ParallelPlan(pp=4), ParallelPlan(pp=2, dp=2, ep=2), ParallelPlan(
 
 
 def _run_mixed(world_rank):
-    return [run_curve(make_config(plan, model=MIXED_MODEL)) for plan in MIXED_PLANS]
+    return [run_curve(make_config(plan, micro_batches=4, model=MIXED_MODEL)) for plan in MIXED_PLANS]
 
 
 def test_dense_blocks_between_and_stages_without_experts():
-    reference = run_curve(make_config(model=MIXED_MODEL))
+    reference = run_curve(make_config(micro_batches=4, model=MIXED_MODEL))
     for curve, plan in zip(spawn(_run_mixed, 4)[0], MIXED_PLANS, strict=True):
         assert not compare(curve, reference, plan.describe())
 
@@ -153,7 +159,7 @@ def test_the_comparison_sees_one_percent_in_one_weight(references):
 
     config = make_config(gate=GATES["dropless"])
     with pytest.raises(AssertionError):
-        compare(run_curve(config, before_iteration=spoil), references["dropless"], "spoiled")
+        compare(run_curve(config, before_iteration=spoil), references["dropless", 2], "spoiled")
 
 
 def test_a_flipped_near_tie_is_reported_and_another_flip_fails():
@@ -169,7 +175,7 @@ def test_a_flipped_near_tie_is_reported_and_another_flip_fails():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_and_stays_near_fp32(references, dtype):
     curve = run_curve(make_config(gate=GATES["dropless"], workload=dataclasses.replace(WORKLOAD, dtype=dtype)))
-    np.testing.assert_allclose(curve.loss, references["dropless"].loss, rtol=2e-2)
+    np.testing.assert_allclose(curve.loss, references["dropless", 2].loss, rtol=2e-2)
     assert curve.loss[-1] < curve.loss[0] - 0.2
 
 
@@ -189,7 +195,7 @@ def test_every_plan_on_two_gpus_follows_one_process_on_a_cpu(references):
     cases = [(plan, gate) for plan in legal_plans(2) for gate in GATES]
     curves = spawn(_run_plans_on_gpus, 2, cases, backend="nccl", timeout_s=500)[0]
     for curve, (plan, gate) in zip(curves, cases, strict=True):
-        print(compare(curve, references[gate], f"{plan.describe()} {gate}", GPU_LOSS_TOLERANCE, GPU_LOSS_TOLERANCE))
+        print(compare(curve, references[gate, 2], f"{plan.describe()} {gate}", GPU_LOSS_TOLERANCE, GPU_LOSS_TOLERANCE))
 
 
 def _migrate_on_gpus(world_rank, config):

@@ -46,7 +46,7 @@ def test_a_run_directory_has_everything(tmp_path):
     events = lines(tmp_path, "events")
     assert {(e["iteration"], e["layer"]) for e in events} == {(i, layer) for i in (2, 4) for layer in range(4)}
     trace = ExpertTrace.load(tmp_path / "trace.npz")
-    assert trace.counts.shape == (5, 2, 4, 4, 8)
+    assert trace.counts.shape == (5, 2, 4, 2, 8)
     tokens = config.workload.global_batch_size * config.model.seq_len
     np.testing.assert_array_equal(trace.counts.sum((1, 3, 4)), tokens * config.model.top_k)
     log = (tmp_path / "train.log").read_text()

@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """Two-matrix GELU MLP of the blocks that have no experts."""
+    """Two-matrix MLP of the blocks that have no experts, with the GELU (tanh form, as GPT-2) that experts have."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -44,7 +44,7 @@ class DenseMLP(nn.Module):
         self.down = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x_BTD)))
+        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
 
 
 class Block(nn.Module):
