@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run the experiments on what this machine has, then draw the figures from what was measured.
 #
-#   ./RUNME-b.sh [--cluster auto|cpu|local|slurm] [--figures "8 10"] [--dry-run] [--resume [DIR]]
+#   ./RUNME-b.sh [--cluster auto|cpu|local|slurm] [--figures "8 10"] [--data FILE ..] [--dry-run] [--resume [DIR]]
 #
 #   Runs go to outputs_from_exec_<UTC time>/logs, the figures beside them. Figures not built yet say what they wait for.
 #   --cluster   auto (default): this machine's GPUs when there are any, else 4 processes on its CPU (under 15 minutes)
 #   --figures   only these (default: all)
+#   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
 #   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs that are done stay, the others are done again
 # Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (go on with --resume).
@@ -14,7 +15,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift

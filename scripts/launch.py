@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         runs = configs.expand([figure for figure in figures if figure not in left_out], kind, cluster)
         if not runs:
             raise ValueError("nothing to run: all the figures asked for are left out")
+        if args.data:
+            for run in runs:
+                run.config = dataclasses.replace(
+                    run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
+                )
         if args.dry_run:
             print_plan(runs)
             return 0
@@ -69,6 +74,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="cpu: gloo ranks on this machine; local: this machine's GPUs; auto: GPUs when there are any (default)",
     )
     parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
+                        help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
     parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others")
     parser.add_argument("--configs", type=Path, default=ROOT / "scripts",

@@ -56,6 +56,12 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:4] == first
 
 
+def test_data_of_the_command_line_wins(folder):
+    Path("other.txt").write_text("while True: pass\n" * 900)
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--data", "other.txt"]) == 0
+    assert record.read_run("out")["config"]["workload"]["data"] == ["other.txt"]
+
+
 def test_a_run_that_fails_says_why(folder, capfd):
     Path("bad.bin").write_bytes(bytes(4000))
     Path("bad.idx").write_bytes(b"MMIDIDX")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import signal
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run; unknown keys are errors")
     train.add_argument("--ranks", type=int, default=None, help="processes to start (default: what the plan needs)")
+    train.add_argument("--data", nargs="+", default=None, metavar="FILE",
+                       help="text files or Megatron .bin/.idx prefixes, instead of workload.data")  # fmt: skip
     train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)
@@ -84,6 +87,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.ranks is not None and args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: at least 1")
     config = read_config(args.config, args.ranks)
+    if args.data:
+        config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, data=tuple(args.data)))
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out DIR, the directory of the run to go on with")
     stamp = record.utc_now().replace(":", "").replace("-", "")

@@ -188,6 +188,7 @@ def test_bad_input_starts_nothing(setup, tmp_path, capsys):
     for grids, more, message in (
         ([grid(1)], ["--figures", "7"], "unknown figure fig7"),
         ([grid(1)], ["--cluster", "slurm"], "not available yet"),
+        ([grid(1)], ["--data", "absent.txt"], "absent.txt"),
         ([grid(1), wrong_key], [], 'unknown key "panle"'),
         ([grid(1), wrong_size], [], "not a multiple"),
         ([grid(1)], ["--configs", str(tmp_path / "absent")], "models.toml"),
