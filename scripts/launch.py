@@ -151,16 +151,16 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec) -> i
     root = args.out / "logs"
     if root.exists() and any(root.iterdir()) and not args.resume:
         raise ValueError(f"{root} has runs already: add --resume to go on there, or give another --out")
+    trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry == "train"}
+    for files, vocab_size in sorted(trained):  # before the ranks ask for them all at once
+        tokens = data.load_tokens(files, vocab_size, cache_dir=ROOT / data.CACHE_DIR)
+        print(f"{tokens.num_tokens} tokens of {', '.join(files) or 'Python library source'}", flush=True)
     root.mkdir(parents=True, exist_ok=True)
     with (args.out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{args.out}: another launcher is at work here") from None
-        trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry == "train"}
-        for files, vocab_size in sorted(trained):  # before the ranks ask for them all at once
-            tokens = data.load_tokens(files, vocab_size, cache_dir=ROOT / data.CACHE_DIR)
-            print(f"{tokens.num_tokens} tokens of {', '.join(files) or 'Python library source'}", flush=True)
         python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         launcher = Launcher(
             root=root.resolve(),
