@@ -71,7 +71,7 @@ def test_a_request_to_stop_saves_a_checkpoint(tmp_path):
     "change,words",
     [
         ({"model": {"num_expert": 4}}, "did you mean"),
-        ({"plan": {"dp": 4}, "cluster": {"ranks_per_node": 4}}, "needs 4 ranks"),
+        ({"plan": {"dp": 4}, "cluster": {"ranks_per_node": 4}, "workload": {"micro_batch_size": 1}}, "needs 4 ranks"),
         ({"workload": {"data": ["absent.txt"], "global_batch_size": 16, "micro_batch_size": 4}}, "absent.txt"),
     ],
 )
