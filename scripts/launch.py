@@ -173,13 +173,16 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec) -> i
 
 def do_all(launcher: Launcher, runs: list[Run]) -> int:
     """Do the runs that are not done yet, whatever happens to any one of them. Returns the exit code."""
-    todo = [run for run in runs if launcher.needs_running(run)]
+    waiting = [run for run in runs if launcher.needs_running(run)]
     for run in runs:
-        launcher.declare(run) if run in todo else launcher.keep(run)
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")
+        if run in waiting:
+            launcher.declare(run)
+        else:
+            launcher.keep(run)
+    if len(waiting) < len(runs):
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
     print(
-        f"{len(todo)} runs, about {sum(run.estimate_s for run in todo) / 60:.0f} minutes, in {launcher.root}",
+        f"{len(waiting)} runs, about {sum(run.estimate_s for run in waiting) / 60:.0f} minutes, in {launcher.root}",
         flush=True,
     )
     bad, code = [], []
@@ -191,9 +194,9 @@ def do_all(launcher: Launcher, runs: list[Run]) -> int:
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for place, run in enumerate(todo):
-            label = f"[{place + 1}/{len(todo)}] {run.folder}"
-            left_s = sum(later.estimate_s for later in todo[place + 1 :])
+        for place, run in enumerate(waiting):
+            label = f"[{place + 1}/{len(waiting)}] {run.folder}"
+            left_s = sum(later.estimate_s for later in waiting[place + 1 :])
             if launcher.do(run, label, left_s) != "ok":
                 bad.append(run)
             sys.stdout.flush()
@@ -204,7 +207,7 @@ def do_all(launcher: Launcher, runs: list[Run]) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if bad:
-        print(f"{len(bad)} of {len(todo)} runs did not end well: {', '.join(str(run.folder) for run in bad)}")
+        print(f"{len(bad)} of {len(waiting)} runs did not end well: {', '.join(str(run.folder) for run in bad)}")
     return 1 if bad else 0
 
 

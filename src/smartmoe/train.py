@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, world_rank: int) -> int:
     run = record.read_run(args.run_dir)
     config = check(from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config"), str(args.run_dir))
-    device = _start_world(config)
+    device = start_world(config)
     extra = {} if args.cache is None else {"cache_dir": args.cache}
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
     mesh = build_mesh(config.plan, device)
@@ -67,7 +67,8 @@ def _run(args: argparse.Namespace, world_rank: int) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _start_world(config: RunConfig) -> torch.device:
+def start_world(config: RunConfig) -> torch.device:
+    """Join the world that torchrun started and return this rank's device. Raises ValueError when GPUs or ranks lack."""
     if config.cluster.device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():

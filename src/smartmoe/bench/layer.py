@@ -21,9 +21,9 @@ from smartmoe.bench.measure import (
     Timing,
     World,
     attempt,
+    run_in_world,
     slowest,
     spread,
-    start_world,
     time_steps,
 )
 from smartmoe.bench.peers import PlainTorch
@@ -367,15 +367,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        world = start_world(args.device)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    with world:
-        run(args, world)
-    return 0
+    return run_in_world(parse_args(argv), run)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ whose case failed can say so to ranks that wait for it.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +114,18 @@ def start_world(device: str) -> World:
         dist.all_to_all_single(torch.empty_like(scratch), scratch)
         world.align()
     return world
+
+
+def run_in_world(args: argparse.Namespace, run: Callable) -> int:
+    """Call run(args, world) in the world of `args.device`. Returns the exit code: 2 when there is no such world."""
+    try:
+        world = start_world(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with world:
+        run(args, world)
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------------- timing

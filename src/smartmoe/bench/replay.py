@@ -27,6 +27,7 @@ from smartmoe.mesh import Mesh, build_mesh
 from smartmoe.online import OnlinePlacement
 from smartmoe.placement import Placement, max_over_mean
 from smartmoe.trace import ExpertTrace
+from smartmoe.train import start_world
 
 NUM_WARMUP_STEPS = 2  # before the first step that is recorded: connections, allocations
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         run = record.read_run(args.run_dir)
         config = from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config")
         config, trace = open_trace(check(config, str(args.run_dir)), args.run_dir)
-        device = _start_world(config)
+        device = start_world(config)
         mesh = build_mesh(config.plan, device)
         num_layers = trace.counts.shape[2]
         layer_idx = num_layers // 2 if args.layer is None else args.layer
@@ -170,20 +171,6 @@ class LayerBench:
     def _synchronise(self) -> None:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _start_world(config: RunConfig) -> torch.device:
-    device = torch.device("cpu")
-    if config.cluster.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if config.plan.world_size > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise ValueError(
-                f"plan {config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun"
-            )
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 if __name__ == "__main__":
