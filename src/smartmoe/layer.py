@@ -19,6 +19,7 @@ from smartmoe.ops.activation import widening
 from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.hashing import make_key
+from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
 
 INIT_STD = 0.02
@@ -159,7 +160,8 @@ class MoELayer(nn.Module):
         routing = self.gate(x_TD, token_id_T, num_segments=token_id_BT.shape[0])
         for observer in self.observers:
             observer(self.layer_idx, routing, token_id_BT)
-        y_TD = self.dispatcher(x_TD, routing, self.slot_of_expert_E, self.experts)
+        slot_TK = slots_of(routing.expert_idx_TK, self.slot_of_expert_E)
+        y_TD = self.dispatcher(x_TD, routing, slot_TK, self.experts)
         return y_TD.view(x_BTD.shape), routing.balance_loss
 
 

@@ -12,6 +12,7 @@ from smartmoe.dispatch.overlapped import OverlappedDispatcher
 from smartmoe.dispatch.padded import PaddedDispatcher
 from smartmoe.dispatch.shadow import ShadowCost
 from smartmoe.ops.expert_ffn import expert_ffn
+from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
 from tests import oracle
 
@@ -123,7 +124,8 @@ def carry(case: Case, dispatcher, impl: str, ep_rank: int, dtype, device, max_co
     weights = oracle.slots_of_rank(case.weights(), placement, ep_rank, dtype, device)
     slot_of_expert = torch.from_numpy(placement.primary_slot_E).to(device)
     routing = oracle.make_routing(expert_idx, weight, max_copies)
-    y = dispatcher(x, routing, slot_of_expert, StackedExperts(weights, case.activation, impl))
+    slot_TK = slots_of(expert_idx, slot_of_expert)
+    y = dispatcher(x, routing, slot_TK, StackedExperts(weights, case.activation, impl))
     y.backward(grad.to(dtype))
     return {
         "y": y.detach().cpu(),

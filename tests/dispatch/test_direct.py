@@ -12,6 +12,7 @@ from smartmoe.config import LayerConfig, ModelConfig, RunConfig, check
 from smartmoe.dispatch.basic import BasicDispatcher
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.transport import Arrivals, CollectiveTransport, make_local_plan
+from smartmoe.ops.plan import slots_of
 from tests import oracle
 from tests.dispatch import cases
 from tests.dist import spawn
@@ -284,7 +285,7 @@ def _captured(world_rank, num_ranks):
     x.requires_grad_(), weight.requires_grad_()
 
     def step():
-        y = dispatcher(x, oracle.make_routing(expert_idx, weight), slot_of_expert, experts)
+        y = dispatcher(x, oracle.make_routing(expert_idx, weight), slots_of(expert_idx, slot_of_expert), experts)
         return (y.detach(), *torch.autograd.grad(y, (x, weight, *weights), grad))
 
     def load(batch):

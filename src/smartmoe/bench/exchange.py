@@ -68,7 +68,6 @@ class Bench:
         self.send_splits = torch.bincount(to_R, minlength=world.num_ranks).tolist()
         self.slot_TK = to_R.to(device).unsqueeze(1)
         self.weight_TK = torch.ones(size[0], 1, device=device)
-        self.slot_of_expert_E = torch.arange(world.num_ranks, device=device)
         self.off_rank_bytes = (size[0] - self.send_splits[world.ep_rank]) * size[1] * self.x_TD.element_size()
 
     def measure(self, mechanism: str, timing: Timing) -> dict:
@@ -124,7 +123,7 @@ class Bench:
 
             return step
         routing = Routing(self.slot_TK, self.weight_TK, torch.zeros((), device=self.world.device))
-        return lambda mark: dispatcher(self.x_TD, routing, self.slot_of_expert_E, _same_rows)
+        return lambda mark: dispatcher(self.x_TD, routing, self.slot_TK, _same_rows)
 
 
 def _same_rows(rows_RD, count_L):

@@ -80,7 +80,6 @@ class Bench:
         self.grad_TD = torch.randn(size, generator=generator, device=device, dtype=dtype)
         weight_TK = torch.rand(shape.num_tokens, shape.top_k, generator=generator, device=device).softmax(1)
         self.weight_TK = weight_TK.requires_grad_()
-        self.slot_of_expert_E = torch.arange(shape.num_experts, device=device)
 
     def set_routing(self, spec: routings.RoutingSpec) -> dict:
         """Route as `spec` says from now on; returns the facts of the routing. Collective."""
@@ -127,7 +126,7 @@ class Bench:
             cluster = ClusterSpec(device=self.world.device.type, ranks_per_node=self.world.num_ranks)
             dispatcher = build_dispatcher(config, self.group, slots_per_rank=self.slots_per_rank, cluster=cluster)
         self.complain = getattr(dispatcher, "check", None)  # "direct": the routing may need more rows than it has
-        return lambda experts: dispatcher(self.x_TD, self.routing, self.slot_of_expert_E, experts)
+        return lambda experts: dispatcher(self.x_TD, self.routing, self.routing.expert_idx_TK, experts)
 
     def _experts_alone(self):
         """Rows sorted by expert beforehand."""

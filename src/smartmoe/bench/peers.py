@@ -20,7 +20,7 @@ class PlainTorch:
         self.group, self.num_experts = group, num_experts
         self.num_ranks = 1 if group is None else group.size()
 
-    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+    def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result; `experts` gives weights and activation only."""
         w1_LDF, b1_LF, w2_LFD, _ = experts.weights()
         if b1_LF is not None:

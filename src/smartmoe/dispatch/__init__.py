@@ -1,6 +1,7 @@
 """How token copies travel to their experts and back: one mechanism per file, all with the same result.
 
-A dispatcher is called as dispatcher(x_TD, routing, slot_of_expert_E, experts) -> y_TD on every rank of its group.
+A dispatcher is called as dispatcher(x_TD, routing, slot_TK, experts) -> y_TD on every rank of its group;
+slot_TK says where each copy goes.
 Shape letters are those of `smartmoe.ops`.
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from smartmoe.ops.all_to_all import exchange_counts, exchange_rows, group_size
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import RoutingPlan, count_slots, make_plan, slots_of
+from smartmoe.ops.plan import RoutingPlan, count_slots, make_plan
 from smartmoe.ops.regroup import RowOrder, order_by_slot, reorder, restore
 
 
@@ -33,13 +33,13 @@ class BasicDispatcher:
         self.group, self.slots_per_rank = ep_group, slots_per_rank
         self.num_ranks = group_size(ep_group)
 
-    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+    def __call__(self, x_TD, routing, slot_TK, experts):
         """Carry tokens to experts and back.
 
-        x_TD: [T, D]; routing: gates.Routing; slot_of_expert_E: [E] int64; experts: called as experts(rows_RD,
+        x_TD: [T, D]; routing: gates.Routing; slot_TK: [T, K] int64, -1 = dropped; experts: called as experts(rows_RD,
         count_L). Returns [T, D], zero for a token whose copies are all dropped.
         """
-        rows_RD, handle = self.dispatch(x_TD, slots_of(routing.expert_idx_TK, slot_of_expert_E))
+        rows_RD, handle = self.dispatch(x_TD, slot_TK)
         return self.combine(experts(rows_RD, handle.count_L), handle, routing.weight_TK)
 
     def dispatch(self, x_TD: torch.Tensor, slot_TK: torch.Tensor) -> tuple[torch.Tensor, Handle]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from smartmoe.dispatch.transport import CollectiveTransport, LocalPlan, make_local_plan
 from smartmoe.ops.all_to_all import group_size
-from smartmoe.ops.plan import slots_of
 
 _TRANSPORTS: dict[tuple, object] = {}
 
@@ -57,13 +56,12 @@ class DirectDispatcher:
         self.num_ranks, self.max_tokens = group_size(ep_group), max_tokens
         self._transport = None
 
-    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+    def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result up to the order of sums.
 
         Experts get all R rows and counts whose sum may be less: they must leave the rest alone. Where they read the
         counts on the host anyway (a CPU, or impl "loop") they get the used rows only.
         """
-        slot_TK = slots_of(routing.expert_idx_TK, slot_of_expert_E)
         rows_RD, handle = self.dispatch(x_TD, slot_TK, routing.weight_TK)
         if not rows_RD.is_cuda or getattr(experts, "impl", None) == "loop":
             rows_RD = rows_RD[: int(handle.plan.num_rows)]

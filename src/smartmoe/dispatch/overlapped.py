@@ -9,7 +9,7 @@ import torch
 from smartmoe.dispatch.shadow import ShadowCost, choose_shadows, start_shadow, wait_shadow
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size, start_exchange, wait_exchange
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import count_slots, make_plan, slots_of
+from smartmoe.ops.plan import count_slots, make_plan
 from smartmoe.ops.regroup import order_by_slot, reorder, restore
 
 
@@ -30,12 +30,11 @@ class OverlappedDispatcher:
         self.num_groups = min(num_groups, self.num_ranks)
         self.run_of_rank = [w * self.num_groups // self.num_ranks for w in range(self.num_ranks)]
 
-    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+    def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result but for rounding: a weight's gradient is summed over the
         steps in an order that depends on the rank. `experts` needs weights() and compute() for
         shadowing.
         """
-        slot_TK = slots_of(routing.expert_idx_TK, slot_of_expert_E)
         count_WS = self._gather_counts(slot_TK)
         count_host_WS = count_WS.cpu().numpy()
         shadows = self._choose_shadows(count_host_WS, x_TD, experts)

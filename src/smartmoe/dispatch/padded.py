@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from smartmoe.ops.all_to_all import exchange_rows, group_size
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import RoutingPlan, count_slots, make_padded_plan, slots_of
+from smartmoe.ops.plan import RoutingPlan, count_slots, make_padded_plan
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class PaddedDispatcher:
         self.group, self.slots_per_rank = ep_group, slots_per_rank
         self.num_ranks = group_size(ep_group)
 
-    def __call__(self, x_TD, routing, slot_of_expert_E, experts):
+    def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result."""
-        slot_TK = slots_of(routing.expert_idx_TK, slot_of_expert_E)
         rows_RD, handle = self.dispatch(x_TD, slot_TK, routing.max_copies)
         return self.combine(experts(rows_RD, handle.count_L), handle, routing.weight_TK)
 
