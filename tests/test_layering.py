@@ -12,7 +12,7 @@ LAYERS = {
     "planner": 1, "mesh": 1, "systems": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
-    "layer": 4, "online": 4, "parallel": 4, "timing": 4,
+    "layer": 4, "migrate": 4, "online": 4, "parallel": 4, "timing": 4,
     "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7,
@@ -20,7 +20,9 @@ LAYERS = {
 TORCH_FREE = {"config", "placement", "trace", "record", "planner", "systems"}
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # optimizer -> checkpoint and trainer -> train are steps inside one layer.
-SAME_LAYER = {("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer")}
+SAME_LAYER = {
+    ("online", "migrate"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
+}  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))
 
