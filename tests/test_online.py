@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from smartmoe import online as on
 from smartmoe.config import GateConfig, LayerConfig, ModelConfig, OnlineConfig, ParallelPlan, RunConfig, Workload
