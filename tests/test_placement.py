@@ -1,6 +1,4 @@
-import builtins
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,24 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartmoe import placement as pm
-from smartmoe.placement import EMPTY, LEAST_MOVE_SLACK, Placement
-
-PUBLISHED = Path(__file__).resolve().parents[1] / ".." / "shared" / "published"
-needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published trace (../shared) is not here")
+from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
 
 identity = Placement.identity
-
-
-@st.composite
-def cases(draw, max_experts=24):
-    """Loads with many ties, and a current placement that is shuffled and may have empty slots."""
-    num_ranks = draw(st.integers(1, 6))
-    num_experts = draw(st.integers(1, max_experts))
-    slots_per_rank = -(-num_experts // num_ranks) + draw(st.integers(0, 2))
-    slots = [*range(num_experts), *[EMPTY] * (num_ranks * slots_per_rank - num_experts)]
-    current = Placement(num_ranks, tuple(draw(st.permutations(slots))))
-    number = st.one_of(st.integers(0, 5), st.integers(0, 5000))
-    return np.array(draw(st.lists(number, min_size=num_experts, max_size=num_experts))), current
 
 
 def test_identity_spreads_evenly_and_leaves_the_last_slot_empty():
@@ -49,8 +32,6 @@ def test_placement_with_replicas_names_a_primary():
     assert pm.rank_load([4, 2, 1], placement).tolist() == [6, 1] and pm.rank_load([4, 2, 1], moved).tolist() == [2, 5]
     for each in (placement, moved, identity(5, 3)):
         assert Placement.from_dict(json.loads(json.dumps(each.to_dict()))) == each
-    with pytest.raises(ValueError, match="replicas"):
-        pm.solve_greedy([4, 2, 1], placement)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +69,7 @@ def test_bad_dicts_and_arguments_are_refused():
         pm.rank_load([1, 2], good)
     for bad in ([1, 2, 3, -1], [1, 2, 3, np.nan]):
         with pytest.raises(ValueError, match="finite and not negative"):
-            pm.solve_greedy(bad, good)
-    with pytest.raises(ValueError, match="tie_order"):
-        pm.solve_greedy([1, 2, 3, 4], good, "random")
+            pm.rank_load(bad, good)
     with pytest.raises(ValueError, match="num_slots changes from 4 to 6"):
         pm.num_moves(good, Placement(2, (0, 1, -1, 2, 3, -1)))
     with pytest.raises(ValueError, match="ep_rank 2"):
@@ -113,151 +92,128 @@ def test_max_over_mean():
     assert pm.max_over_mean([0, 0, 0, 0], identity(4, 2)) == 1.0
 
 
-def test_greedy_rule_by_hand():
-    # 9 -> rank 0 (tie: its current rank), 8 -> rank 1, 7 -> rank 1 (8 < 9), 1 -> rank 0, the only one with a free slot.
-    new = pm.solve_greedy([9, 8, 7, 1], identity(4, 2))
-    assert new.expert_of_slot == (0, 3, 1, 2)
-    # On a tie the current rank is preferred over the lowest.
-    new = pm.solve_greedy([1, 1, 5, 5], identity(4, 2))
-    assert new.expert_of_slot == (3, 0, 2, 1)
-    # No strict gain: nothing changes, not even slots.
-    shuffled = Placement(2, (3, 0, 1, 2))
-    assert pm.solve_greedy([5, 5, 5, 5], shuffled) is shuffled
-    assert pm.solve_greedy([0, 0, 0, 0], shuffled) is shuffled
-    # A full rank takes no more, however light it is.
-    assert pm.solve_greedy([9, 9, 9, 1], Placement(2, (0, 1, 2, 3))).expert_of_slot == (0, 1, 2, 3)
-    assert pm.solve_greedy([9, 3, 2, 1, 1, 1], identity(6, 2)).expert_of_slot == (0, 4, 5, 1, 2, 3)
+# --------------------------------------------------------------------------------------------------------- replicas
 
 
-def plain_greedy(load_E, current, order):
-    """The rule in its simplest form, without a heap."""
-    total, slots = [0] * current.num_ranks, [[] for _ in range(current.num_ranks)]
-    for expert in order:
-        free = [ep_rank for ep_rank in range(current.num_ranks) if len(slots[ep_rank]) < current.slots_per_rank]
-        home = current.rank_of_expert()[expert]
-        best = min(free, key=lambda ep_rank: (total[ep_rank], ep_rank != home, ep_rank))
-        slots[best].append(expert)
-        total[best] += load_E[expert]
-    flat = [expert for row in slots for expert in row + [EMPTY] * (current.slots_per_rank - len(row))]
-    return Placement(current.num_ranks, tuple(flat)) if max(total) < pm.rank_load(load_E, current).max() else current
+def split(rows, num_ranks=2):
+    """share_SEW from the shares of each expert, the same for all sources."""
+    return np.broadcast_to(np.array(rows, float), (num_ranks, *np.shape(rows)))
 
 
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_greedy_is_the_plain_rule(case):
-    load_E, current = case
-    order = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])
-    assert pm.solve_greedy(load_E, current) == plain_greedy(load_E, current, order)
-    legacy = pm._legacy_argsort(load_E.tolist())
-    assert pm.solve_greedy(load_E, current, "legacy") == plain_greedy(load_E, current, legacy[::-1])
+def test_no_replicas_send_everything_to_the_owners():
+    placement = Placement(2, (3, 0, EMPTY, 1, 2, EMPTY))
+    none = Replicas.none(placement, 2)
+    none.check(placement)
+    assert none.expert_of_replica == (EMPTY,) * 4 and (none.num_replica_slots, none.num_copies) == (2, 0)
+    assert none.slot_EW(placement).tolist() == [[1, -1], [-1, 5], [-1, 6], [0, -1]]
+    for ep_rank in (0, 1):
+        table_EB = none.bucket_slots(placement, ep_rank)
+        assert table_EB.dtype == np.int64 and (table_EB == np.array([[1], [5], [6], [0]])).all()
+    assert table_EB.shape == (4, BUCKETS)
+    count_SE = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert none.host_load(count_SE).tolist() == pm.rank_load(count_SE.sum(0), placement).tolist()
+    assert Replicas.none(placement, 0).expert_of_replica == ()
+    assert Replicas.none(identity(3, 1), 1).bucket_slots(identity(3, 1), 0)[:, 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="at least 0"):
+        Replicas.none(placement, -1)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=200))
-def test_legacy_argsort_sorts(values):
-    order = pm._legacy_argsort(values)
-    assert sorted(order) == list(range(len(values)))
-    assert [values[idx] for idx in order] == sorted(values)
+def test_shares_become_buckets_by_largest_remainder():
+    placement = identity(3, 3)
+    # Expert 0 of rank 0 has replicas on ranks 1 and 2; 256 / 3 = 85.33: the lowest rank gets the bucket left over.
+    share_EW = np.array([[1 / 3, 1 / 3, 1 / 3], [0, 0.999, 0.001], [0, 0, 1]])
+    replicas = Replicas((EMPTY, EMPTY, EMPTY, 0, 1, 0), split(share_EW, 3))
+    replicas.check(placement)
+    assert replicas.slot_EW(placement).tolist() == [[0, 5, 8], [-1, 3, 7], [-1, -1, 6]]
+    table_EB = replicas.bucket_slots(placement, 2)
+    assert table_EB[0].tolist() == [0] * 86 + [5] * 85 + [8] * 85
+    assert table_EB[1].tolist() == [3] * 256 and table_EB[2].tolist() == [6] * 256
+    assert np.allclose(replicas.host_load([[3, 0, 0], [0, 1000, 0], [0, 0, 7]]), [1, 1000, 9])
 
 
-def test_legacy_argsort_tie_order():
-    assert pm._legacy_argsort([1] * 16) == list(range(16))
-    # Facts recorded from numpy 1.24.4, np.argsort of integers.
-    thirds = [0, 12, 3, 9, 6, 15, 13, 10, 16, 4, 1, 7, 5, 11, 2, 14, 8]
-    assert pm._legacy_argsort([i % 3 for i in range(17)]) == thirds
-    values = [7 * i * i % 5 for i in range(40)]
-    assert pm._legacy_argsort(values) == LEGACY_40
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any), min_size=1, max_size=5))
+def test_bucket_counts_are_within_one_of_the_shares(rows):
+    share = np.array(rows) / np.array(rows).sum(axis=1, keepdims=True)
+    count = pm.bucket_counts(share)
+    assert (count.sum(axis=1) == BUCKETS).all() and (abs(count - share * BUCKETS) < 1 + 1e-9).all()
+    assert (count[share == 0] == 0).all()
+    whole = count / BUCKETS
+    assert (pm.bucket_counts(whole) == count).all()
 
 
-# fmt: off
-LEGACY_40 = [0, 35, 5, 30, 25, 10, 20, 15, 36, 34, 31, 29, 26, 24, 21, 16, 19, 39, 1, 11, 9, 4, 6, 14, 37, 2, 3, 33, 32,
-             17, 27, 8, 23, 22, 12, 13, 38, 18, 7, 28]
-# fmt: on
+def test_each_source_may_split_its_own_way():
+    placement = identity(2, 2)
+    share_SEW = np.array([[[1, 0], [0, 1]], [[0.25, 0.75], [0, 1]]], float)
+    replicas = Replicas((EMPTY, 0), share_SEW)
+    assert replicas.host_load([[8, 1], [8, 2]]).tolist() == [10, 9]
+    assert (replicas.bucket_slots(placement, 0)[0] == 0).all()
+    assert replicas.bucket_slots(placement, 1)[0].tolist() == [0] * 64 + [3] * 192
+    share_SEW[0, 0] = 7  # the caller's array is its own
+    assert replicas.share_SEW[0, 0].tolist() == [1, 0] and not replicas.share_SEW.flags.writeable
 
 
-@needs_published
-@pytest.mark.parametrize(("series", "every"), [("freq10", 1), ("freq100", 10)])
-def test_published_change_lists_come_out_exactly(series, every):
-    figure = json.loads((PUBLISHED / "paper_figures.json").read_text())["fig13"]["series"][series]
-    with np.load(PUBLISHED / "trace" / "fig13_layer6_rank0_mb0.npz") as trace:
-        counts, iteration = trace["counts"], trace["iteration"]
-    changed, current = [], identity(32, 8)
-    for i in range(0, len(iteration), every):
-        new = pm.solve_greedy(counts[i], current, "legacy")
-        if new != current:
-            changed.append(int(iteration[i]))
-        current = new
-    assert changed == figure["changed_iters"] and len(changed) == {"freq10": 83, "freq100": 11}[series]
+def test_replicas_survive_json():
+    share_SEW = np.array([[[1, 0], [0, 1]], [[0.1, 0.9], [0, 1]]])
+    for each in (Replicas((EMPTY, 0), share_SEW), Replicas.none(identity(5, 3), 2), Replicas.none(identity(2, 1), 0)):
+        back = Replicas.from_dict(json.loads(json.dumps(each.to_dict())))
+        assert back == each and back.share_SEW.strides[0] == each.share_SEW.strides[0]
+    assert Replicas((EMPTY, 0), share_SEW) != Replicas((0, EMPTY), np.array([[[0, 1], [0, 1]]] * 2, float))
 
 
-@settings(max_examples=200, deadline=None)
-@given(cases())
-def test_least_move_keeps_its_promises(case):
-    load_E, current = case
-    greedy, least = pm.solve_greedy(load_E, current), pm.solve_least_move(load_E, current)
-    fullest = pm.rank_load(load_E, least).max()
-    assert fullest <= pm.rank_load(load_E, greedy).max() * (1 + LEAST_MOVE_SLACK)
-    assert least is current or fullest < pm.rank_load(load_E, current).max()
-    assert pm.num_moves(current, least) <= pm.num_moves(current, greedy)
-    stays = least.rank_of_expert() == current.rank_of_expert()
-    assert (least.primary_slot_E == current.primary_slot_E)[stays].all()
-    assert pm.solve_least_move(load_E, current) == least
+@pytest.mark.parametrize(
+    ("slots", "rows", "message"),
+    [
+        ((0, 0, 0), [[1, 0]], "3 replica slots do not divide"),
+        ((0, 0, 1, 1), [[1, 0], [0, 1]], "sits twice"),
+        ((2, EMPTY), [[1, 0], [0, 1]], "-1 .. 1"),
+        ((-2, EMPTY), [[1, 0], [0, 1]], "-1 .. 1"),
+        ((EMPTY, EMPTY), [[0.5, 0.5], [0, 1]], "expert 0 has shares on 2 ranks"),
+        ((EMPTY, 0), [[0.5, 0.4], [0, 1]], "sum to 1"),
+        ((EMPTY, 0), [[1.5, -0.5], [0, 1]], "sum to 1"),
+        ((EMPTY, 0), [[np.nan, 1], [0, 1]], "sum to 1"),
+        ((EMPTY, 0), [[1, 0, 0]], "expected .ranks, experts, ranks"),
+        ((0.5, 0), [[1, 0]], "list of integers"),
+    ],
+)
+def test_bad_replicas_are_refused(slots, rows, message):
+    with pytest.raises(ValueError, match=message):
+        Replicas(slots, split(rows))
 
 
-def test_least_move_moves_less_where_greedy_reshuffles():
-    load_E = [40, 30, 20, 10, 12, 12, 13, 13, 25, 25, 1, 1]
-    current = identity(12, 3)
-    greedy, least = pm.solve_greedy(load_E, current), pm.solve_least_move(load_E, current)
-    assert pm.num_moves(current, least) < pm.num_moves(current, greedy)
+def test_replicas_that_do_not_fit_the_placement_are_refused():
+    placement, rows = identity(2, 2), [[0.5, 0.5], [0, 1]]
+    Replicas((EMPTY, 0), split(rows)).check(placement)
+    with pytest.raises(ValueError, match="rank 0 owns expert 0"):
+        Replicas((0, EMPTY), split([[1, 0], [0, 1]])).check(placement)
+    with pytest.raises(ValueError, match="expert 0 go to rank 0, which does not host it"):
+        Replicas((EMPTY, EMPTY), split([[1, 0], [0, 1]])).bucket_slots(Placement(2, (1, EMPTY, 0, EMPTY)), 0)
+    with pytest.raises(ValueError, match="2 experts on 2 ranks, the placement has 4 on 2"):
+        Replicas((EMPTY, 0), split(rows)).check(identity(4, 2))
+    with pytest.raises(ValueError, match="float64"):
+        Replicas((EMPTY, 0), rows)
+    with pytest.raises(ValueError, match="counts have shape"):
+        Replicas((EMPTY, 0), split(rows)).host_load([1, 2])
+    with pytest.raises(ValueError, match="ep_rank 2"):
+        Replicas((EMPTY, 0), split(rows)).experts_of_rank(2)
 
 
-def test_least_move_falls_back_on_greedy_groups_where_the_search_is_stuck():
-    load_E, current = [5, 3, 6, 5, 10, 11, 6, 8, 3], identity(9, 3)
-    greedy, least = pm.solve_greedy(load_E, current), pm.solve_least_move(load_E, current)
-    limit = pm.rank_load(load_E, greedy).max() * (1 + LEAST_MOVE_SLACK)
-    assert pm.rank_load(load_E, pm._search(np.array(load_E, float), current, limit)).max() == 20  # stuck here
-    assert pm.rank_load(load_E, least).max() == pm.rank_load(load_E, greedy).max() == 19
-    assert least.expert_of_slot != greedy.expert_of_slot  # the same ranks or better, and slots kept
-
-
-def test_relabel_deals_groups_to_the_ranks_that_hold_them():
-    current, turned = identity(6, 3), Placement(3, (4, 5, 0, 1, 2, 3))
-    assert pm._relabel(turned, current) == current and pm.num_moves(current, turned) == 6
-
-
-def test_least_move_uses_empty_slots_and_stays_within_the_slack():
-    current = Placement(2, (0, 1, EMPTY, 2, 3, EMPTY))
-    assert pm.solve_least_move([6, 4, 2, 0], current).expert_of_slot == (0, EMPTY, EMPTY, 2, 3, 1)
-    close = identity(4, 2)
-    assert pm.solve_greedy([50, 51, 50, 50], close) is close
-    assert pm.solve_greedy([51, 50, 50, 49], close) is not close  # 101 -> 100: within the slack of least move
-    assert pm.solve_least_move([51, 50, 50, 49], close) is close
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases(max_experts=9))
-def test_exact_is_a_lower_bound_of_the_solvers(case):
-    pytest.importorskip("scipy")
-    load_E, current = case
-    best = pm.rank_load(load_E, pm.solve_exact(load_E, current)).max()
-    assert best >= load_E.max() - 1e-9 and best >= load_E.sum() / current.num_ranks - 1e-9
-    for solver in (pm.solve_greedy, pm.solve_least_move):
-        assert pm.rank_load(load_E, solver(load_E, current)).max() >= best - 1e-9
-
-
-def test_exact_by_hand_and_without_scipy(monkeypatch):
-    pytest.importorskip("scipy")
-    # Greedy gives 7 + 5 + 4 = 16 against the optimum 15 = 8 + 7 = 6 + 5 + 4.
-    current = Placement(2, (0, 1, 2, EMPTY, 3, 4, EMPTY, EMPTY))
-    assert pm.rank_load([8, 7, 6, 5, 4], pm.solve_exact([8, 7, 6, 5, 4], current)).tolist() in ([15, 15],)
-    assert pm.rank_load([8, 7, 6, 5, 4], pm.solve_greedy([8, 7, 6, 5, 4], current)).max() > 15
-    real = builtins.__import__
-
-    def no_scipy(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_scipy)
-    with pytest.raises(ValueError, match="needs scipy"):
-        pm.solve_exact([8, 7, 6, 5, 4], current)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "expected the keys"),
+        ({"num_ranks": True}, "num_ranks"),
+        ({"num_ranks": 0}, "num_ranks"),
+        ({"hosts": [[0, 1]]}, "one entry per expert"),
+        ({"hosts": [[0, 2], [1]]}, r"hosts \[0, 2\] of expert 0"),
+        ({"hosts": [["0"], [1]]}, "list of integers"),
+        ({"shares": [[["a"]], [[1.0]]]}, "rows of numbers"),
+        ({"shares": [[[1.0]], [[1.0]]]}, "have shape"),
+        ({"shares": [[[0.5, 0.5]] * 3, [[1.0]]]}, "have shape"),
+        ({"shares": [[[0.5, 0.6]], [[1.0]]]}, "sum to 1"),
+    ],
+)
+def test_bad_replica_dicts_are_refused(change, message):
+    good = Replicas((EMPTY, 0), split([[0.5, 0.5], [0, 1]])).to_dict()
+    with pytest.raises(ValueError, match=message):
+        Replicas.from_dict({**good, **change})

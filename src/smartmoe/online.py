@@ -15,7 +15,8 @@ import torch.distributed as dist
 from smartmoe.config import OnlineConfig
 from smartmoe.migrate import migrate
 from smartmoe.ops.all_to_all import group_size
-from smartmoe.placement import Placement, max_over_mean, num_moves, rank_load, solve_greedy, solve_least_move
+from smartmoe.placement import Placement, max_over_mean, num_moves, rank_load
+from smartmoe.solvers import solve_greedy, solve_least_move
 
 SOLVERS = {"greedy": solve_greedy, "least_move": solve_least_move}
 

@@ -1,21 +1,20 @@
-"""Where each expert lives: the placement of logical experts on slots, and the solvers that balance it.
+"""Where each expert lives: the ownership of logical experts by slots, and the replicas that help it.
 
-Layer 0: numpy only. Names: E logical experts, W ranks of an expert-parallel group, L slots per rank, N = W * L slots.
-Slot = ep_rank * L + index on that rank. Loads are token copies, of any unit, as long as they add up.
+Layer 0: numpy only. Names: E logical experts, W ranks of an expert-parallel group, S the same ranks as sources of tokens,
+L owned slots per rank, N = W * L slots, G replica slots per rank, B buckets. Slot = ep_rank * L + index on that rank.
+With replicas a rank has L + G physical slots, and physical slot = ep_rank * (L + G) + index, the replicas' after the
+owned. Loads are token copies, of any unit, as long as they add up.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 EMPTY = -1
-# solve_least_move stops as soon as the fullest rank is this close (as a fraction) to what greedy reaches.
-LEAST_MOVE_SLACK = 0.02
-TIE_ORDERS = ("stable", "legacy")
+BUCKETS = 256  # in how many parts the copies of an expert are split over its hosts
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,213 @@ class Placement:
         return cls(data["num_ranks"], data["expert_of_slot"], data["primary"])
 
 
+@dataclass(frozen=True, eq=False)
+class Replicas:
+    """Copies of experts on ranks that do not own them, and how each source's tokens are split over the hosts.
+
+    Args:
+        expert_of_replica: [W * G] logical expert copied into each replica slot, rank by rank, -1 = empty. Never twice on
+            a rank, never one that the rank owns.
+        share_SEW: [W, E, W] float64, of the copies of expert e that source rank s holds, which fraction is computed on
+            rank w. Rows sum to 1; non-zero only where w owns e or has a replica of it. Kept read-only.
+
+    Raises ValueError for anything else, as far as it shows without the placement; `check` does the rest.
+    """
+
+    expert_of_replica: tuple[int, ...]
+    share_SEW: np.ndarray
+
+    def __post_init__(self):
+        replicas, share = _int_tuple(self.expert_of_replica, "expert_of_replica"), self.share_SEW
+        if not isinstance(share, np.ndarray) or share.dtype != np.float64 or share.ndim != 3:
+            raise ValueError("replicas: share_SEW must be a float64 array [ranks, experts, ranks]")
+        if share.shape[0] != share.shape[2] or 0 in share.shape:
+            raise ValueError(f"replicas: share_SEW has shape {share.shape}, expected [ranks, experts, ranks]")
+        if len(replicas) % self.num_ranks:
+            raise ValueError(f"replicas: {len(replicas)} replica slots do not divide over {self.num_ranks} ranks")
+        if share.flags.writeable:
+            share = share.copy()
+            share.setflags(write=False)
+        rows = _distinct_rows(share)
+        if not (rows >= 0).all() or not np.allclose(rows.sum(axis=2), 1.0, rtol=0, atol=1e-9):
+            raise ValueError("replicas: the shares of every source and expert must be at least 0 and sum to 1")
+        object.__setattr__(self, "expert_of_replica", replicas)
+        object.__setattr__(self, "share_SEW", share)
+        replica_EW = self._replica_EW()
+        num_owners_E = ((rows > 0).any(axis=0) & (replica_EW < 0)).sum(axis=1)
+        if (num_owners_E > 1).any():
+            expert = int(num_owners_E.argmax())
+            raise ValueError(f"replicas: expert {expert} has shares on {num_owners_E[expert]} ranks without a replica")
+
+    @classmethod
+    def none(cls, placement: Placement, num_replica_slots: int) -> Replicas:
+        """Nothing replicated: G = num_replica_slots empty slots on each rank, all tokens go to the owners."""
+        if num_replica_slots < 0:
+            raise ValueError(f"replicas: num_replica_slots = {num_replica_slots} must be at least 0")
+        num_ranks, num_experts = placement.num_ranks, placement.num_experts
+        share_EW = np.zeros((num_experts, num_ranks))
+        share_EW[np.arange(num_experts), placement.rank_of_expert()] = 1.0
+        share_SEW = np.broadcast_to(share_EW, (num_ranks, num_experts, num_ranks))
+        return cls((EMPTY,) * (num_ranks * num_replica_slots), share_SEW)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.share_SEW.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.share_SEW.shape[1]
+
+    @property
+    def num_replica_slots(self) -> int:
+        """G, replica slots of each rank, empty ones included."""
+        return len(self.expert_of_replica) // self.num_ranks
+
+    @property
+    def num_copies(self) -> int:
+        """How many replica slots hold an expert."""
+        return sum(expert != EMPTY for expert in self.expert_of_replica)
+
+    def experts_of_rank(self, ep_rank: int) -> tuple[int, ...]:
+        """The [G] replica slots of one rank, in order: logical experts, -1 = empty."""
+        if not 0 <= ep_rank < self.num_ranks:
+            raise ValueError(f"replicas: ep_rank {ep_rank} is not in 0 .. {self.num_ranks - 1}")
+        return self.expert_of_replica[ep_rank * self.num_replica_slots : (ep_rank + 1) * self.num_replica_slots]
+
+    def check(self, placement: Placement) -> None:
+        """Raise ValueError, saying what does not fit, unless these are replicas of what `placement` owns."""
+        if (self.num_ranks, self.num_experts) != (placement.num_ranks, placement.num_experts):
+            raise ValueError(
+                f"replicas: made for {self.num_experts} experts on {self.num_ranks} ranks, "
+                f"the placement has {placement.num_experts} on {placement.num_ranks}"
+            )
+        replica_EW, owner_E = self._replica_EW(), placement.rank_of_expert()
+        experts = np.arange(self.num_experts)
+        if (at_home := replica_EW[experts, owner_E] >= 0).any():
+            expert = int(at_home.argmax())
+            raise ValueError(f"replicas: rank {owner_E[expert]} owns expert {expert} and cannot hold a replica of it")
+        stray_EW = (_distinct_rows(self.share_SEW) > 0).any(axis=0) & (replica_EW < 0)
+        stray_EW[experts, owner_E] = False
+        if stray_EW.any():
+            expert, ep_rank = np.argwhere(stray_EW)[0].tolist()
+            raise ValueError(f"replicas: tokens of expert {expert} go to rank {ep_rank}, which does not host it")
+
+    def slot_EW(self, placement: Placement) -> np.ndarray:
+        """[E, W] int64, the physical slot in which rank w hosts expert e (owned or replica), -1 where it does not."""
+        self.check(placement)
+        owned, extra = placement.slots_per_rank, self.num_replica_slots
+        replica_EW = self._replica_EW()
+        slot_EW = np.where(replica_EW < 0, EMPTY, np.arange(self.num_ranks) * (owned + extra) + owned + replica_EW)
+        primary_E, owner_E = placement.primary_slot_E, placement.rank_of_expert()
+        slot_EW[np.arange(self.num_experts), owner_E] = primary_E + owner_E * extra
+        return slot_EW
+
+    def bucket_slots(self, placement: Placement, ep_rank: int) -> np.ndarray:
+        """The routing table of one source rank: physical slot of every expert and bucket.
+
+        A host gets share * BUCKETS buckets, rounded down; what is missing from BUCKETS goes, one each, to the largest
+        fractions cut off (the lowest rank among equals). An expert's buckets follow its hosts by rank.
+
+        Args:
+            placement: the ownership that these replicas were made for.
+            ep_rank: the source of the tokens.
+        Returns: [E, BUCKETS] int64.
+        """
+        slot_EW = self.slot_EW(placement)
+        return np.repeat(slot_EW, bucket_counts(self.share_SEW[ep_rank]).ravel()).reshape(self.num_experts, BUCKETS)
+
+    def host_load(self, count_SE: np.ndarray) -> np.ndarray:
+        """[W] float64, token copies that each rank computes.
+
+        Args:
+            count_SE: [W, E] token copies of each expert that each source rank holds.
+        """
+        count_SE = np.asarray(count_SE, dtype=np.float64)
+        if count_SE.shape != self.share_SEW.shape[:2]:
+            raise ValueError(f"replicas: counts have shape {count_SE.shape}, expected {self.share_SEW.shape[:2]}")
+        rows = _distinct_rows(self.share_SEW)
+        if len(rows) == 1:
+            return np.einsum("e,ew->w", count_SE.sum(axis=0), rows[0])
+        return np.tensordot(count_SE, self.share_SEW, axes=2)
+
+    def to_dict(self) -> dict:
+        """JSON-ready: for each expert its hosts (ranks with a share) and, per source, their shares; one row where all
+        sources split alike."""
+        hosts, shares = [], []
+        for expert in range(self.num_experts):
+            share_SW = self.share_SEW[:, expert]
+            ranks = np.flatnonzero(share_SW.any(axis=0))
+            same = (share_SW == share_SW[0]).all()
+            hosts.append(ranks.tolist())
+            shares.append((share_SW[:1] if same else share_SW)[:, ranks].tolist())
+        replicas = list(self.expert_of_replica)
+        return {"num_ranks": self.num_ranks, "expert_of_replica": replicas, "hosts": hosts, "shares": shares}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Replicas:
+        """The inverse of `to_dict`; raises ValueError when a key or a value is not right."""
+        known = {"num_ranks", "expert_of_replica", "hosts", "shares"}
+        if not isinstance(data, dict) or set(data) != known:
+            got = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"replicas: expected the keys {sorted(known)}, got {got}")
+        num_ranks, hosts, shares = data["num_ranks"], data["hosts"], data["shares"]
+        if not isinstance(num_ranks, int) or isinstance(num_ranks, bool) or num_ranks < 1:
+            raise ValueError(f"replicas: num_ranks = {num_ranks!r} must be an integer of at least 1")
+        if not isinstance(hosts, list) or not isinstance(shares, list) or len(hosts) != len(shares):
+            raise ValueError("replicas: hosts and shares must be lists with one entry per expert")
+        share_SEW = np.zeros((num_ranks, len(hosts), num_ranks))
+        for expert, (ranks, rows) in enumerate(zip(hosts, shares, strict=True)):
+            ranks = _int_tuple(ranks, f"hosts of expert {expert}")
+            if any(not 0 <= ep_rank < num_ranks for ep_rank in ranks):
+                raise ValueError(f"replicas: hosts {list(ranks)} of expert {expert} are not in 0 .. {num_ranks - 1}")
+            try:
+                rows = np.array(rows, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise ValueError(f"replicas: shares of expert {expert} must be rows of numbers") from None
+            if rows.shape not in ((1, len(ranks)), (num_ranks, len(ranks))):
+                raise ValueError(f"replicas: shares of expert {expert} have shape {rows.shape} for {len(ranks)} hosts")
+            share_SEW[:, expert, list(ranks)] = rows
+        alike = all(len(rows) == 1 for rows in shares)
+        return cls(data["expert_of_replica"], np.broadcast_to(share_SEW[0], share_SEW.shape) if alike else share_SEW)
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Replicas):
+            return NotImplemented
+        same_slots = self.expert_of_replica == other.expert_of_replica
+        return same_slots and np.array_equal(self.share_SEW, other.share_SEW)
+
+    def _replica_EW(self) -> np.ndarray:
+        """[E, W] int64, index of the replica slot in which rank w has a copy of expert e, -1 = none."""
+        expert_N = np.array(self.expert_of_replica, dtype=np.int64)
+        slots = np.flatnonzero(expert_N != EMPTY)
+        experts, ranks = expert_N[slots], slots // max(self.num_replica_slots, 1)
+        if slots.size and not (0 <= experts.min() and experts.max() < self.num_experts):
+            raise ValueError(f"replicas: expert_of_replica must lie in -1 .. {self.num_experts - 1}")
+        replica_EW = np.full((self.num_experts, self.num_ranks), EMPTY, dtype=np.int64)
+        replica_EW[experts, ranks] = slots % max(self.num_replica_slots, 1)
+        if (replica_EW >= 0).sum() != slots.size:
+            raise ValueError("replicas: an expert sits twice on a rank; one replica a rank is enough")
+        return replica_EW
+
+
+def _distinct_rows(share_SEW: np.ndarray) -> np.ndarray:
+    """[1, E, W] where the array is a broadcast, so that all sources split alike, else the whole [W, E, W]."""
+    return share_SEW[:1] if share_SEW.strides[0] == 0 else share_SEW
+
+
+def bucket_counts(share_EW: np.ndarray) -> np.ndarray:
+    """[..., W] int64, how many of BUCKETS buckets each host gets; rows of shares sum to 1, rows of counts to BUCKETS."""
+    exact = share_EW * BUCKETS
+    count = np.floor(exact).astype(np.int64)
+    missing = BUCKETS - count.sum(axis=-1, keepdims=True)
+    if missing.any():
+        order = np.argsort(count - exact, axis=-1, kind="stable")
+        np.put_along_axis(
+            count, order, np.take_along_axis(count, order, -1) + (np.arange(count.shape[-1]) < missing), -1
+        )
+    return count
+
+
 def _int_tuple(values, name: str) -> tuple[int, ...]:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -145,7 +351,7 @@ def rank_load(load_E: Sequence[float] | np.ndarray, placement: Placement) -> np.
         load_E: [E] token copies (or any additive cost) per logical expert, not negative.
     Returns: [W] float64.
     """
-    load_E = _check_load(load_E, placement)
+    load_E = check_load(load_E, placement)
     return np.bincount(placement.rank_of_expert(), weights=load_E, minlength=placement.num_ranks)
 
 
@@ -157,217 +363,23 @@ def max_over_mean(load_E: Sequence[float] | np.ndarray, placement: Placement) ->
 
 def num_moves(old: Placement, new: Placement) -> int:
     """How many expert copies must cross ranks to turn `old` into `new`; moves inside a rank are not counted."""
-    _check_same_shape(old, new)
+    check_same_shape(old, new)
     pairs = ((set(old.experts_of_rank(r)), set(new.experts_of_rank(r))) for r in range(old.num_ranks))
     return sum(len(after - before - {EMPTY}) for before, after in pairs)
 
 
-def _check_same_shape(old: Placement, new: Placement) -> None:
+def check_same_shape(old: Placement, new: Placement) -> None:
+    """Raise ValueError unless both placements have the same ranks, slots and experts."""
     for key in ("num_ranks", "num_slots", "num_experts"):
         if getattr(old, key) != getattr(new, key):
             raise ValueError(f"placement: {key} changes from {getattr(old, key)} to {getattr(new, key)}; it must not")
 
 
-def _check_load(load_E, placement: Placement) -> np.ndarray:
+def check_load(load_E, placement: Placement) -> np.ndarray:
+    """[E] float64, these loads; ValueError unless there is one per expert, finite and not negative."""
     load_E = np.asarray(load_E, dtype=np.float64)
     if load_E.shape != (placement.num_experts,):
         raise ValueError(f"placement: load has shape {load_E.shape}, expected ({placement.num_experts},)")
     if not np.isfinite(load_E).all() or (load_E < 0).any():
         raise ValueError("placement: loads must be finite and not negative")
     return load_E
-
-
-def _check_solvable(load_E, current: Placement) -> np.ndarray:
-    if sum(expert != EMPTY for expert in current.expert_of_slot) != current.num_experts:
-        raise ValueError("placement: this solver places every expert once; the current placement holds replicas")
-    return _check_load(load_E, current)
-
-
-# --------------------------------------------------------------------------------------------------------- solvers
-
-
-def solve_greedy(load_E: Sequence[float] | np.ndarray, current: Placement, tie_order: str = "stable") -> Placement:
-    """Longest-processing-time greedy: heaviest expert first, each onto the least-loaded rank with a free slot.
-
-    On a tie with the expert's current rank that rank is preferred, otherwise the lowest one; inside a rank experts take
-    slots as they arrive. Returns `current` unless the fullest rank's load falls strictly. (SmartMoE, ATC'23, section 6)
-
-    Args:
-        load_E: [E] load per logical expert, not negative.
-        current: where the experts are now, without replicas.
-        tie_order: how experts of equal load are ordered. "stable" = by number; "legacy" = as numpy <= 1.24 on a plain
-            CPU left them, which the lists of placement changes that the paper's artifact published depend on.
-    """
-    load_E = _check_solvable(load_E, current)
-    if tie_order not in TIE_ORDERS:
-        raise ValueError(f'placement: tie_order = "{tie_order}" is not one of {", ".join(TIE_ORDERS)}')
-    legacy = tie_order == "legacy"
-    order = _legacy_argsort(load_E.tolist())[::-1] if legacy else np.argsort(-load_E, kind="stable").tolist()
-    new = _fill(order, load_E, current)
-    return new if rank_load(load_E, new).max() < rank_load(load_E, current).max() else current
-
-
-def _fill(order: Iterable[int], load_E: np.ndarray, current: Placement) -> Placement:
-    """Put experts, in this order, each on the least-loaded rank that has a free slot."""
-    slots_per_rank, load, home = current.slots_per_rank, load_E.tolist(), current.rank_of_expert().tolist()
-    slots, used = [EMPTY] * current.num_slots, [0] * current.num_ranks
-    total = [0.0] * current.num_ranks
-    heap = [(0.0, ep_rank) for ep_rank in range(current.num_ranks)]
-    for expert in order:
-        # An entry is out of date when its rank has filled up or has got heavier since.
-        while used[heap[0][1]] == slots_per_rank or heap[0][0] != total[heap[0][1]]:
-            heapq.heappop(heap)
-        least, ep_rank = heap[0]
-        if total[home[expert]] == least and used[home[expert]] < slots_per_rank:
-            ep_rank = home[expert]
-        slots[ep_rank * slots_per_rank + used[ep_rank]] = expert
-        used[ep_rank] += 1
-        total[ep_rank] += load[expert]
-        heapq.heappush(heap, (total[ep_rank], ep_rank))
-    return Placement(current.num_ranks, tuple(slots))
-
-
-def _legacy_argsort(values: list[float]) -> list[int]:
-    """Ascending argsort with the tie order of numpy <= 1.24's default (unstable) sort.
-
-    That sort is a quicksort with the median of first, middle and last as pivot, and insertion sort for runs of at most
-    16. Its rescue from quadratic inputs (heapsort below depth 2 log2 n) is left out: no measured load came near it.
-    """
-    order = list(range(len(values)))
-
-    def exchange_if_less(a: int, b: int) -> None:
-        if values[order[a]] < values[order[b]]:
-            order[a], order[b] = order[b], order[a]
-
-    runs = [(0, len(order) - 1)]
-    while runs:
-        low, high = runs.pop()
-        if high - low <= 15:
-            order[low : high + 1] = sorted(order[low : high + 1], key=values.__getitem__)  # insertion sort is stable
-            continue
-        middle = low + (high - low) // 2
-        exchange_if_less(middle, low)
-        exchange_if_less(high, middle)
-        exchange_if_less(middle, low)
-        pivot, left, right = values[order[middle]], low, high - 1
-        order[middle], order[right] = order[right], order[middle]
-        while True:
-            left += 1
-            while values[order[left]] < pivot:
-                left += 1
-            right -= 1
-            while pivot < values[order[right]]:
-                right -= 1
-            if left >= right:
-                break
-            order[left], order[right] = order[right], order[left]
-        order[left], order[high - 1] = order[high - 1], order[left]
-        runs += [(low, left - 1), (left + 1, high)]
-    return order
-
-
-def solve_least_move(load_E: Sequence[float] | np.ndarray, current: Placement) -> Placement:
-    """Balance nearly as well as greedy while moving few experts; experts that stay on their rank keep their slot.
-
-    From the current placement, the fullest rank gives an expert away, or exchanges one with a lighter one, as long as
-    that helps and until its load is within LEAST_MOVE_SLACK of greedy's. Where that search gets stuck, greedy's groups
-    are used, dealt to the ranks that already hold most of each. Two promises: the fullest rank's load is at most
-    (1 + LEAST_MOVE_SLACK) times greedy's, and no more experts cross ranks than with greedy. Ties go to the lowest slot.
-
-    Args:
-        load_E: [E] load per logical expert, not negative.
-        current: where the experts are now, without replicas. Returned as it is when already within the slack.
-    """
-    load_E = _check_solvable(load_E, current)
-    greedy = solve_greedy(load_E, current)
-    limit = rank_load(load_E, greedy).max() * (1 + LEAST_MOVE_SLACK)
-    if rank_load(load_E, current).max() <= limit:
-        return current
-    found = [_search(load_E, current, limit), _relabel(greedy, current), _keep_slots(greedy.rank_of_expert(), current)]
-    good = [placement for placement in found if rank_load(load_E, placement).max() <= limit]
-    return min(good, key=lambda placement: num_moves(current, placement))
-
-
-def _search(load_E: np.ndarray, current: Placement, limit: float) -> Placement:
-    """Local search: the best move or exchange out of the fullest rank, repeated until within `limit` or stuck."""
-    expert_N, rank_N = np.array(current.expert_of_slot), np.arange(current.num_slots) // current.slots_per_rank
-    load_N, empty_N = np.append(load_E, 0.0)[expert_N], expert_N == EMPTY
-    for _ in range(2 * current.num_experts):
-        total_W = np.bincount(rank_N, weights=load_N, minlength=current.num_ranks)
-        fullest = int(total_W.argmax())
-        if total_W[fullest] <= limit:
-            break
-        own = np.flatnonzero(rank_N == fullest)
-        gain_LN = load_N[own, None] - load_N[None, :]  # what the fullest rank loses to the other slot's rank
-        worst_LN = np.maximum(total_W[fullest] - gain_LN, total_W[rank_N] + gain_LN)
-        best = worst_LN.min()
-        if best >= total_W[fullest]:
-            break
-        choices = np.argwhere(worst_LN == best)
-        own_idx, slot = choices[np.argmax(empty_N[choices[:, 1]])]  # an empty slot saves the way back
-        pair = [own[own_idx], slot]
-        for array in (expert_N, load_N, empty_N):
-            array[pair] = array[pair[::-1]]
-    found = Placement(current.num_ranks, tuple(expert_N.tolist()))
-    return _keep_slots(found.rank_of_expert(), current)  # an expert may have left and come back to another slot
-
-
-def _relabel(target: Placement, current: Placement) -> Placement:
-    """The groups of `target`, each dealt to the rank that already holds most of it (largest overlap first)."""
-    num_ranks, group_E = current.num_ranks, target.rank_of_expert()
-    overlap = np.bincount(group_E * num_ranks + current.rank_of_expert(), minlength=num_ranks * num_ranks)
-    rank_of_group, taken = np.full(num_ranks, -1), np.zeros(num_ranks, dtype=bool)
-    for pair in np.argsort(-overlap, kind="stable"):
-        group, ep_rank = divmod(int(pair), num_ranks)
-        if rank_of_group[group] < 0 and not taken[ep_rank]:
-            rank_of_group[group], taken[ep_rank] = ep_rank, True
-    return _keep_slots(rank_of_group[group_E], current)
-
-
-def _keep_slots(rank_of_expert_E: np.ndarray, current: Placement) -> Placement:
-    """Placement with these ranks: an expert that stays keeps its slot, newcomers fill what is free, in order."""
-    slots_per_rank, stays_E = current.slots_per_rank, rank_of_expert_E == current.rank_of_expert()
-    slots = [EMPTY] * current.num_slots
-    for expert in np.flatnonzero(stays_E).tolist():
-        slots[current.primary[expert]] = expert
-    for expert in np.flatnonzero(~stays_E).tolist():
-        start = int(rank_of_expert_E[expert]) * slots_per_rank
-        slots[slots.index(EMPTY, start, start + slots_per_rank)] = expert
-    return Placement(current.num_ranks, tuple(slots))
-
-
-def solve_exact(load_E: Sequence[float] | np.ndarray, current: Placement) -> Placement:
-    """A placement whose fullest rank has the least possible load, as a mixed-integer program (scipy, HiGHS).
-
-    For small sizes only: the oracle of the other solvers. Experts that stay on their rank keep their slot.
-
-    Args:
-        load_E: [E] load per logical expert, not negative.
-        current: gives ranks and slots, and which experts keep theirs; without replicas.
-    Raises ValueError when scipy is not installed or the program is not solved.
-    """
-    load_E = _check_solvable(load_E, current)
-    try:
-        from scipy.optimize import LinearConstraint, milp
-    except ImportError:
-        raise ValueError('solve_exact needs scipy: pip install "smartmoe[test]"') from None
-    num_ranks, num_experts = current.num_ranks, current.num_experts
-    num_cells, scale = num_ranks * num_experts, load_E.sum() or 1.0
-    # Variables: assign[rank, expert] in {0, 1}, then the load of the fullest rank.
-    ones_E, eye_W = np.ones((1, num_experts)), np.eye(num_ranks)
-    once = np.hstack([np.kron(np.ones((1, num_ranks)), np.eye(num_experts)), np.zeros((num_experts, 1))])
-    slots = np.hstack([np.kron(eye_W, ones_E), np.zeros((num_ranks, 1))])
-    fullest = np.hstack([np.kron(eye_W, load_E[None, :] / scale), -np.ones((num_ranks, 1))])
-    constraints = [
-        LinearConstraint(once, 1, 1),
-        LinearConstraint(slots, 0, current.slots_per_rank),
-        LinearConstraint(fullest, -np.inf, 0),
-    ]
-    objective, integral = np.zeros(num_cells + 1), np.ones(num_cells + 1)
-    objective[-1], integral[-1] = 1.0, 0.0
-    bounds = (np.zeros(num_cells + 1), np.append(np.ones(num_cells), np.inf))
-    result = milp(objective, constraints=constraints, integrality=integral, bounds=bounds, options={"mip_rel_gap": 0.0})
-    if result.x is None:
-        raise ValueError(f"solve_exact: {result.message}")
-    assign = result.x[:num_cells].reshape(num_ranks, num_experts)
-    return _keep_slots(assign.argmax(axis=0), current)
