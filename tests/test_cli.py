@@ -97,11 +97,12 @@ def test_unknown_command_and_help(capsys):
 
 def test_trace_show_is_a_table_of_layers(tmp_path, capsys):
     made = trace.synthetic(
-        "one_hot", num_iterations=3, num_ranks=2, num_layers=2, num_micro_batches=1, num_experts=8, num_copies=32
-    )
+        "one-hot", num_iterations=3, num_ranks=2, num_layers=2, num_micro_batches=1, num_experts=8, num_copies=32,
+        share=1.0,
+    )  # fmt: skip
     made.save(tmp_path / "t.npz")
     assert cli.main(["trace", "show", str(tmp_path / "t.npz")]) == 0
     text = capsys.readouterr().out
     row = text[text.index("layer  max") :].splitlines()[2]
     assert row.split() == ["1", "8.000", "7.000", "1.000", "1.000", "1.000"]
-    assert "3 iterations (1 .. 3), 2 ranks, 2 layers" in text and "kind: one_hot" in text
+    assert "3 iterations (1 .. 3), 2 ranks, 2 layers" in text and "kind: one-hot" in text

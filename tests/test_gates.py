@@ -285,7 +285,7 @@ def test_faster_drops_choices_that_a_node_cannot_offer():
 
 
 def write_trace(path, counts):
-    np.savez(path, counts=np.asarray(counts, dtype=np.int32), iteration=np.arange(len(counts)), meta=np.array("{}"))
+    np.savez(path, counts=np.asarray(counts, dtype=np.int32), iteration=np.arange(len(counts)))
     return str(path)
 
 

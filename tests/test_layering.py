@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
 LAYERS = {
-    "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace": 0, "record": 0,
+    "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
     "planner": 1, "mesh": 1, "systems": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
@@ -17,11 +17,11 @@ LAYERS = {
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7,
 }  # fmt: skip
-TORCH_FREE = {"config", "placement", "solvers", "policy", "trace", "record", "planner", "systems"}
+TORCH_FREE = {"config", "placement", "solvers", "policy", "trace_synthetic", "trace", "record", "planner", "systems"}
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
-    ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"),
+    ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("online", "migrate"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartmoe import trace as tr
-from smartmoe.trace import ExpertTrace, synthetic
+from smartmoe.trace import ExpertTrace, read_trace, synthetic
+from smartmoe.trace_synthetic import SKEWS
 
 TRACE = Path(__file__).resolve().parents[1] / ".." / "shared" / "published" / "trace"
 needs_published = pytest.mark.skipif(not TRACE.is_dir(), reason="the published trace (../shared) is not here")
@@ -110,7 +111,7 @@ def test_lying_members_are_refused_before_memory_is_taken(tmp_path, member, mess
 
 def test_too_large_truncated_and_absent_files_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
-    synthetic("zipf", **SIZES).save(path)
+    synthetic("zipf-strong", **SIZES).save(path)
     whole = path.read_bytes()
     for at in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:at])
@@ -119,7 +120,7 @@ def test_too_large_truncated_and_absent_files_are_refused(tmp_path, monkeypatch)
     for at in range(0, len(whole), 37):  # a damaged byte gives a clear error or, in unused places, the same trace
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
         try:
-            assert equal(ExpertTrace.load(path), synthetic("zipf", **SIZES))
+            assert equal(ExpertTrace.load(path), synthetic("zipf-strong", **SIZES))
         except ValueError as error:
             assert "a.npz" in str(error)
     with pytest.raises(ValueError, match="nowhere"):
@@ -141,7 +142,7 @@ def test_meta_that_is_no_json_is_refused_and_leaves_no_file(tmp_path):
 
 
 def test_text_tables_round_trip(tmp_path):
-    trace = synthetic("zipf", **SIZES)
+    trace = synthetic("zipf-strong", **SIZES)
     trace.write_published(tmp_path / "tables")
     assert (tmp_path / "tables" / "table_iter1_rank0.log").read_text().startswith("0:[[")
     (tmp_path / "tables" / "notes.txt").write_text("not a table")
@@ -258,28 +259,80 @@ def test_skew_by_hand():
             trace.correlation(lag)
 
 
-@pytest.mark.parametrize("kind", tr.KINDS)
+@pytest.mark.parametrize("kind", SKEWS)
 def test_synthetic_is_seeded_and_complete(kind):
     trace = synthetic(kind, **SIZES, seed=3)
     assert equal(trace, synthetic(kind, **SIZES, seed=3)) and trace.meta["kind"] == kind
+    assert not equal(trace, synthetic(kind, **SIZES, seed=4))
     assert trace.counts.shape == (4, 2, 3, 2, 8) and (trace.counts.sum(axis=4) == 96).all()
     assert trace.iteration.tolist() == [1, 2, 3, 4] and json.dumps(trace.meta)
 
 
-def test_synthetic_skew_is_as_named():
-    sizes = {**SIZES, "num_iterations": 6, "num_copies": 4000}
-    over_mean = {kind: synthetic(kind, **sizes, period=2).max_over_mean() for kind in tr.KINDS}
-    assert over_mean["uniform"].max() < 1.2 and (over_mean["one_hot"] == 8).all()
-    assert 2.5 < over_mean["zipf"].min() < over_mean["zipf"].max() < 3.5
-    busiest = synthetic("rotating", **sizes, period=2).expert_load().argmax(axis=2)
-    assert ((busiest - busiest[0]) % 8 == np.array([0, 0, 1, 1, 2, 2])[:, None]).all()
-    still = synthetic("zipf", **sizes).expert_load().argmax(axis=2)
-    assert (still == still[0]).all()
-    hot = synthetic("one_hot", **{**sizes, "num_layers": 40}).expert_load()[0].argmax(axis=1)
-    assert len(set(hot.tolist())) > 1
-    with pytest.raises(ValueError, match='kind = "odd"'):
-        synthetic("odd", **SIZES)
-    with pytest.raises(ValueError, match="period"):
-        synthetic("uniform", **SIZES, period=0)
-    with pytest.raises(ValueError, match="shape"):
-        synthetic("uniform", **{**SIZES, "num_layers": 0})
+def shares(kind, num_iterations=40, num_experts=32, **changes):
+    """[I, L, E] share of the copies that each expert got, from enough copies to be near the chances."""
+    sizes = {"num_ranks": 4, "num_layers": 6, "num_micro_batches": 1, "num_copies": 20_000, "seed": 5}
+    trace = synthetic(kind, num_iterations=num_iterations, num_experts=num_experts, **sizes, **changes)
+    return trace.expert_load() / trace.expert_load().sum(2, keepdims=True)
+
+
+def test_skew_that_stays_is_as_named():
+    assert shares("uniform").max() < 1.15 / 32
+    for kind, exponent in (("zipf-mild", 0.5), ("zipf-strong", 1.2)):
+        want_E = np.arange(1.0, 33) ** -exponent
+        got_ILE = np.sort(shares(kind), axis=2)[:, :, ::-1]
+        assert np.allclose(got_ILE.mean(0), want_E / want_E.sum(), atol=2e-3)
+        busiest_IL = shares(kind).argmax(2)
+        assert (busiest_IL == busiest_IL[0]).all() and len(set(busiest_IL[0].tolist())) > 1  # not the same in all layers
+    hot_ILE = np.sort(shares("one-hot"), axis=2)
+    assert np.allclose(hot_ILE[:, :, -1], 0.4, atol=0.01) and np.allclose(hot_ILE[:, :, :-1], 0.6 / 31, atol=3e-3)
+    assert shares("one-hot", share=1.0).max() == 1.0
+    over_mean_L = 32 * shares("layered").max(2).mean(0)
+    assert over_mean_L[0] < 1.15 and (np.diff(over_mean_L) > 0).all() and over_mean_L[-1] > 12
+
+
+def test_skew_that_changes_is_as_named():
+    hot_IL = shares("rotating-hot").argmax(2)
+    assert (hot_IL.reshape(4, 10, 6) == hot_IL[::10, None]).all() and (hot_IL[10::10] != hot_IL[:-10:10]).all()
+    assert set(hot_IL[::10, 0].tolist()).__len__() == 4
+
+    is_burst_I = (shares("bursty", num_iterations=400).max(2) > 0.35).all(1)
+    assert 0.1 < is_burst_I.mean() < 0.4  # bursts of 5 that begin in 5 % of the iterations
+    starts = np.flatnonzero(np.diff(is_burst_I.astype(int)) == 1)
+    ends = np.flatnonzero(np.diff(is_burst_I.astype(int)) == -1)
+    assert (ends[ends > starts[0]][: len(starts)] - starts[: len(ends)] >= 5).all()
+
+    share_ILE = shares("alternating")
+    assert (share_ILE[:10].argmax(2) == share_ILE[20:30].argmax(2)).all()
+    first_LE, second_LE = share_ILE[0], share_ILE[10]
+    correlation_L = [np.corrcoef(a, b)[0, 1] for a, b in zip(first_LE, second_LE, strict=True)]
+    assert max(correlation_L) < 0.6 and np.mean(correlation_L) < 0.2  # yesterday says nothing about today
+    assert np.corrcoef(share_ILE[0, 0], share_ILE[9, 0])[0, 1] > 0.99
+
+
+def test_bad_kinds_and_numbers_say_what_exists():
+    for kind, changes, message in (
+        ("odd", {}, 'kind = "odd" is not one of uniform, zipf-mild'),
+        ("uniform", {"num_layers": 0}, "layers = 0"),
+        ("uniform", {"num_copies": -1}, "num_copies"),
+        ("uniform", {"slope": 1}, "no slope; known: chance"),
+        ("one-hot", {"share": 1.5}, "share = 1.5 must be at least 0, at most 1"),
+        ("one-hot", {"share": float("nan")}, "share"),
+        ("alternating", {"period": 0}, "period"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            synthetic(kind, **{**SIZES, **changes})
+
+
+def test_a_trace_is_named_by_a_path_or_a_class(tmp_path):
+    made = synthetic("zipf-strong", **SIZES)
+    made.save(tmp_path / "a.npz")
+    made.write_published(tmp_path / "tables")
+    assert equal(read_trace(tmp_path / "a.npz"), made) and equal(read_trace(str(tmp_path / "tables")), made)
+    named = read_trace("synthetic:zipf-strong,iterations=4,ranks=2,layers=3,micro_batches=2,copies=96", experts=8)
+    assert equal(named, made)
+    assert read_trace("synthetic:one-hot,share=0.8,seed=2,copies=1000").top_share(1).mean() == pytest.approx(0.8, abs=0.02)
+    for text, message in (("synthetic:odd", "not one of"), ("synthetic:uniform,seed=x", "invalid literal"),
+                          ("synthetic:uniform,ranks=0", "ranks = 0"), ("synthetic:bursty,colour=3", "no colour"),
+                          ("nowhere.npz", "nowhere.npz")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read_trace(text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from smartmoe.config import GateConfig, ModelConfig
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.capacity import CopyOrder, admitted, capacity_limit, order_copies, rebalance
 from smartmoe.ops.hashing import make_key, normal, uniform
+from smartmoe.trace import read_trace
 
 SWITCH_JITTER = 0.1
 NOISE_FLOOR = 1e-2
@@ -359,7 +359,7 @@ class TraceGate(NaiveGate):
         if global_batch_size is None:
             raise ValueError('gate.kind = "trace" needs global_batch_size, to know which tokens make an iteration')
         self.tokens_per_iteration = global_batch_size * self.seq_len
-        end_IE = _read_trace(gate.trace, layer_idx, model.num_experts, self.tokens_per_iteration * model.top_k)
+        end_IE = _read_trace(gate, model, layer_idx, self.tokens_per_iteration * model.top_k)
         self.register_buffer("end_IE", torch.from_numpy(end_IE).to(self.weight_ED.device), persistent=False)
         self.stride = _even_stride(self.tokens_per_iteration)
 
@@ -372,17 +372,13 @@ class TraceGate(NaiveGate):
         return expert_idx_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1)
 
 
-def _read_trace(path: str, layer_idx: int, num_experts: int, num_copies: int) -> np.ndarray:
+def _read_trace(gate: GateConfig, model: ModelConfig, layer_idx: int, num_copies: int) -> np.ndarray:
     """[I, E] int64: for each iteration of the trace, the cumulated counts of experts scaled to `num_copies`."""
-    with np.load(Path(path), allow_pickle=False) as data:
-        if "counts" not in data or data["counts"].ndim != 5:
-            raise ValueError(
-                f'gate.trace: {path} has no array "counts" [iterations, ranks, layers, micro_batches, experts]'
-            )
-        counts = data["counts"]
-    if counts.shape[4] != num_experts:
+    counts = read_trace(gate.trace, experts=model.num_experts, layers=model.num_layers).counts
+    if counts.shape[4] != model.num_experts:
         raise ValueError(
-            f"gate.trace: {path} has {counts.shape[4]} experts, the model has {num_experts}: set model.num_experts"
+            f"gate.trace: {gate.trace} has {counts.shape[4]} experts, the model has {model.num_experts}: "
+            "set model.num_experts"
         )
     count_IE = counts[:, :, layer_idx % counts.shape[2]].sum((1, 2), dtype=np.int64)
     return np.stack([np.cumsum(scale_counts(count_E, num_copies)) for count_E in count_IE])

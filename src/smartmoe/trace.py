@@ -6,6 +6,7 @@ SmartMoE artifact. Axes: I iterations, R ranks, L layers, M micro-batches, E exp
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-KINDS = ("uniform", "zipf", "one_hot", "rotating")
+from smartmoe.trace_synthetic import chances, draw_counts, skew_of
+
+SYNTHETIC = "synthetic:"
+_SIZES = {"iterations": 200, "ranks": 4, "layers": 4, "micro_batches": 1, "experts": 32, "copies": 4096}
 # A trace of 500 iterations, 64 ranks, 24 layers, 4 micro-batches and 256 experts takes 3 GB; more is taken for damage.
 MAX_MEMBER_BYTES = 8 << 30
 _TABLE_NAME = re.compile(r"table_iter(\d{1,9})_rank(\d{1,6})\.log")
@@ -183,36 +187,49 @@ def synthetic(
     num_experts: int,
     num_copies: int,
     seed: int = 0,
-    exponent: float = 1.0,
-    period: int = 10,
+    **changes,
 ) -> ExpertTrace:
     """A seeded trace whose skew is known.
 
     Args:
-        kind: "uniform", every expert equally likely; "zipf", probability 1 / place^exponent, places shuffled in each
-            layer; "one_hot", all copies to one expert of each layer (top-1 only: a token cannot take an expert twice);
-            "rotating", zipf whose places move on by one expert every `period` iterations.
+        kind: one of trace_synthetic.SKEWS.
         num_copies: token copies (tokens times top-k) per rank and micro-batch.
-        exponent: of "zipf" and "rotating". 0 is uniform.
+        changes: numbers of the kind's Skew to change, e.g. exponent = 0.8.
+    Raises ValueError naming what does not fit.
     """
-    if kind not in KINDS:
-        raise ValueError(f'trace: kind = "{kind}" is not one of {", ".join(KINDS)}')
-    if num_copies < 0 or period < 1:
-        raise ValueError(f"trace: num_copies = {num_copies} must be at least 0, period = {period} at least 1")
-    rng = np.random.default_rng(seed)
-    place_LE = rng.permuted(np.tile(np.arange(num_experts), (num_layers, 1)), axis=1)
-    counts = np.zeros((num_iterations, num_ranks, num_layers, num_micro_batches, num_experts), np.int32)
-    for row in range(num_iterations):
-        turned_LE = np.roll(place_LE, row // period, axis=1) if kind == "rotating" else place_LE
-        weight_LE = {"uniform": turned_LE >= 0, "one_hot": turned_LE == 0}.get(kind, (turned_LE + 1.0) ** -exponent)
-        chance_LE = weight_LE / weight_LE.sum(axis=1, keepdims=True)
-        counts[row] = rng.multinomial(num_copies, chance_LE[:, None], (num_ranks, num_layers, num_micro_batches))
-    meta = {"source": "synthetic", "kind": kind, "seed": seed}
-    if kind in ("zipf", "rotating"):
-        meta |= {"exponent": exponent}
-    if kind == "rotating":
-        meta |= {"period": period}
+    sizes = {"iterations": num_iterations, "ranks": num_ranks, "layers": num_layers,
+             "micro_batches": num_micro_batches, "experts": num_experts}  # fmt: skip
+    if bad := [f"{name} = {value}" for name, value in sizes.items() if value < 1]:
+        raise ValueError(f"trace: {', '.join(bad)}: must be at least 1")
+    if num_copies < 0:
+        raise ValueError(f"trace: num_copies = {num_copies} must be at least 0")
+    skew = skew_of(kind, **changes)
+    chance_ILE = chances(skew, num_iterations, num_layers, num_experts, seed)
+    counts = draw_counts(chance_ILE, num_ranks, num_micro_batches, num_copies, seed)
+    meta = {"source": "synthetic", "kind": kind, "seed": seed, "skew": dataclasses.asdict(skew)}
     return ExpertTrace(counts, np.arange(1, num_iterations + 1), meta)
+
+
+def read_trace(source: str | Path, **sizes) -> ExpertTrace:
+    """The trace that `source` names: an .npz, a folder of text tables, or "synthetic:KIND[,KEY=NUMBER ..]".
+
+    The keys of a synthetic one are iterations (200), ranks (4), layers (4), micro_batches (1), experts (32), copies
+    (4096), seed (0) and the numbers of its Skew. `sizes` are other defaults for these, e.g. experts=16. Raises
+    ValueError naming `source` and what is wrong with it.
+    """
+    text = str(source)
+    if not text.startswith(SYNTHETIC):
+        return ExpertTrace.read_published(source) if Path(source).is_dir() else ExpertTrace.load(source)
+    kind, *pairs = text.removeprefix(SYNTHETIC).split(",")
+    values = {**_SIZES, "seed": 0, **sizes}
+    try:
+        for pair in pairs:
+            key, _, number = pair.partition("=")
+            values[key.strip()] = float(number) if key.strip() in ("exponent", "share", "chance") else int(number)
+        counts = {f"num_{key}": values.pop(key) for key in _SIZES}
+        return synthetic(kind, seed=values.pop("seed"), **counts, **values)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
 
 
 def _read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:

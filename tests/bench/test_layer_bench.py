@@ -40,7 +40,7 @@ def test_the_same_experts_are_popular_on_all_ranks():
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_a_trace_gives_every_expert_its_share(tmp_path, top_k):
     path = tmp_path / "trace.npz"
-    trace = synthetic("zipf", num_iterations=3, num_ranks=2, num_layers=2, num_micro_batches=2, num_experts=8,
+    trace = synthetic("zipf-strong", num_iterations=3, num_ranks=2, num_layers=2, num_micro_batches=2, num_experts=8,
                       num_copies=64, seed=2, exponent=0.2)  # fmt: skip
     trace.save(path)
     expert_TK = routing.draw(routing.parse(f"trace={path}:2:1"), 32 * top_k, 8, top_k, ep_rank=1, seed=0)
@@ -67,7 +67,7 @@ def test_bad_names_say_what_exists(tmp_path):
         with pytest.raises(ValueError, match="shape"):
             shapes.parse_shape(text)
     path = tmp_path / "trace.npz"
-    synthetic("zipf", num_iterations=1, num_ranks=1, num_layers=1, num_micro_batches=1, num_experts=8,
+    synthetic("zipf-strong", num_iterations=1, num_ranks=1, num_layers=1, num_micro_batches=1, num_experts=8,
               num_copies=8).save(path)  # fmt: skip
     for name, experts, match in ((f"{path}:1:0", 4, "8 experts"), (f"{path}:2:0", 8, "no iteration 2"),
                                  (f"{path}:1:1", 8, "layer 1")):  # fmt: skip

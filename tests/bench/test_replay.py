@@ -16,7 +16,7 @@ WORK = config.Workload(global_batch_size=8, micro_batch_size=1, iterations=12, w
 def make_run(run_dir, policy="greedy", interval=5, iterations=12, stride=1, num_experts=8, plan=None, **gate):
     run_dir.mkdir(parents=True)
     recorded = trace.synthetic(
-        "zipf", num_iterations=iterations, num_ranks=2, num_layers=3, num_micro_batches=2, num_experts=num_experts,
+        "zipf-strong", num_iterations=iterations, num_ranks=2, num_layers=3, num_micro_batches=2, num_experts=num_experts,
         num_copies=64, seed=1, exponent=1.2,
     )  # fmt: skip
     iteration = 1 + stride * torch.arange(iterations).numpy()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from smartmoe.gates import scale_counts
-from smartmoe.trace import ExpertTrace
+from smartmoe.trace import ExpertTrace, read_trace
 
 ZIPF_EXPONENT = 0.8
 _REPAIR_ROUNDS = 100
@@ -68,7 +67,7 @@ def draw(spec: RoutingSpec, num_tokens: int, num_experts: int, top_k: int, ep_ra
 
 
 def _trace_counts(spec: RoutingSpec, ep_rank: int, num_experts: int) -> np.ndarray:
-    trace = _load(spec.path)
+    trace = _load(spec.path, num_experts)
     _, num_ranks, num_layers, _, experts = trace.counts.shape
     if experts != num_experts:
         raise ValueError(f"{spec.path} has {experts} experts, this shape has {num_experts}")
@@ -82,8 +81,8 @@ def _trace_counts(spec: RoutingSpec, ep_rank: int, num_experts: int) -> np.ndarr
 
 
 @cache
-def _load(path: str) -> ExpertTrace:
-    return ExpertTrace.read_published(path) if Path(path).is_dir() else ExpertTrace.load(path)
+def _load(source: str, num_experts: int) -> ExpertTrace:
+    return read_trace(source, experts=num_experts)
 
 
 def _capped(count_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
