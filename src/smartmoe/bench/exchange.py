@@ -1,7 +1,7 @@
 """Time the exchange of token rows alone:  torchrun --nproc-per-node N -m smartmoe.bench.exchange [options]
 
 Every rank has R rows of D values, each for one expert, one expert a rank. Dispatch carries them to their ranks,
-combine brings them back; each is timed from the first launch to the last byte, barriers and permutation included.
+combine brings them back; each is timed on the device from its first kernel to its last, barriers included.
 Rows go to all ranks in equal parts ("even": on 2 ranks half of them stay) or all to other ranks ("all").
 """
 
@@ -19,6 +19,8 @@ from smartmoe.bench.measure import (
     Timing,
     World,
     attempt,
+    capture,
+    lead_for,
     run_in_world,
     slowest,
     spread,
@@ -35,10 +37,10 @@ MECHANISMS = {
     "basic": "counts, host synchronisation, permutation, all-to-all-v",
     "overlapped": "all-to-all-v in steps; only the round trip can be timed",
     "padded": "equal buffers as large as the fullest needs",
-    "direct": "stores into the peers' memory",
+    "direct": "stores into the peers' memory; dispatch also routes, plans and gathers rows into expert order",
+    "direct-link": "of direct, what crosses the link: send with its wait, weighted sums with their wait; the plan is made",
 }
-# Device cycles that a GPU idles before each step, about a millisecond: the host gets ahead and launches cost nothing.
-LEAD_CYCLES = 2_000_000
+IN_A_GRAPH = ("collective", "direct", "direct-link")  # those that never wait for the host
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -75,13 +77,35 @@ class Bench:
 
         Raises RuntimeError when they do not.
         """
-        step = self._collective() if mechanism == "collective" else self._dispatcher(mechanism)
+        name, _, graph = mechanism.partition("+")
         with torch.no_grad():
+            there, back = self._collective() if name == "collective" else self._ways(name)
+            step = _step(there, back)
             y_TD = step(lambda: None)
+            if graph:
+                step = self._captured(there, back)
+                y_TD = step(lambda: None)
             if not torch.equal(y_TD, self.x_TD):
                 raise RuntimeError(f"{int((y_TD != self.x_TD).any(1).sum())} rows did not come back as they left")
-            times = time_steps(self.world, step, timing, lead_cycles=LEAD_CYCLES)
-        return {"times": times.tolist(), "off_rank_bytes": self.off_rank_bytes}
+            lead = lead_for(self.world, step)
+            times, is_late = time_steps(self.world, step, timing, lead_cycles=lead)
+        facts = {"off_rank_bytes": self.off_rank_bytes, "lead_cycles": lead}
+        return {"times": times.tolist(), "is_late": is_late.tolist(), **facts}
+
+    def _captured(self, there, back):
+        """Both ways from a CUDA graph each."""
+        if self.world.device.type != "cuda":
+            raise ValueError("CUDA graphs need --device cuda")
+        there_graph, arrived = capture(there)
+        back_graph, y_TD = capture(lambda: back(arrived))
+
+        def replay(mark):
+            there_graph.replay()
+            mark()
+            back_graph.replay()
+            return y_TD
+
+        return replay
 
     def _collective(self):
         """Rows sorted by destination before the clock starts."""
@@ -91,39 +115,50 @@ class Bench:
         dist.all_to_all_single(received, sent, group=group)
         send_splits, recv_splits = self.send_splits, received.tolist()
         self.x_TD = self.x_TD[self.slot_TK[:, 0].argsort(stable=True)]
-        there = self.x_TD.new_empty(sum(recv_splits), self.x_TD.shape[1])
-        back = torch.empty_like(self.x_TD)
+        arrived = self.x_TD.new_empty(sum(recv_splits), self.x_TD.shape[1])
+        returned = torch.empty_like(self.x_TD)
 
-        def step(mark):
-            dist.all_to_all_single(there, self.x_TD, recv_splits, send_splits, group=group)
-            mark()
-            dist.all_to_all_single(back, there, send_splits, recv_splits, group=group)
-            return back
+        def there():
+            dist.all_to_all_single(arrived, self.x_TD, recv_splits, send_splits, group=group)
 
-        return step
+        def back(_):
+            dist.all_to_all_single(returned, arrived, send_splits, recv_splits, group=group)
+            return returned
 
-    def _dispatcher(self, name: str):
+        return there, back
+
+    def _ways(self, name: str):
+        """there() -> what back(...) needs to give y_TD; no `there` where the two cannot be told apart."""
         cluster = ClusterSpec(device=self.world.device.type, ranks_per_node=self.world.num_ranks)
-        layer = LayerConfig(dispatcher=name)
+        layer = LayerConfig(dispatcher=name.removesuffix("-link"))
         dispatcher = build_dispatcher(layer, self.world.group, slots_per_rank=1, cluster=cluster)
+        x_TD, slot_TK, weight_TK = self.x_TD, self.slot_TK, self.weight_TK
+        if name == "overlapped":
+            routing = Routing(slot_TK, weight_TK, torch.zeros((), device=self.world.device))
+            return None, lambda _: dispatcher(x_TD, routing, slot_TK, _same_rows)
         if name in ("basic", "padded"):
-
-            def step(mark):
-                rows_RD, handle = dispatcher.dispatch(self.x_TD, self.slot_TK)
-                mark()
-                return dispatcher.combine(rows_RD, handle, self.weight_TK)
-
-            return step
+            return lambda: dispatcher.dispatch(x_TD, slot_TK), lambda sent: dispatcher.combine(*sent, weight_TK)
         if name == "direct":
+            return lambda: dispatcher.dispatch(x_TD, slot_TK, weight_TK), lambda sent: dispatcher.combine(*sent)
+        rows_RD, handle = dispatcher.dispatch(x_TD, slot_TK, weight_TK)
+        dispatcher.combine(rows_RD, handle)
+        send, sum_back = handle.transport.send, handle.transport.sum_back
+        return (
+            lambda: send(x_TD, slot_TK, weight_TK),
+            lambda _: sum_back(rows_RD, handle.plan, slot_TK, weighted=True),
+        )
 
-            def step(mark):
-                rows_RD, handle = dispatcher.dispatch(self.x_TD, self.slot_TK, self.weight_TK)
-                mark()
-                return dispatcher.combine(rows_RD, handle)
 
-            return step
-        routing = Routing(self.slot_TK, self.weight_TK, torch.zeros((), device=self.world.device))
-        return lambda mark: dispatcher(self.x_TD, routing, self.slot_TK, _same_rows)
+def _step(there, back):
+    if there is None:
+        return lambda mark: back(None)
+
+    def step(mark):
+        arrived = there()
+        mark()
+        return back(arrived)
+
+    return step
 
 
 def _same_rows(rows_RD, count_L):
@@ -136,7 +171,9 @@ def make_row(results_W: list[dict]) -> dict:
     names = ("dispatch", "combine", "round_trip") if times_us.shape[1] == 3 else (None, "round_trip")
     row = {f"{name}_us": spread(part) for name, part in zip(names, times_us.T, strict=True) if name}
     num_bytes = float(np.mean([result["off_rank_bytes"] for result in results_W]))
-    row |= {"num_iterations": len(times_us), "off_rank_bytes": num_bytes}
+    num_late = int(np.any([result["is_late"] for result in results_W], axis=0).sum())
+    row |= {"num_iterations": len(times_us), "num_late": num_late, "off_rank_bytes": num_bytes}
+    row["lead_cycles"] = max(result["lead_cycles"] for result in results_W)
     for name in names:
         if name:
             trips = 2 if name == "round_trip" else 1
@@ -145,13 +182,13 @@ def make_row(results_W: list[dict]) -> dict:
 
 
 COLUMNS = (
-    "rows x width   share  mechanism     dispatch us (p10 - p90)   GB/s   combine us (p10 - p90)    GB/s   "
-    "round trip us (p10 - p90)  GB/s"
+    "rows x width   share  mechanism         dispatch us (p10 - p90)   GB/s   combine us (p10 - p90)    GB/s   "
+    "round trip us (p10 - p90)  GB/s  late"
 )
 
 
 def format_row(row: dict) -> str:
-    start = f"{row['size']:14.14s} {row['share']:6s} {row['mechanism']:10s}"
+    start = f"{row['size']:14.14s} {row['share']:6s} {row['mechanism']:17s}"
     if row["status"] != "ok":
         return f"{start} {row['status']}: {row['reason']}"
     text = start
@@ -162,15 +199,17 @@ def format_row(row: dict) -> str:
         us = row[f"{name}_us"]
         text += f"{us['median']:11.1f} ({us['p10']:.1f} - {us['p90']:.1f})".ljust(27)
         text += f"{row[f'{name}_gbytes_per_s']:6.1f}"
-    return text
+    return text + f"{row['num_late']:6d}"
 
 
 def run(args: argparse.Namespace, world: World) -> dict:
     """Measure everything that `args` asks for and return what the JSON file has. Collective."""
     dtype = DTYPES[dtype_of(args)]
-    report = Report("exchange", world, args.json, settings_of(args), ("size", "share", "mechanism"))
+    settings = settings_of(args, mechanisms=MECHANISMS)
+    report = Report("exchange", world, args.json, settings, ("size", "share", "mechanism"))
     report.say(f"{world.num_ranks} x {report.data['provenance']['device']}, {dtype_of(args)}. {HOW}")
-    report.say(f"GB/s: bytes that leave a rank, each way, over the time.\n{COLUMNS}")
+    report.say("GB/s: bytes of rows that leave a rank, each way, over the time. late: iterations that began before the "
+               f"host had launched all of them, so that launches may be in their times.\n{COLUMNS}")  # fmt: skip
     try:
         for size in args.sizes:
             for share in args.share:
@@ -195,19 +234,21 @@ def run(args: argparse.Namespace, world: World) -> dict:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     about = "\n".join(f"  {name:11s} {text}" for name, text in MECHANISMS.items())
+    names = [*MECHANISMS, *(f"{name}+graph" for name in IN_A_GRAPH)]
     parser = argparse.ArgumentParser(
         prog="python -m smartmoe.bench.exchange",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog=f"mechanisms:\n{about}\n\nOne that is not there, or fails, is a row with its reason. On a GPU each step "
-        "is launched while the\nGPU idles, so that launches cost nothing unless the mechanism waits for the host.\n\n"
+        epilog=f"mechanisms:\n{about}\n\nNAME+graph: both ways captured in CUDA graphs and replayed "
+        f"({', '.join(IN_A_GRAPH)}).\nOne that is not there, or fails, is a row with its reason. On a GPU each step is "
+        "launched while the GPU idles,\nso that launches cost nothing unless the mechanism waits for the host.\n\n"
         "example:\n  torchrun --nproc-per-node 2 -m smartmoe.bench.exchange --sizes 4096x4096 --share even all\n",
     )
     parser.add_argument("--sizes", nargs="+", type=checked(parse_size), metavar="ROWSxWIDTH",
                         default=[parse_size(size) for size in SIZES], help=f"default: {' '.join(SIZES)}")  # fmt: skip
     parser.add_argument("--share", nargs="+", choices=("even", "all"), default=["even", "all"],
                         help="where rows go: to all ranks evenly, or all to other ranks; default: both")  # fmt: skip
-    parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, metavar="NAME", default=[*MECHANISMS],
+    parser.add_argument("--mechanisms", nargs="+", choices=names, metavar="NAME", default=names,
                         help="default: all")  # fmt: skip
     add_options(parser)
     return parser.parse_args(argv)

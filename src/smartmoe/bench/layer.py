@@ -21,6 +21,7 @@ from smartmoe.bench.measure import (
     Timing,
     World,
     attempt,
+    capture,
     run_in_world,
     slowest,
     spread,
@@ -108,7 +109,7 @@ class Bench:
         if graph:
             parts = self._time_graphs(forward, timing)
         else:
-            parts = time_steps(self.world, lambda mark: self._step(forward, mark), timing, self._drop_gradients)
+            parts, _ = time_steps(self.world, lambda mark: self._step(forward, mark), timing, self._drop_gradients)
         result = {"times": parts.tolist(), "difference": difference, **meter.read()}
         if self.group is not None and not graph:
             result |= self._time_exchange(name, impl, timing)
@@ -176,10 +177,8 @@ class Bench:
                     body()
                     self._drop_gradients()
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                body()
-            times.append(time_steps(self.world, lambda mark, graph=graph: graph.replay(), timing))
+            graph, _ = capture(body)
+            times.append(time_steps(self.world, lambda mark, graph=graph: graph.replay(), timing)[0])
             del graph
             self._drop_gradients()
         num = min(map(len, times))
@@ -191,7 +190,7 @@ class Bench:
         forward = self._forward_of(name, impl)
         with torch.no_grad():
             try:
-                times = time_steps(self.world, lambda mark: forward(_Identity(self.experts)), timing)
+                times, _ = time_steps(self.world, lambda mark: forward(_Identity(self.experts)), timing)
             except (AttributeError, NotImplementedError, ValueError) as error:
                 return {"exchange_reason": f"{type(error).__name__}: {error}"}
         return {"exchange": times.tolist()}

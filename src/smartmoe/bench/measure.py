@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 MIN_ITERATIONS = 5
+FIRST_LEAD, LAST_LEAD = 1 << 20, 1 << 26  # cycles that a GPU idles: from half a millisecond to about 35
 PATIENCE_S = 60.0  # how long a rank waits for the others' word about a case before it takes them for stuck
 
 
@@ -133,13 +134,13 @@ def run_in_world(args: argparse.Namespace, run: Callable) -> int:
 
 def time_steps(
     world: World, step: Callable, timing: Timing, reset: Callable = lambda: None, lead_cycles: int = 0
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Milliseconds of this rank, [iterations, parts]: parts are what `step(mark)` divides by its calls of mark().
 
     On a GPU the times lie between device events; before each step the ranks are aligned on the device, not through
     the host, so that a host that is ahead stays ahead, as in training: launches that it could make early cost
-    nothing. `lead_cycles`: cycles that a GPU idles before each step, which lets the host get ahead where steps are
-    shorter than their launches. `reset` runs after each step, untimed. Collective.
+    nothing. `lead_cycles`: cycles that the GPU idles before each step (see `lead_for`). `reset` runs after each step,
+    untimed. Second result, [iterations] bool: whether the step began before the host had launched all of it. Collective.
     """
     for _ in range(max(timing.warmup - 1, 0)):
         _one_step(world, step, reset, lead_cycles)
@@ -149,20 +150,49 @@ def time_steps(
     world.synchronize()
     took_s = world.largest(time.perf_counter() - start)
     num = int(np.clip(timing.seconds / max(took_s, 1e-9), min(MIN_ITERATIONS, timing.iterations), timing.iterations))
-    marks = [_one_step(world, step, reset, lead_cycles) for _ in range(num)]
+    steps = [_one_step(world, step, reset, lead_cycles) for _ in range(num)]
     world.synchronize()
-    return np.array([[_between(a, b) for a, b in zip(line[:-1], line[1:], strict=True)] for line in marks])
+    times = [[_between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)] for marks, _ in steps]
+    return np.array(times), np.array([is_late for _, is_late in steps])
 
 
-def _one_step(world, step, reset, lead_cycles):
+def lead_for(world: World, step: Callable, reset: Callable = lambda: None) -> int:
+    """Cycles that a GPU must idle before each step so that the host has launched all of it when it begins: then no time
+    of the host is in it. 0 where no idling is enough, because the step itself waits for the host, and on a CPU.
+
+    `step` must have run before. Collective.
+    """
+    cycles = FIRST_LEAD if world.device.type == "cuda" else LAST_LEAD + 1
+    while cycles <= LAST_LEAD:
+        is_late = False
+        for _ in range(3):
+            world.synchronize()
+            is_late |= _one_step(world, step, reset, cycles)[1]
+        if not world.largest(float(is_late)):
+            return 2 * cycles
+        cycles *= 2
+    return 0
+
+
+def _one_step(world, step, reset, lead_cycles) -> tuple[list, bool]:
     if lead_cycles and world.device.type == "cuda":
         torch.cuda._sleep(lead_cycles)
     world.align()
     times = [_now(world)]
     step(lambda: times.append(_now(world)))
     times.append(_now(world))
+    is_late = world.device.type == "cuda" and times[0].query()
     reset()
-    return times
+    return times, is_late
+
+
+def capture(call: Callable):
+    """`call`, which must have run before, in a CUDA graph: the graph, and where its replays leave the result."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = call()
+    return graph, result
 
 
 def _now(world):
