@@ -86,6 +86,11 @@ class DirectDispatcher:
         host synchronisation."""
         return _Combine.apply(rows_RD, handle.weight_TK, handle)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory of this rank that the others store into, once for all layers of the same sizes; 0 before the first call."""
+        return 0 if self._transport is None else self._transport.shared_bytes
+
     def check(self) -> None:
         """Raise ValueError when a routing did not fit since the last check. Synchronises with the device."""
         if self._transport is not None:

@@ -109,6 +109,7 @@ class SymmetricTransport:
             self.offset[name] = total
             total += -(-numel * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         self._buffer, addresses = _allocate(total, self.device, self.group)
+        self.shared_bytes = total if self.num_ranks > 1 else 0
         self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.view = {
             name: self._buffer[self.offset[name] : self.offset[name] + numel * dtype.itemsize].view(dtype)

@@ -66,6 +66,8 @@ class CollectiveTransport:
     Reads sizes on the host.
     """
 
+    shared_bytes = 0  # no rank stores into another's memory
+
     def __init__(self, group, slots_per_rank: int, capacity: int):
         self.group, self.slots_per_rank, self.capacity = group, slots_per_rank, capacity
         self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
