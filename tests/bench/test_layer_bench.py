@@ -51,12 +51,12 @@ def test_a_trace_gives_every_expert_its_share(tmp_path, top_k):
 
 def test_an_expert_that_a_trace_overloads_gets_every_token_once():
     count = np.array([900, 50, 30, 20])
-    capped = routing._capped(count, 100, 2)
+    capped = routing.capped(count, 100, 2)
     assert capped.tolist() == [100, 50, 30, 20] and capped.sum() == 200
     expert_TK = routing._spread(capped, 100, 2, np.random.default_rng(0))
     assert load_of(expert_TK, 4).tolist() == [100, 50, 30, 20]
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
-    assert routing._capped(count, 100, 4).tolist() == [100] * 4
+    assert routing.capped(count, 100, 4).tolist() == [100] * 4
 
 
 def test_bad_names_say_what_exists(tmp_path):
@@ -78,8 +78,8 @@ def test_bad_names_say_what_exists(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the peer layer
 
 
-def _peer(world_rank, num_ranks, activation, kind):
-    weights = oracle.make_weights(2 * num_ranks, 16, 24, activation, bias=False)
+def _peer(world_rank, num_ranks, activation, kind, bias):
+    weights = oracle.make_weights(2 * num_ranks, 16, 24, activation, bias=bias)
     generator = torch.Generator().manual_seed(world_rank)
     x = oracle.rounded(torch.randn(7, 16, generator=generator))
     chosen = torch.rand(7, 2 * num_ranks, generator=generator).argsort(1)[:, :2]
@@ -95,23 +95,25 @@ def _peer(world_rank, num_ranks, activation, kind):
     group = torch.distributed.group.WORLD if num_ranks > 1 else None
     y = peers.PlainTorch(group, 2 * num_ranks)(x32, oracle.make_routing(chosen, combine32), None, Experts())
     y.square().sum().backward()
-    return [x, chosen, combine], [y.detach(), x32.grad, combine32.grad], [mine[0].grad, mine[2].grad]
+    return [x, chosen, combine], [y.detach(), x32.grad, combine32.grad], [None if w is None else w.grad for w in mine]
 
 
-@pytest.mark.parametrize(("activation", "kind"), [("gelu", "random"), ("swiglu", "few")])
-def test_the_plain_layer_computes_the_layer(activation, kind):
+@pytest.mark.parametrize(("activation", "kind", "bias"), [("gelu", "random", False), ("swiglu", "few", True)])
+def test_the_plain_layer_computes_the_layer(activation, kind, bias):
     for num_ranks in (1, 2):
-        parts = spawn(_peer, 2, 2, activation, kind) if num_ranks == 2 else [_peer(0, 1, activation, kind)]
+        args = (num_ranks, activation, kind, bias)
+        parts = spawn(_peer, 2, *args) if num_ranks == 2 else [_peer(0, *args)]
         weights = [None if w is None else w.requires_grad_() for w in
-                   oracle.make_weights(2 * num_ranks, 16, 24, activation, bias=False)]  # fmt: skip
+                   oracle.make_weights(2 * num_ranks, 16, 24, activation, bias=bias)]  # fmt: skip
         for (x, chosen, combine), got, _ in parts:
             x.requires_grad_(), combine.requires_grad_()
             y = oracle.moe(x, chosen, combine, weights, activation)
             y.square().sum().backward()
             for mine, want in zip(got, (y.detach(), x.grad, combine.grad), strict=True):
                 oracle.assert_close(mine, want, torch.float32)
-        for idx, weight in enumerate((weights[0], weights[2])):
-            oracle.assert_close(torch.cat([grads[idx] for _, _, grads in parts]), weight.grad, torch.float32)
+        for idx, weight in enumerate(weights):
+            if weight is not None:
+                oracle.assert_close(torch.cat([grads[idx] for _, _, grads in parts]), weight.grad, torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------- the bench
@@ -144,7 +146,11 @@ def test_two_ranks_measure_every_dispatcher_and_the_file_says_so(tmp_path):
         assert rows[label, "direct+graph", "grouped"]["status"] == "skipped"
     row = rows["balanced", "basic", "grouped"]
     assert row["floor_ms"] == pytest.approx(3 * 2 * 2 * 16 * 24 * 64 / 0.5e12 * 1e3, abs=1e-4)
-    assert row["off_rank_row_bytes"] <= row["off_rank_copy_bytes"]
+    assert row["off_rank_row_bytes"] <= row["off_rank_copy_bytes"] and row["memory_over_torch"] is None
+    for name, key in (("basic", "off_rank_copy_bytes"), ("direct", "off_rank_row_bytes")):
+        row = rows["balanced", name, "grouped"]
+        crossed = 2 * row[key] / row["exchange_ms"]["median"] / 1e6
+        assert row["exchange_gbytes_per_s"] == pytest.approx(crossed, abs=1e-6)
     assert rows["zipf 2", "basic", "grouped"]["rank_max_over_mean"] >= 1
 
 
@@ -154,14 +160,14 @@ def test_one_process_measures_experts_alone_and_bad_cases_are_rows(capsys):
     rows = _run(0, args)["rows"]
     reasons = {(r["routing"], r["dispatcher"]): (r["status"], r["reason"]) for r in rows}
     assert reasons["balanced", "basic"] == ("ok", "")
-    assert reasons["balanced", "torch"][0] == "skipped" and "biases" in reasons["balanced", "torch"][1]
+    assert reasons["balanced", "torch"] == ("ok", "") and rows[1]["difference"] < 1e-5
     assert "absent.npz" in reasons["it 1 L1", "basic"][1]
     assert "absent.npz" in capsys.readouterr().out
 
     alone = layer.parse_args([*CPU, "--shapes", "alone-S1", "--dispatchers", "torch"])
     assert layer._cases(alone, alone.shapes[0]) == [("experts", "grouped"), ("torch", "grouped")]
     shape = shapes._shape("tiny", 16, 16, 24, 4, 2, "swiglu", one_gpu=True)
-    bench = layer.Bench(shape, measure.World(torch.device("cpu")), torch.float32, 1, False)
+    bench = layer.Bench(shape, measure.World(torch.device("cpu")), torch.float32, 1, False, 2.0)
     facts = bench.set_routing(routing.parse("zipf"))
     result = bench.measure("experts", "grouped", measure.Timing(warmup=1, iterations=2))
     row = layer.make_row(shape, [facts], [result], 0.0)
@@ -253,3 +259,14 @@ def test_bad_options_end_with_one_line(capsys):
     if not torch.cuda.is_available():
         assert layer.main(["--device", "cuda", "--shapes", "S1"]) == 2
     assert report.dtype_of(layer.parse_args(["--device", "cuda"])) == "bfloat16"
+
+
+def test_memory_is_compared_with_the_plain_layer_on_the_same_routing():
+    def row(name, routing, peak, shared=0):
+        return {"shape": "S1", "routing": routing, "dispatcher": name, "status": "ok", "peak_bytes": peak,
+                "shared_bytes": shared}  # fmt: skip
+
+    before = [row("torch", "zipf", 1000), dict(row("torch", "balanced", 1), status="oom"), row("torch", "balanced", 200)]
+    assert layer._memory_over_torch(row("direct", "balanced", 90, 50), before) == 0.7
+    assert layer._memory_over_torch(row("torch", "a trace", 90), before) == 1.0
+    assert layer._memory_over_torch(row("direct", "a trace", 90), before) is None

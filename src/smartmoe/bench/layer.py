@@ -47,6 +47,7 @@ DISPATCHERS = {
     "padded": "equal buffers as large as the fullest expert needs (GShard, DeepSpeed, Tutel)",
     "direct": "stores into the peers' memory inside one NVLink domain",
     "direct+graph": "the same, captured once in a CUDA graph and replayed",
+    "direct+compile": "direct through torch.compile as one graph",
 }
 ALONE = "experts"  # the row of a one_gpu shape that has no dispatch at all
 
@@ -57,8 +58,8 @@ ALONE = "experts"  # the row of a one_gpu shape that has no dispatch at all
 class Bench:
     """One shape on this rank: weights and inputs on the device, made once for all dispatchers and routings."""
 
-    def __init__(self, shape: Shape, world: World, dtype: torch.dtype, seed: int, bias: bool):
-        self.shape, self.seed, self.complain = shape, seed, None
+    def __init__(self, shape: Shape, world: World, dtype: torch.dtype, seed: int, bias: bool, row_factor: float):
+        self.shape, self.seed, self.row_factor, self.dispatcher = shape, seed, row_factor, None
         self.world, self.dtype, device = world, dtype, world.device
         self.group, self.num_ranks = (None, 1) if shape.one_gpu else (world.group, world.num_ranks)
         self.ep_rank = 0 if shape.one_gpu else world.ep_rank
@@ -101,32 +102,36 @@ class Bench:
 
     def measure(self, dispatcher: str, impl: str, timing: Timing) -> dict:
         """Time one dispatcher under the routing that is set: this rank's times, memory and results. Collective."""
-        name, _, graph = dispatcher.partition("+")
+        name, _, how = dispatcher.partition("+")
         forward = self._forward_of(name, impl)
+        if how == "compile":
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         meter = MemoryMeter(self.world)
         difference = self._check(forward)
         meter.start_peak()
-        if graph:
+        if how == "graph":
             parts = self._time_graphs(forward, timing)
         else:
             parts, _ = time_steps(self.world, lambda mark: self._step(forward, mark), timing, self._drop_gradients)
         result = {"times": parts.tolist(), "difference": difference, **meter.read()}
-        if self.group is not None and not graph:
+        result |= {"shared_bytes": getattr(self.dispatcher, "shared_bytes", 0), "sends_once": name == "direct"}
+        if self.group is not None and not how:
             result |= self._time_exchange(name, impl, timing)
         return result
 
     def _forward_of(self, name: str, impl: str):
         """f(experts) -> y."""
         self.experts.impl = impl
+        self.dispatcher = None
         if name == ALONE:
             return self._experts_alone()
         if name == "torch":
             dispatcher = PlainTorch(self.group, self.shape.num_experts)
         else:
-            config = LayerConfig(dispatcher=name, experts=impl)
+            config = LayerConfig(dispatcher=name, experts=impl, row_factor=self.row_factor)
             cluster = ClusterSpec(device=self.world.device.type, ranks_per_node=self.world.num_ranks)
             dispatcher = build_dispatcher(config, self.group, slots_per_rank=self.slots_per_rank, cluster=cluster)
-        self.complain = getattr(dispatcher, "check", None)  # "direct": the routing may need more rows than it has
+        self.dispatcher = dispatcher
         return lambda experts: dispatcher(self.x_TD, self.routing, self.routing.expert_idx_TK, experts)
 
     def _experts_alone(self):
@@ -154,8 +159,8 @@ class Bench:
         y = self._step(forward, lambda: None).detach()
         got = (y, self.x_TD.grad)
         self._drop_gradients()
-        if self.complain is not None:
-            self.complain()
+        if hasattr(self.dispatcher, "check"):  # "direct": the routing may need more rows than it has
+            self.dispatcher.check()
         if got[1] is None:
             return None
         if self.reference is None:
@@ -229,31 +234,33 @@ def make_row(shape: Shape, facts_W: list[dict], results_W: list[dict], ceiling_t
         "floor_fullest_rank_ms": floor_ms and round(floor_ms * skew, 4),
         "difference": max((r["difference"] for r in results_W if r["difference"] is not None), default=None),
     }
-    row |= {key: max(result[key] for result in results_W) for key in ("peak_bytes", "outside_bytes")}
-    return row | exchange_of(facts_W, results_W)
+    memory = ("peak_bytes", "outside_bytes", "shared_bytes")
+    row |= {key: max(result[key] for result in results_W) for key in memory}
+    return row | exchange_of(facts_W, results_W, once=all(result["sends_once"] for result in results_W))
 
 
-def exchange_of(facts_W: list[dict], results_W: list[dict]) -> dict:
-    """Dispatch and combine alone: ms of both together, and off-rank bytes each way over that time.
+def exchange_of(facts_W: list[dict], results_W: list[dict], once: bool) -> dict:
+    """Dispatch and combine alone: ms of both together, and the bytes of rows that leave a rank, each way, over that time.
 
-    GB/s counts every copy for another rank, whether or not the dispatcher sends a token once for several of them.
+    `once`: the dispatcher sends a token once to each rank that hosts some of its experts, not once for each copy.
     """
     if not all("exchange" in result for result in results_W):
         return {"exchange_ms": None, "exchange_reason": results_W[0].get("exchange_reason", "")}
     exchange_ms = spread(slowest([result["exchange"] for result in results_W])[:, -1])
     copies, rows = (float(np.mean([f[key] for f in facts_W])) for key in ("off_rank_copies", "off_rank_rows"))
     row_bytes = facts_W[0]["row_bytes"]
+    crossing = rows if once else copies
     return {
         "exchange_ms": exchange_ms,
         "off_rank_copy_bytes": copies * row_bytes,
         "off_rank_row_bytes": rows * row_bytes,
-        "exchange_gbytes_per_s": round(2 * copies * row_bytes / exchange_ms["median"] / 1e6, 6),
+        "exchange_gbytes_per_s": round(2 * crossing * row_bytes / exchange_ms["median"] / 1e6, 6),
     }
 
 
 COLUMNS = (
     "shape          routing     dispatcher        total ms (p10 - p90)      forward backward TFLOP/s  floor x floor "
-    "peak MiB +other  exch ms   GB/s  diff"
+    "peak MiB +shared  of torch  exch ms   GB/s  diff"
 )
 
 
@@ -267,7 +274,9 @@ def format_row(row: dict) -> str:
     text += f"{row['forward_ms']['median']:8.3f} {row['backward_ms']['median']:8.3f} "
     text += f"{row['tflops_per_gpu']['total']:8.3f} " if floor is None else f"{row['tflops_per_gpu']['total']:8.0f} "
     text += "     -       - " if floor is None else f"{floor:6.2f} {total['median'] / floor:7.2f} "
-    text += f"{row['peak_bytes'] / 2**20:8.0f} {row['outside_bytes'] / 2**20:6.0f} "
+    text += f"{row['peak_bytes'] / 2**20:8.0f} {row['shared_bytes'] / 2**20:7.0f} "
+    share = row["memory_over_torch"]
+    text += "        - " if share is None else f"{share:9.2f} "
     exchange, diff = row["exchange_ms"], row["difference"]
     text += "       -      - " if exchange is None else f"{exchange['median']:8.3f} {row['exchange_gbytes_per_s']:6.1f} "
     return text + ("    -" if diff is None else f"{diff:.0e}")
@@ -280,12 +289,13 @@ def run(args: argparse.Namespace, world: World) -> dict:
     """Measure everything that `args` asks for and return what the JSON file has. Collective."""
     timing, dtype = timing_of(args), DTYPES[dtype_of(args)]
     ceiling = CEILING_TFLOPS[args.device] if args.ceiling_tflops is None else args.ceiling_tflops
-    settings = settings_of(args, bias=args.bias, ceiling_tflops=ceiling)
+    settings = settings_of(args, bias=args.bias, row_factor=args.row_factor, ceiling_tflops=ceiling)
     report = Report("layer", world, args.json, settings, ("shape", "routing", "dispatcher", "experts"))
     report.say(f"{world.num_ranks} x {report.data['provenance']['device']}, {dtype_of(args)}. {HOW}")
     report.say(f"Floor: expert FLOPs of the fullest rank at {ceiling:g} TFLOP/s, no exchange." if ceiling else "No floor.")
-    report.say("peak: torch's allocator above weights and inputs; +other: symmetric memory, NCCL, code, at first use.")
-    report.say(f"exch: dispatch + combine, forward, no experts; GB/s: copies off the rank, each way. diff: relative, to "
+    report.say("peak: torch's allocator above weights and inputs; +shared: memory that peers store into, once for all "
+               "layers of a size; of torch: both over those of the plain torch layer.")  # fmt: skip
+    report.say(f"exch: dispatch + combine, forward, no experts; GB/s: rows off the rank, each way. diff: relative, to "
                f"the first dispatcher.\n{COLUMNS}")  # fmt: skip
     try:
         for shape in args.shapes:
@@ -297,7 +307,7 @@ def run(args: argparse.Namespace, world: World) -> dict:
 
 def _run_shape(args, shape, world, dtype, timing, ceiling, report) -> None:
     made: list[Bench] = []
-    built = attempt(world, lambda: made.append(Bench(shape, world, dtype, args.seed, args.bias)))
+    built = attempt(world, lambda: made.append(Bench(shape, world, dtype, args.seed, args.bias, args.row_factor)))
     for spec in args.routing:
         bench = made[0] if made else None
         routed = attempt(world, lambda spec=spec, bench=bench: bench.set_routing(spec)) if built[0] == "ok" else built
@@ -314,7 +324,17 @@ def _run_shape(args, shape, world, dtype, timing, ceiling, report) -> None:
             row |= {"sizes": asdict(shape), "status": status, "reason": reason}
             if status == "ok":
                 row |= make_row(shape, routed[2], results, ceiling)
+                row["memory_over_torch"] = _memory_over_torch(row, report.data["rows"])
             report.end(row, format_row(row))
+
+
+def _memory_over_torch(row, rows) -> float | None:
+    """Peak and shared memory over that of the plain torch layer on the same routing, measured before."""
+    for peer in [*rows, row]:
+        if peer["dispatcher"] == "torch" and peer["status"] == "ok":
+            if (peer["shape"], peer["routing"]) == (row["shape"], row["routing"]) and peer["peak_bytes"]:
+                return round((row["peak_bytes"] + row["shared_bytes"]) / peer["peak_bytes"], 4)
+    return None
 
 
 def _cases(args, shape) -> list[tuple[str, str]]:
@@ -323,7 +343,7 @@ def _cases(args, shape) -> list[tuple[str, str]]:
     for dispatcher in args.dispatchers:
         if dispatcher == "fastmoe":
             cases.append(("fastmoe", "loop"))
-        elif dispatcher in ("torch", "direct", "direct+graph"):
+        elif dispatcher.startswith(("torch", "direct")):
             cases.append((dispatcher, "grouped"))
         else:
             named = [("fastmoe" if (dispatcher, impl) == ("basic", "loop") else dispatcher, impl) for impl in args.experts]
@@ -353,11 +373,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--routing", nargs="+", type=checked(routings.parse), metavar="ROUTING",
                         default=[routings.parse("balanced")],
                         help="balanced (default), zipf[=EXPONENT], trace=FILE:ITERATION:LAYER")  # fmt: skip
-    parser.add_argument("--dispatchers", nargs="+", choices=DISPATCHERS, metavar="NAME", default=[*DISPATCHERS],
-                        help="default: all, in the order below")  # fmt: skip
+    parser.add_argument("--dispatchers", nargs="+", choices=DISPATCHERS, metavar="NAME",
+                        default=[name for name in DISPATCHERS if not name.endswith("+compile")],
+                        help="default: all but direct+compile, in the order below")  # fmt: skip
     parser.add_argument("--experts", nargs="+", choices=EXPERT_IMPLS, default=["grouped"],
                         help="how experts are computed; torch and direct have their own way")  # fmt: skip
-    parser.add_argument("--bias", action="store_true", help="experts with biases (the plain torch peer has none)")
+    parser.add_argument("--bias", action="store_true", help="experts with biases, as FastMoE's have them")
+    parser.add_argument("--row-factor", type=float, metavar="X", default=LayerConfig().row_factor,
+                        help="room of direct: layer.row_factor, default %(default)g")  # fmt: skip
     parser.add_argument("--ceiling-tflops", type=float, metavar="X",
                         help="speed that the floor assumes; default 700, an H200's grouped GEMM, on a CPU none")  # fmt: skip
     add_options(parser)
