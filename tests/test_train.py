@@ -1,5 +1,6 @@
 """The training entry: the run directory it writes, how it stops, and how it fails."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,11 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from dist import start_training, worker_pids
-from parity import CACHE, make_config
+from dist import spawn, start_training, worker_pids
+from parity import CACHE, MODEL, make_config, make_trainer
 
 from smartmoe import checkpoint, record
-from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan, to_dict
+from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan, to_dict
 from smartmoe.trace import ExpertTrace
 
 
@@ -51,6 +52,31 @@ def test_a_run_directory_has_everything(tmp_path):
     np.testing.assert_array_equal(trace.counts.sum((1, 3, 4)), tokens * config.model.top_k)
     log = (tmp_path / "train.log").read_text()
     assert log.count("elapsed time per iteration (ms)") == 5 and "tokens/s" in output and "left" in output
+
+
+def _run_out_of_rows(world_rank):
+    """For row_factor 1 and 2: the words of the first iteration's error, and whether its step was taken."""
+    model, results = dataclasses.replace(MODEL, num_layers=1), []
+    for row_factor in (1.0, 2.0):
+        layer = LayerConfig(dispatcher="direct", row_factor=row_factor)
+        config = make_config(ParallelPlan(dp=2, ep=2), 1, model=model, layer=layer, gate=GateConfig(kind="naive"))
+        trainer = make_trainer(config)
+        before = [master.clone() for master in trainer.optimizer.masters]
+        try:
+            trainer.run_iteration()
+            words = ""
+        except ValueError as error:
+            words = str(error)
+        changed = any((a != b).any() for a, b in zip(before, trainer.optimizer.masters, strict=True))
+        results.append((words, changed, trainer.iteration))
+    return results
+
+
+def test_a_run_whose_rows_do_not_fit_stops_at_that_iteration_unchanged():
+    for (words, changed, iteration), roomy in spawn(_run_out_of_rows, 2):
+        assert "layer.row_factor = 1.0" in words and "basic" in words
+        assert not changed and iteration == 0
+        assert roomy == ("", True, 1)
 
 
 def test_a_request_to_stop_saves_a_checkpoint(tmp_path):

@@ -148,6 +148,8 @@ class Trainer:
         start = time.perf_counter()
         losses = self.runner.run(*batch)
         result = self.optimizer.step(self.iteration)
+        if result.skipped:
+            self._check_dispatchers()
         self.iteration += 1
         events = self.online.after_step(self.iteration)
         step_ms = (time.perf_counter() - start) * 1e3
@@ -169,6 +171,15 @@ class Trainer:
             events=events,
             stop_requested=stop > 0,
         )
+
+    def _check_dispatchers(self) -> None:
+        """Raise the ValueError of a dispatcher whose routing did not fit: its NaN is why there was no step.
+
+        The host has just waited for the gradient norm and a skipped step launches no update: this wait is short.
+        """
+        for layer in self.layers.values():
+            if hasattr(layer.dispatcher, "check"):
+                layer.dispatcher.check()
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the state after the last iteration. Collective over the world."""
