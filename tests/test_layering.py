@@ -12,7 +12,7 @@ LAYERS = {
     "planner": 1, "mesh": 1, "systems": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
-    "layer": 4, "migrate": 4, "online": 4, "parallel": 4, "timing": 4,
+    "layer": 4, "replicas": 4, "migrate": 4, "online": 4, "parallel": 4, "timing": 4,
     "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7,
@@ -21,6 +21,7 @@ TORCH_FREE = {"config", "placement", "solvers", "policy", "trace_synthetic", "tr
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
+    ("layer", "replicas"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("online", "migrate"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace
 DISPATCHERS = ("basic", "overlapped", "padded", "direct", "auto")
 EXPERT_IMPLS = ("grouped", "loop")
 ONLINE_POLICIES = ("static", "greedy", "least_move")
+REPLICATE_MODES = ("never", "history", "exact")
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "local")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
@@ -76,11 +77,17 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Online expert placement: the solver, and after how many iterations it is asked again."""
+    """Online expert placement: the solver, and after how many iterations it is asked again.
+
+    `replicate`: experts get copies on other ranks "never", for whole steps from the load seen ("history"), or for each
+    micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer.
+    """
 
     policy: str = "static"
     interval: int = 10
     min_gain: float = 0.0
+    replicate: str = "never"
+    replica_slots: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,8 @@ class RunConfig:
 
 def check(config: RunConfig, where: str = "config") -> RunConfig:
     """Return `config` unchanged, or raise ValueError listing every size that does not fit and how to mend it."""
-    problems = [*_model_problems(config), *_choice_problems(config), *_plan_problems(config), *_batch_problems(config)]
+    parts = (_model_problems, _choice_problems, _plan_problems, _replica_problems, _batch_problems)
+    problems = [problem for part in parts for problem in part(config)]
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
     return config
@@ -224,6 +232,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
         ("layer.dispatcher", config.layer.dispatcher, DISPATCHERS),
         ("layer.experts", config.layer.experts, EXPERT_IMPLS),
         ("online.policy", config.online.policy, ONLINE_POLICIES),
+        ("online.replicate", config.online.replicate, REPLICATE_MODES),
         ("workload.dtype", config.workload.dtype, DTYPES),
         ("model.activation", config.model.activation, ACTIVATIONS),
         ("cluster.device", config.cluster.device, ("cpu", "cuda")),
@@ -279,6 +288,43 @@ def _plan_problems(config: RunConfig) -> list[str]:
     if model.num_layers < plan.pp * plan.vpp:
         problems.append(f"model.num_layers = {model.num_layers} is less than plan.pp * plan.vpp = {plan.pp * plan.vpp}")
     return problems
+
+
+def _replica_problems(config: RunConfig) -> list[str]:
+    online, plan, model = config.online, config.plan, config.model
+    slots = online.replica_slots
+    if slots < 0:
+        return [f"online.replica_slots = {slots} must be at least 0"]
+    if online.replicate == "never":
+        return [f'online.replica_slots = {slots} needs online.replicate = "history" or "exact"'] if slots else []
+    if plan.ep < 2:
+        return [f'online.replicate = "{online.replicate}" needs experts on several ranks: plan.ep = {plan.ep}']
+    problems, most = [], model.num_experts - model.num_experts // plan.ep
+    if not 1 <= slots <= most:
+        problems.append(
+            f"online.replica_slots = {slots} must be in 1 .. {most}, the experts that a rank does not own itself"
+        )
+    if config.layer.shadowing:
+        problems.append("layer.shadowing and online.replicate both copy hot experts: take one of them")
+    needed, limit = replica_bytes(config), config.cluster.memory_gbytes * 1e9
+    if needed > limit:
+        problems.append(
+            f"online.replica_slots = {slots} takes {needed / 1e9:.1f} GB a rank, cluster.memory_gbytes = "
+            f"{config.cluster.memory_gbytes}: take fewer"
+        )
+    return problems
+
+
+def replica_bytes(config: RunConfig) -> int:
+    """Memory that replicas take on a rank, whatever the skew: weights of `replica_slots` experts for each of its MoE
+    layers, and in "history" mode their float32 gradients."""
+    model, plan = config.model, config.plan
+    wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
+    numel = model.hidden_size * (wide + model.ffn_size)
+    numel += (wide + model.hidden_size) * model.expert_bias
+    layers = -(-model.num_layers // (max(model.moe_every, 1) * max(plan.pp, 1)))
+    element = 4 if config.workload.dtype == "float32" else 2
+    return layers * config.online.replica_slots * numel * (element + 4 * (config.online.replicate == "history"))
 
 
 def _batch_problems(config: RunConfig) -> list[str]:

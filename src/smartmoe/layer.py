@@ -20,7 +20,8 @@ from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.hashing import make_key
 from smartmoe.ops.plan import slots_of
-from smartmoe.placement import Placement
+from smartmoe.placement import Placement, Replicas
+from smartmoe.replicas import HeldExperts, HistoryReplication, build_replication
 
 INIT_STD = 0.02
 
@@ -31,6 +32,9 @@ class Experts(nn.Module):
     Parameters, all of one dtype: w1_LDF [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD [L, F, D], b2_LD; biases are
     None without model.expert_bias. Each is initialised from (seed, layer_idx, logical expert, parameter name) alone:
     the same values under every world size, plan and placement. An empty slot (-1) is zero.
+
+    storages: the memory of each parameter, [L + num_replicas, ...] from `allocate`; the parameter is its first L slots,
+    those behind belong to replicas.
     """
 
     def __init__(
@@ -43,9 +47,12 @@ class Experts(nn.Module):
         seed: int,
         dtype,
         device,
+        num_replicas: int = 0,
+        allocate: Callable[..., torch.Tensor] = torch.zeros,
     ):
         super().__init__()
-        self.activation, self.impl = model.activation, impl
+        self.activation, self.impl, self.num_replicas = model.activation, impl, num_replicas
+        num_owned, storages = len(expert_of_slot_L), []
         width = model.ffn_size * widening(model.activation)
         stds = {"w1_LDF": INIT_STD, "w2_LFD": INIT_STD / math.sqrt(2 * model.num_layers), "b1_LF": 0.0, "b2_LD": 0.0}
         shapes = {
@@ -58,14 +65,23 @@ class Experts(nn.Module):
             if name.startswith("b") and not model.expert_bias:
                 self.register_parameter(name, None)
                 continue
-            stacked = torch.zeros(len(expert_of_slot_L), *shape, dtype=dtype, device=device)
+            stacked = allocate((num_owned + num_replicas, *shape), dtype=dtype, device=device)
             for slot, expert in enumerate(expert_of_slot_L):
                 if expert >= 0 and stds[name]:
                     generator = torch.Generator().manual_seed(make_key(seed, layer_idx, expert, name))
                     stacked[slot].copy_(torch.empty(shape).normal_(0.0, stds[name], generator=generator))
-            param = nn.Parameter(stacked)
+            param = nn.Parameter(stacked[:num_owned])
             param.parallel = "expert"
             self.register_parameter(name, param)
+            storages.append(stacked)
+        self.storages = tuple(storages) if num_replicas else ()
+
+    def _apply(self, fn, recurse=True):
+        if self.storages:
+            raise ValueError(
+                "experts with replica slots stay as they were made: build the layer in its dtype, on its device"
+            )
+        return super()._apply(fn, recurse)
 
     def weights(self) -> tuple[torch.Tensor | None, ...]:
         """(w1_LDF, b1_LF, w2_LFD, b2_LD)."""
@@ -83,8 +99,8 @@ class Experts(nn.Module):
 class MoELayer(nn.Module):
     """A mixture-of-experts feed-forward layer whose experts are spread over `ep_group`.
 
-    config: model, gate, layer, cluster and workload (seed, batch size) are read. placement: where experts live, None
-    = in order.
+    config: model, gate, layer, online (replicas), cluster and workload (seed, batch size) are read. placement: where
+    experts live, None = in order.
     ep_group, stage_group: ProcessGroup or None for this process alone. dtype: of the experts; the gate is always
     float32.
     observers: called as f(layer_idx, routing, token_id_BT) on every forward, also when activations are recomputed.
@@ -116,6 +132,7 @@ class MoELayer(nn.Module):
             global_batch_size=config.workload.global_batch_size,
             device=device,
         )
+        self.replication, num_replicas = build_replication(config, ep_group), config.online.replica_slots
         self.experts = Experts(
             model,
             placement.experts_of_rank(group_rank(ep_group)),
@@ -124,22 +141,27 @@ class MoELayer(nn.Module):
             seed=seed,
             dtype=dtype,
             device=device,
+            num_replicas=num_replicas,
+            allocate=self.replication.allocate if self.replication else torch.zeros,
         )
+        if self.replication:
+            self.replication.bind(self.experts.storages)
+        self._slots_per_rank = placement.slots_per_rank
         self.dispatcher = build_dispatcher(
-            config.layer, ep_group, slots_per_rank=placement.slots_per_rank, cluster=config.cluster
+            config.layer, ep_group, slots_per_rank=placement.slots_per_rank + num_replicas, cluster=config.cluster
         )
         slot_of_expert_E = torch.zeros(model.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("slot_of_expert_E", slot_of_expert_E, persistent=False)
         self.set_placement(placement)
 
     def set_placement(self, placement: Placement) -> None:
-        """Route to `placement` from now on. The weights must be there already, or be moved by the caller
-        (online.migrate).
+        """Route to `placement` from now on, without replicas until they are set or decided anew. The weights must be there
+        already, or be moved by the caller (smartmoe.migrate).
 
         Raises ValueError when the number of experts, ranks or slots differs from this layer's.
         """
         got = (placement.num_experts, placement.num_ranks, placement.slots_per_rank)
-        want = (self.slot_of_expert_E.shape[0], group_size(self.ep_group), self.dispatcher.slots_per_rank)
+        want = (self.slot_of_expert_E.shape[0], group_size(self.ep_group), self._slots_per_rank)
         if got != want:
             raise ValueError(
                 f"layer {self.layer_idx}: a placement of (experts, ranks, slots a rank) = {got} does not fit {want}; "
@@ -147,7 +169,26 @@ class MoELayer(nn.Module):
             )
         self.placement = placement
         self.slot_of_expert_E.copy_(torch.from_numpy(placement.primary_slot_E))
+        if self.replication:
+            self.replication.set_placement(placement)
         self.gate.set_placement(placement.rank_of_expert(), self._node_of_rank_W, group_rank(self.ep_group))
+
+    @property
+    def replicas(self) -> Replicas:
+        """What `set_replicas` set last; with online.replicate = "exact" nothing, as each micro-batch has its own."""
+        if isinstance(self.replication, HistoryReplication):
+            return self.replication.replicas
+        return Replicas.none(self.placement, self.experts.num_replicas)
+
+    def set_replicas(self, replicas: Replicas) -> None:
+        """Route to `replicas` from now on (online.replicate = "history"). Their weights must be sent before the next
+        forward pass (replicas.send_all, which the trainer calls before every iteration).
+
+        Raises ValueError when they do not fit the layer's placement, replica slots or mode.
+        """
+        if not isinstance(self.replication, HistoryReplication):
+            raise ValueError(f'layer {self.layer_idx}: replicas are set with online.replicate = "history" only')
+        self.replication.set_replicas(replicas)
 
     def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route, compute, combine.
@@ -160,9 +201,17 @@ class MoELayer(nn.Module):
         routing = self.gate(x_TD, token_id_T, num_segments=token_id_BT.shape[0])
         for observer in self.observers:
             observer(self.layer_idx, routing, token_id_BT)
-        slot_TK = slots_of(routing.expert_idx_TK, self.slot_of_expert_E)
-        y_TD = self.dispatcher(x_TD, routing, slot_TK, self.experts)
+        if self.replication is None:
+            slot_TK = slots_of(routing.expert_idx_TK, self.slot_of_expert_E.unsqueeze(1))
+            y_TD = self.dispatcher(x_TD, routing, slot_TK, self.experts)
+        else:
+            y_TD = self._forward_with_replicas(x_TD, routing, token_id_T)
         return y_TD.view(x_BTD.shape), routing.balance_loss
+
+    def _forward_with_replicas(self, x_TD, routing: Routing, token_id_T) -> torch.Tensor:
+        plan = self.replication.plan(routing.expert_idx_TK, token_id_T)
+        experts = HeldExperts(self.experts, self.replication, plan)
+        return experts.finish(self.dispatcher(x_TD, routing, plan.slot_TK, experts))
 
 
 def _nodes(ep_group, ranks_per_node: int) -> list[int]:

@@ -124,7 +124,7 @@ def carry(case: Case, dispatcher, impl: str, ep_rank: int, dtype, device, max_co
     weights = oracle.slots_of_rank(case.weights(), placement, ep_rank, dtype, device)
     slot_of_expert = torch.from_numpy(placement.primary_slot_E).to(device)
     routing = oracle.make_routing(expert_idx, weight, max_copies)
-    slot_TK = slots_of(expert_idx, slot_of_expert)
+    slot_TK = slots_of(expert_idx, slot_of_expert[:, None])
     y = dispatcher(x, routing, slot_TK, StackedExperts(weights, case.activation, impl))
     y.backward(grad.to(dtype))
     return {

@@ -285,7 +285,7 @@ def _captured(world_rank, num_ranks):
     x.requires_grad_(), weight.requires_grad_()
 
     def step():
-        y = dispatcher(x, oracle.make_routing(expert_idx, weight), slots_of(expert_idx, slot_of_expert), experts)
+        y = dispatcher(x, oracle.make_routing(expert_idx, weight), slots_of(expert_idx, slot_of_expert[:, None]), experts)
         return (y.detach(), *torch.autograd.grad(y, (x, weight, *weights), grad))
 
     def load(batch):

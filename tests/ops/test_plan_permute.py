@@ -54,7 +54,7 @@ def test_a_copy_beyond_a_buffer_is_dropped_not_written_elsewhere():
 
 
 def test_dropped_copies_stay_dropped_under_any_placement():
-    slots = slots_of(torch.tensor([[0, -1], [2, 1]]), torch.tensor([5, 3, 4]))
+    slots = slots_of(torch.tensor([[0, -1], [2, 1]]), torch.tensor([[5], [3], [4]]))
     assert slots.tolist() == [[5, -1], [4, 3]]
 
 

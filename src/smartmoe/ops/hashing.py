@@ -41,6 +41,16 @@ def uniform(key: int, token_id_T: torch.Tensor, num: int) -> torch.Tensor:
     return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 
 
+def buckets(token_id_T: torch.Tensor, num: int, num_buckets: int) -> torch.Tensor:
+    """A bucket for each token and each of `num` columns: [T, num] int64 in 0 .. num_buckets - 1, a power of two.
+
+    Bucket = SplitMix64's finaliser of (token id + (column + 1) * golden ratio), modulo num_buckets.
+    """
+    assert num_buckets > 0 and num_buckets & (num_buckets - 1) == 0, "buckets are taken from the low bits"
+    column = torch.arange(1, num + 1, device=token_id_T.device, dtype=torch.int64) * _GOLDEN
+    return _mix(token_id_T.unsqueeze(1) + column) & (num_buckets - 1)
+
+
 def normal(key: int, token_id_T: torch.Tensor, num: int) -> torch.Tensor:
     """`num` standard normal numbers for each token: [T, num] float32, by the inverse of the normal distribution."""
     return math.sqrt(2.0) * torch.erfinv(2.0 * uniform(key, token_id_T, num) - 1.0)

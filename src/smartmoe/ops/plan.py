@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from smartmoe.ops.extension import kernels_for
+from smartmoe.ops.hashing import buckets
 from smartmoe.ops.library import register
 
 MAX_KERNEL_SLOTS = 3072  # kMaxSlots of csrc/kernels/launch.h
@@ -38,9 +39,21 @@ class RoutingPlan:
         return self.copy_of_row_R.clamp(min=0) // max(self.row_of_copy_TK.shape[1], 1)
 
 
-def slots_of(expert_idx_TK: torch.Tensor, slot_of_expert_E: torch.Tensor) -> torch.Tensor:
-    """Map logical experts to slots; a dropped copy (-1) stays dropped. Both int64; returns [T, K] int64."""
-    slot_TK = slot_of_expert_E[expert_idx_TK.clamp(min=0)]
+def slots_of(
+    expert_idx_TK: torch.Tensor, table_EB: torch.Tensor, token_id_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Map logical experts to slots: copy (t, k) takes entry `buckets(token id, k)` of its expert's row.
+
+    expert_idx_TK: [T, K] int64, -1 = dropped, and stays so. table_EB: [E, B] int64 slots, B a power of two; an expert with
+    replicas has each host in the share of entries that the host is to get. token_id_T: [T] int64, not read when B is 1.
+    Returns [T, K] int64. A function of its arguments alone, so that recomputation and every plan see the same.
+    """
+    expert_TK, num_buckets = expert_idx_TK.clamp(min=0), table_EB.shape[1]
+    if num_buckets == 1:
+        slot_TK = table_EB[:, 0][expert_TK]
+    else:
+        bucket_TK = buckets(token_id_T, expert_idx_TK.shape[1], num_buckets)
+        slot_TK = table_EB.reshape(-1)[expert_TK * num_buckets + bucket_TK]
     return torch.where(expert_idx_TK >= 0, slot_TK, -1)
 
 

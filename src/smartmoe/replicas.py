@@ -1,0 +1,332 @@
+"""Replicas of experts: their weights on the way to replica slots, their gradients on the way back to the owners.
+
+Layer 4. A rank has L owned slots of a layer and behind them, in the same storage, G replica slots, so that one grouped
+product runs over all L + G. A `Replication` says what the replica slots of one layer hold and carries weights and
+gradients; the two here do it by collectives, with a plan that the host knows. Shape letters are those of `smartmoe.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from smartmoe.config import RunConfig
+from smartmoe.ops.all_to_all import group_rank
+from smartmoe.ops.plan import slots_of
+from smartmoe.placement import EMPTY, Placement, Replicas
+
+
+class Replication(Protocol):
+    """What a layer asks of a mechanism. One object a layer; every rank of the expert group makes the same calls.
+
+    In a forward pass: plan, send_weights, then wait_weights before each use of the storages. In its backward pass:
+    restore_weights, wait_weights before each use, return_grads. Passes of several micro-batches interleave.
+    """
+
+    def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
+        """Zeroed memory for the [L + G, ...] storage of one weight."""
+
+    def bind(self, storages: Sequence[torch.Tensor]) -> None:
+        """Told, once, all storages [L + G, ...] of the layer, biases included."""
+
+    def set_placement(self, placement: Placement) -> None:
+        """The owners change, and with them what the replica slots hold."""
+
+    def plan(self, expert_idx_TK: torch.Tensor, token_id_T: torch.Tensor) -> Any:
+        """Decide for one micro-batch: an object whose `slot_TK` [T, K] int64 is the physical slot of each copy of this
+        rank, ep_rank * (L + G) + index, -1 = dropped. Passed to the calls below; deterministic, as a recomputed pass asks
+        again."""
+
+    def send_weights(self, plan: Any) -> None:
+        """Start to fill the replica slots with the current weights of their owners."""
+
+    def restore_weights(self, plan: Any) -> None:
+        """The same before a backward pass, where another plan has filled the slots since."""
+
+    def wait_weights(self) -> None:
+        """Whatever is launched from now on reads filled slots."""
+
+    def return_grads(self, plan: Any, grads: Sequence[torch.Tensor]) -> None:
+        """Add, in place, what the replicas hold of grads [L + G, ...] to the owners' parts, in ascending order of ranks;
+        those, [:L], become the gradients of the parameters. Once in a backward pass, for all storages together."""
+
+
+def build_replication(config: RunConfig, ep_group) -> Replication | None:
+    """The mechanism that online.replicate asks for; None = no replica slots."""
+    online = config.online
+    if online.replicate == "never":
+        return None
+    return HistoryReplication(ep_group, online.replica_slots)
+
+
+# ---------------------------------------------------------------------------------------------------- in a pass
+
+
+class HeldExperts:
+    """The experts of a layer, replicas included, as one forward pass of a micro-batch uses them: what dispatchers call.
+
+    Made before the dispatch, so that the weights travel while tokens do.
+    """
+
+    def __init__(self, experts, replication: Replication, plan: Any):
+        self.impl = experts.impl
+        self._experts, self._replication, self._plan = experts, replication, plan
+        replication.send_weights(plan)
+        params = [param for param in experts.weights() if param is not None]
+        taken = iter(_Storages.apply(replication, plan, experts.storages, *params))
+        self._weights = tuple(None if param is None else next(taken) for param in experts.weights())
+
+    def __call__(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
+        """As Experts.forward, with counts of L + G slots."""
+        self._replication.wait_weights()
+        out_RD = self._experts.compute(rows_RD, count_L, self._weights)
+        return _OnBackward.apply(out_RD, self._plan.slot_TK, self._replication.wait_weights)
+
+    def finish(self, y_TD: torch.Tensor) -> torch.Tensor:
+        """To be called on the layer's output: its backward pass begins with the weights that its forward pass used."""
+        return _OnBackward.apply(y_TD, self._plan.slot_TK, lambda: self._replication.restore_weights(self._plan))
+
+
+class _Storages(torch.autograd.Function):
+    """The whole storages as functions of the parameters, which are their owned parts.
+
+    Each pass sees the memory through tensors of its own: filling replica slots for another micro-batch must not count as
+    a change of what this one saved, since its backward pass restores them.
+    """
+
+    @staticmethod
+    def forward(ctx, replication, plan, storages, *params):
+        ctx.replication, ctx.plan, ctx.num_owned = replication, plan, params[0].shape[0]
+        return tuple(storage.data for storage in storages)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # nobody else sees these gradients: they are summed here, over all uses in the pass
+        grads = [grad.contiguous() for grad in grads]
+        ctx.replication.return_grads(ctx.plan, grads)
+        return None, None, None, *(grad[: ctx.num_owned] for grad in grads)
+
+
+class _OnBackward(torch.autograd.Function):
+    """The identity; its backward pass begins with `action`."""
+
+    @staticmethod
+    def forward(ctx, rows, marker, action):
+        ctx.action = action
+        ctx.save_for_backward(marker)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.saved_tensors  # noqa: B018 - asking for them makes a recomputed block run again, before the action
+        ctx.action()
+        return grad, None, None
+
+
+# ---------------------------------------------------------------------------------------------------- the two modes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the replica slots hold, whose weights travel for it, and slot_TK: see Replication.plan."""
+
+    replicas: Replicas
+    transfers: Transfers
+    slot_TK: torch.Tensor
+
+
+class _Collective:
+    """What both modes share: memory from torch, the placement, plans from `Replicas`."""
+
+    def __init__(self, ep_group, num_replicas: int):
+        self.ep_group, self.num_replicas = ep_group, num_replicas
+        self.storages: tuple[torch.Tensor, ...] = ()
+        self.placement: Placement | None = None
+
+    def allocate(self, shape, *, dtype, device) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def bind(self, storages) -> None:
+        self.storages = tuple(storages)
+
+    def set_placement(self, placement: Placement) -> None:
+        self.placement = placement
+
+    def wait_weights(self) -> None:
+        """Nothing to wait for: the exchanges are ordered with what follows on the stream."""
+
+    @property
+    def num_owned(self) -> int:
+        return self.storages[0].shape[0] - self.num_replicas
+
+    def _table(self, replicas: Replicas) -> torch.Tensor:
+        """The table of ops.plan.slots_of for this rank, on the device."""
+        if replicas.num_copies:
+            table_EB = replicas.bucket_slots(self.placement, group_rank(self.ep_group))
+        else:  # one column: slots_of need not hash
+            table_EB = (self.placement.primary_slot_E + self.placement.rank_of_expert() * self.num_replicas)[:, None]
+        return torch.from_numpy(table_EB).to(self.storages[0].device)
+
+    def _transfers(self, replicas: Replicas) -> Transfers:
+        return Transfers.of(self.placement, replicas, group_rank(self.ep_group))
+
+
+class HistoryReplication(_Collective):
+    """Replicas that stay for whole optimizer steps.
+
+    Decided elsewhere and set between iterations. `send_all` fills the slots of all layers before the first pass after a
+    step; gradients of replicas gather in `grads`, float32 [G, ...] for each storage, until `return_all`.
+    """
+
+    def bind(self, storages) -> None:
+        super().bind(storages)
+        self.grads = [
+            torch.zeros(self.num_replicas, *t.shape[1:], dtype=torch.float32, device=t.device) for t in self.storages
+        ]
+
+    def set_placement(self, placement: Placement) -> None:
+        super().set_placement(placement)
+        self.set_replicas(Replicas.none(placement, self.num_replicas))
+
+    def set_replicas(self, replicas: Replicas) -> None:
+        """Route to `replicas` from now on; their weights must be sent before the next pass.
+
+        Raises ValueError when they do not belong to the layer's placement and number of replica slots.
+        """
+        replicas.check(self.placement)
+        if replicas.num_replica_slots != self.num_replicas:
+            raise ValueError(
+                f"replicas: made for {replicas.num_replica_slots} replica slots a rank, the layer has {self.num_replicas}"
+            )
+        self.replicas, self.transfers = replicas, self._transfers(replicas)
+        self._table_EB = self._table(replicas)
+
+    def plan(self, expert_idx_TK, token_id_T) -> Plan:
+        return Plan(self.replicas, self.transfers, slots_of(expert_idx_TK, self._table_EB, token_id_T))
+
+    def send_weights(self, plan) -> None:
+        """They are there, since `send_all`."""
+
+    restore_weights = send_weights
+
+    def return_grads(self, plan, grads) -> None:
+        if plan.transfers.num_all:
+            for total, grad in zip(self.grads, grads, strict=True):
+                total.add_(grad[self.num_owned :])
+
+
+def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
+    """Fill the replica slots of all layers with the weights of now. Collective over ep_group, see `send_weights`;
+    returns the bytes that this rank sent."""
+    return send_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
+
+
+def return_all(
+    replications: Sequence[HistoryReplication], owned_grads: Sequence[Sequence[torch.Tensor]], ep_group
+) -> int:
+    """Add the gathered gradients of all layers' replicas to the owners' and forget them.
+
+    owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. Collective
+    over ep_group, see `return_grads`; returns the bytes that this rank sent.
+    """
+    triples = [(owned, each.grads, each.transfers) for owned, each in zip(owned_grads, replications, strict=True)]
+    num_bytes = return_grads(triples, ep_group)
+    for each in replications:
+        for grad in each.grads:
+            grad.zero_()
+    return num_bytes
+
+
+# ---------------------------------------------------------------------------------------------------- transfers
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Whose weights go where in one layer, as one rank sees it. send_W: local owned slots whose experts rank w holds
+    replicas of; receive_W: index of the replica slots that rank w's experts fill; both in the order of replica slots.
+    num_all: replica slots in use on all ranks."""
+
+    send_W: tuple[tuple[int, ...], ...]
+    receive_W: tuple[tuple[int, ...], ...]
+    num_all: int
+
+    @classmethod
+    def of(cls, placement: Placement, replicas: Replicas, ep_rank: int) -> Transfers:
+        send = [[] for _ in range(placement.num_ranks)]
+        receive = [[] for _ in range(placement.num_ranks)]
+        for slot, expert in enumerate(replicas.expert_of_replica):
+            if expert == EMPTY:
+                continue
+            host, index = divmod(slot, replicas.num_replica_slots)
+            owner, owned_slot = divmod(placement.primary[expert], placement.slots_per_rank)
+            if owner == ep_rank:
+                send[host].append(owned_slot)
+            if host == ep_rank:
+                receive[owner].append(index)
+        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), replicas.num_copies)
+
+
+@torch.no_grad()
+def send_weights(entries: Sequence[tuple[Sequence[torch.Tensor], int, Transfers]], ep_group) -> int:
+    """Fill the replica slots of layers from their owners, all in one exchange.
+
+    entries: (storages [L + G, ...] of one dtype, L, transfers) for each layer, in the same order on every rank. Returns
+    the bytes that this rank sent. Collective over ep_group, except that no rank communicates when there is no replica.
+    """
+    leaving = _parts([[(storages, slots) for slots in move.send_W] for storages, _, move in entries])
+    arriving = _parts(
+        [[(storages, [owned + g for g in slots]) for slots in move.receive_W] for storages, owned, move in entries]
+    )
+    if not any(move.num_all for _, _, move in entries):
+        return 0
+    received, num_bytes = _swap(leaving, arriving, entries[0][0][0], ep_group)
+    for part, values in zip(arriving, received, strict=True):
+        for slot, value in zip(part, values, strict=True):
+            slot.copy_(value)
+    return num_bytes
+
+
+@torch.no_grad()
+def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> int:
+    """Add the gradients of replicas to those of the owners, of all layers in one exchange.
+
+    entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; all of one
+    dtype. An owner sums its own gradient and those of the replicas, by ascending rank, in float32 at least, and rounds
+    once: the same bits in every run. Returns the bytes that this rank sent. Collective as `send_weights`.
+    """
+    leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in entries])
+    arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in entries])
+    if not any(move.num_all for _, _, move in entries):
+        return 0
+    received, num_bytes = _swap(leaving, arriving, entries[0][0][0], ep_group)
+    sums: dict[int, list] = {}
+    for part, values in zip(arriving, received, strict=True):
+        for slot, value in zip(part, values, strict=True):
+            entry = sums.setdefault(slot.data_ptr(), [slot, slot.to(torch.promote_types(slot.dtype, torch.float32))])
+            entry[1] = entry[1] + value
+    for slot, total in sums.values():
+        slot.copy_(total)
+    return num_bytes
+
+
+def _parts(layers: list[list[tuple[Sequence[torch.Tensor], Sequence[int]]]]) -> list[list[torch.Tensor]]:
+    """By rank, the slots of all layers and tensors in the order in which they travel."""
+    by_rank = zip(*layers, strict=True)
+    return [[t[slot] for tensors, slots in pairs for slot in slots for t in tensors] for pairs in by_rank]
+
+
+def _swap(leaving: list[list[torch.Tensor]], arriving: list[list[torch.Tensor]], like: torch.Tensor, ep_group):
+    """Send leaving[w] to rank w: (what came, by rank and shaped as `arriving`; bytes sent). Collective."""
+    send_splits, receive_splits = ([sum(t.numel() for t in part) for part in parts] for parts in (leaving, arriving))
+    sent = torch.cat([like.new_empty(0), *(t.reshape(-1) for part in leaving for t in part)])
+    received = like.new_empty(sum(receive_splits))
+    dist.all_to_all_single(received, sent, receive_splits, send_splits, group=ep_group)
+    values = [
+        [value.view(slot.shape) for value, slot in zip(block.split([t.numel() for t in part]), part, strict=True)]
+        for block, part in zip(received.split(receive_splits), arriving, strict=True)
+    ]
+    return values, sent.numel() * sent.element_size()

@@ -1,0 +1,158 @@
+"""Layers with replicated experts against the oracle, forward and backward, and what travels for it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, RunConfig
+from smartmoe.placement import Placement, Replicas
+from smartmoe.replicas import return_all, send_all
+from tests import oracle
+from tests.dist import spawn
+from tests.test_layer import MECHANISMS, make_config, make_layer, make_tokens, run_layer
+
+NAMES = ("w1_LDF", "b1_LF", "w2_LFD", "b2_LD")
+GATES = {
+    "naive": GateConfig(kind="naive"),
+    "dropping": GateConfig(kind="naive", capacity=0.5),
+    "one expert": GateConfig(kind="zero"),
+}
+DISPATCH = {
+    **{name: layer for name, layer in MECHANISMS.items() if name != "shadowing"},
+    "direct": LayerConfig(dispatcher="direct", row_factor=4.0),
+}
+
+
+def share_out(placement: Placement, expert_of_replica: list[int], seed: int = 0) -> Replicas:
+    """Replicas whose hosts get random shares, other ones from every source; the first source sends to owners only."""
+    rng = np.random.default_rng(seed)
+    hosts_EW = np.eye(placement.num_ranks)[placement.rank_of_expert()]
+    num_replicas = len(expert_of_replica) // placement.num_ranks
+    for slot, expert in enumerate(expert_of_replica):
+        if expert >= 0:
+            hosts_EW[expert, slot // num_replicas] = 1
+    share_SEW = rng.random((placement.num_ranks, *hosts_EW.shape)) * hosts_EW
+    share_SEW[0] = np.eye(placement.num_ranks)[placement.rank_of_expert()]
+    return Replicas(tuple(expert_of_replica), share_SEW / share_SEW.sum(2, keepdims=True))
+
+
+def everywhere(placement: Placement, expert: int, num_replicas: int) -> list[int]:
+    """The expert in the last replica slot of all ranks but its owner's."""
+    slots = []
+    for ep_rank in range(placement.num_ranks):
+        hosts = ep_rank != placement.rank_of_expert()[expert]
+        slots += [-1] * (num_replicas - 1) + [expert if hosts else -1]
+    return slots
+
+
+def replica_tables(placement: Placement) -> dict[str, Replicas]:
+    """What the tests put into two replica slots a rank."""
+    foreign = [[e for e in range(6) if e not in placement.experts_of_rank(r)] for r in range(placement.num_ranks)]
+    full = [e for experts in foreign for e in (experts[-1:] + experts[:1] if len(experts) > 1 else [-1, -1])]
+    return {
+        "nothing": Replicas.none(placement, 2),
+        "hot expert everywhere": share_out(placement, everywhere(placement, 0, 2)),
+        "all slots": share_out(placement, full, seed=1),
+    }
+
+
+def replicated(mode: str, mechanism: str, gate: str) -> RunConfig:
+    online = OnlineConfig(replicate=mode, replica_slots=2)
+    return dataclasses.replace(make_config(gate=GATES[gate]), online=online, layer=DISPATCH[mechanism])
+
+
+def experts_of(layer, tensors) -> dict:
+    """(logical expert, parameter) -> this rank's part of tensors [L, ...]."""
+    slots = enumerate(layer.placement.experts_of_rank(layer.ep_group.rank() if layer.ep_group else 0))
+    return {(e, name): t[s] for s, e in slots if e >= 0 for name, t in zip(NAMES, tensors, strict=True)}
+
+
+def check_copies(layer, expert_of_replica) -> None:
+    """Every replica slot in use holds the weights of its owner, bit for bit."""
+    mine, group = experts_of(layer, [p.detach() for p in layer.experts.weights()]), layer.ep_group
+    every = [None] * group.size()
+    dist.all_gather_object(every, mine, group=group)
+    weights = {key: weight for part in every for key, weight in part.items()}
+    for index, expert in enumerate(expert_of_replica[2 * group.rank() :][:2]):
+        for name, storage in zip(NAMES, layer.experts.storages, strict=True):
+            if expert >= 0:
+                assert torch.equal(storage[layer.placement.slots_per_rank + index], weights[expert, name])
+
+
+def run_history(world_rank, num_ranks):
+    results = {}
+    for gate in GATES:
+        for mechanism in DISPATCH:
+            layer = make_layer(replicated("history", mechanism, gate), num_ranks, shuffled=True)
+            for name, replicas in replica_tables(layer.placement).items():
+                layer.zero_grad()
+                layer.set_replicas(replicas)
+                sent = send_all([layer.replication], layer.ep_group)
+                result = run_layer(layer, world_rank, recompute=name == "all slots")
+                if num_ranks > 1:
+                    check_copies(layer, replicas.expert_of_replica)
+                grads = [param.grad for param in layer.experts.weights()]
+                returned = return_all([layer.replication], [grads], layer.ep_group)
+                assert not any(grad.any() for grad in layer.replication.grads)
+                results[gate, mechanism, name] = {
+                    **result,
+                    "experts": experts_of(layer, grads),
+                    "bytes": (sent, returned, replicas.num_copies),
+                }
+        plain = make_layer(make_config(gate=GATES[gate]), num_ranks, shuffled=True)
+        results[gate, "plain"] = run_layer(plain, world_rank)
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_replicas_of_whole_steps_equal_the_oracle(num_ranks):
+    results_W = [run_history(0, 1)] if num_ranks == 1 else spawn(run_history, num_ranks, num_ranks)
+    check_results(results_W)
+    check_bytes(results_W)
+
+
+def check_results(results_W):
+    answers = {gate: expected_of([results[gate, "plain"] for results in results_W], gate) for gate in GATES}
+    for key in results_W[0]:
+        outputs, experts = answers[key[0]]
+        for rank, results in enumerate(results_W):
+            for name in ("y", "x"):
+                got = results[key][name].flatten(0, 1)
+                oracle.assert_close(got, outputs[rank][name], torch.float32, f"{key} rank {rank} {name}")
+            for param, grad in results[key]["experts"].items():
+                oracle.assert_close(grad, experts[param], torch.float32, f"{key} rank {rank} {param}")
+
+
+EXPERT_BYTES = 4 * (2 * 16 * 24 + 16 + 24)
+
+
+def check_bytes(results_W):
+    """Over all ranks as much returns as was sent, one expert for each replica."""
+    for key in results_W[0]:
+        if "bytes" in results_W[0][key]:
+            sent, returned, _ = np.sum([results[key]["bytes"] for results in results_W], axis=0)
+            assert sent == returned == results_W[0][key]["bytes"][2] * EXPERT_BYTES
+
+
+def expected_of(results_W, gate):
+    """By rank the output and the gradient of the input, and the experts' gradients, from the oracle."""
+    held = {key: weight for results in results_W for key, weight in results["weights"].items()}
+    weights = [torch.stack([held[e, name].double() for e in range(6)]).requires_grad_() for name in NAMES]
+    router = [p.detach().double() for p in make_layer(make_config()).gate.parameters()]
+    outputs = []
+    for rank, results in enumerate(results_W):
+        x, grad, _ = make_tokens(rank)
+        x = x.flatten(0, 1).requires_grad_()
+        choice = results["choice"]
+        if gate == "one expert":
+            weight = torch.full(choice.shape, 0.5, dtype=torch.float64)
+        else:  # a dropped copy leaves the weights of the others as they are
+            chosen = (x @ router[0].t() + router[1]).argsort(1, descending=True)[:, :2]
+            weight = oracle.naive_weights(x, *router, chosen).masked_fill(choice < 0, 0)
+        y = oracle.moe(x, choice, weight, weights)
+        (y * grad.flatten(0, 1)).sum().backward()
+        outputs.append({"y": y.detach(), "x": x.grad})
+    return outputs, {(e, name): w.grad[e] for name, w in zip(NAMES, weights, strict=True) for e in range(6)}
