@@ -1,4 +1,4 @@
-"""Solvers that balance experts over ranks: which rank owns which expert.
+"""Solvers of ownership: which rank owns which expert.
 
 Layer 0: numpy only (the exact solver needs scipy). Names as in `placement`: E logical experts, W ranks, L owned slots per
 rank, N = W * L slots. Loads are token copies, of any unit, as long as they add up.

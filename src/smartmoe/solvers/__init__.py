@@ -1,0 +1,9 @@
+"""Solvers that balance experts over ranks: who owns which expert, and who holds copies of which.
+
+Layer 0: numpy only (the exact solvers need scipy).
+"""
+
+from smartmoe.solvers.exact_step import solve_exact_step
+from smartmoe.solvers.ownership import solve_exact, solve_greedy, solve_least_move
+
+__all__ = ["solve_exact", "solve_exact_step", "solve_greedy", "solve_least_move"]

@@ -1,0 +1,111 @@
+"""Replication for one micro-batch from its own counts: integers only, few steps, the same on a CPU and in a GPU kernel.
+
+Names as in `placement`: E experts, W ranks, S sources, G replica slots per rank. Loads are in units of 1 / BUCKETS token
+copy, so that one bucket of an expert weighs as many units as the expert has copies, and nothing is ever rounded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
+
+PASSES = 2
+NEAR = 256  # a rank within 1 / NEAR of the target is good enough
+
+
+def solve_exact_step(
+    count_SE: np.ndarray, placement: Placement, num_replica_slots: int, copy_cost: int = 0
+) -> Replicas:
+    """Copies of hot experts that bring the fullest rank close to the mean, few of them, all sources splitting alike.
+
+    A pass has a target T and starts from the owners: bucket[e, owner of e] = BUCKETS, all other buckets 0; used[w] = 0
+    replica slots; rank w weighs R[w] = sum over e of load[e] * bucket[e, w], where load[e] = sum over s of count[s, e].
+    No rank and no expert is closed. One step (each ends by closing something or by filling a slot, so a pass has at most
+    G * W + E + W steps):
+
+    1. a = the heaviest rank that is not closed. None left, or R[a] <= T + T // NEAR: the pass ends.
+    2. e = the expert owned by a, not closed, with the most load[e] * bucket[e, a]. None, or that is 0: close a.
+    3. w = the lightest rank with used[w] < G that does not host e (it is not a, and bucket[e, w] = 0). None: close e.
+    4. b = min(bucket[e, a], (min(R[a] - T, T - R[w]) + load[e] // 2) // load[e]), the buckets that fit, rounded to the
+       nearest. If b <= 0 or b * load[e] < copy_cost * BUCKETS: close e.
+    5. Otherwise copy: expert_of_replica[w * G + used[w]] = e; used[w] += 1; move b buckets of e from a to w, and
+       b * load[e] of weight from R[a] to R[w].
+
+    Floor division in 4 is of a possibly negative number in no case that matters: T - R[w] < 0 gives b <= 0 with floor or
+    truncation alike. Ties go to the lowest index everywhere.
+
+    The first pass has T = ceil(sum of R / W). If its fullest rank M ends above T + T // NEAR, a second pass has
+    T + (M - T) // 2 as its target, which leaves slots to ranks that the first pass could not help; the pass with the
+    smaller fullest rank counts, the first one when equal. No step makes the fullest rank heavier, so the result is never
+    worse than no replicas.
+
+    Args:
+        count_SE: [W, E] integers, token copies of expert e on source rank s, the same array on every rank.
+        placement: who owns which expert.
+        num_replica_slots: G, at least 0.
+        copy_cost: token copies that are computed in the time that one copy of an expert costs: fewer are not moved.
+    Returns: Replicas whose shares are buckets / BUCKETS, the same for every source.
+    """
+    count_SE = np.asarray(count_SE)
+    if count_SE.shape != (placement.num_ranks, placement.num_experts) or count_SE.dtype.kind not in "iu":
+        expected = (placement.num_ranks, placement.num_experts)
+        raise ValueError(
+            f"solve_exact_step: counts are {count_SE.dtype} {count_SE.shape}, expected integers {expected}"
+        )
+    if (count_SE < 0).any() or num_replica_slots < 0 or copy_cost < 0:
+        raise ValueError("solve_exact_step: counts, num_replica_slots and copy_cost must be at least 0")
+    num_ranks, load_E = placement.num_ranks, count_SE.sum(axis=0, dtype=np.int64)
+    owner_E = placement.rank_of_expert()
+    target = -(-int(load_E.sum()) * BUCKETS // num_ranks)
+    best, fullest = _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost)
+    for _ in range(1, PASSES):
+        if fullest <= target + target // NEAR:
+            break
+        target += (fullest - target) // 2
+        other, other_fullest = _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost)
+        if other_fullest < fullest:
+            best, fullest = other, other_fullest
+    expert_of_replica_WG, bucket_EW = best
+    share_SEW = np.broadcast_to(bucket_EW / BUCKETS, (num_ranks, *bucket_EW.shape))
+    return Replicas(tuple(expert_of_replica_WG.ravel().tolist()), share_SEW)
+
+
+def _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost):
+    """((expert_of_replica_WG, bucket_EW), load of the fullest rank) of one pass of solve_exact_step."""
+    num_experts, never = len(load_E), np.iinfo(np.int64).max
+    experts = np.arange(num_experts)
+    bucket_EW = np.zeros((num_experts, num_ranks), np.int64)
+    bucket_EW[experts, owner_E] = BUCKETS
+    hosted_EW = bucket_EW > 0
+    kept_E = load_E * BUCKETS  # units still on the owner; -1 when the expert is closed
+    rank_W = np.zeros(num_ranks, np.int64)
+    np.add.at(rank_W, owner_E, kept_E)
+    replica_WG = np.full((num_ranks, num_replica_slots), EMPTY, np.int64)
+    used_W, closed_W = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, bool)
+    for _ in range(num_ranks * num_replica_slots + num_experts + num_ranks):
+        source = int(np.where(closed_W, -1, rank_W).argmax())
+        if closed_W[source] or rank_W[source] <= target + target // NEAR:
+            break
+        expert = int(np.where(owner_E == source, kept_E, -1).argmax())
+        if owner_E[expert] != source or kept_E[expert] <= 0:
+            closed_W[source] = True
+            continue
+        free_W = (used_W < num_replica_slots) & ~hosted_EW[expert]
+        host = int(np.where(free_W, rank_W, never).argmin())
+        load, num_buckets = int(load_E[expert]), 0
+        if free_W[host]:
+            room = min(rank_W[source] - target, target - rank_W[host])
+            num_buckets = int(min(bucket_EW[expert, source], (room + load // 2) // load))
+        if num_buckets <= 0 or num_buckets * load < copy_cost * BUCKETS:
+            kept_E[expert] = -1
+            continue
+        replica_WG[host, used_W[host]] = expert
+        used_W[host] += 1
+        hosted_EW[expert, host] = True
+        bucket_EW[expert, source] -= num_buckets
+        bucket_EW[expert, host] += num_buckets
+        rank_W[host] += num_buckets * load
+        rank_W[source] -= num_buckets * load
+        kept_E[expert] -= num_buckets * load
+    return (replica_WG, bucket_EW), int(rank_W.max())
