@@ -65,7 +65,7 @@ class LayerConfig:
     """Which mechanism carries tokens to experts and back, and how experts are computed.
 
     `row_factor` bounds the rows of a rank in dispatcher "direct", in multiples of an even share; as many as there are
-    ranks holds any routing. "auto" is "direct" where GPUs reach each other's memory, else "basic".
+    ranks holds any routing. "auto" is "direct" where the GPUs of a group are linked by NVLink, else "basic".
     """
 
     dispatcher: str = "basic"

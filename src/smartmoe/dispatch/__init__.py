@@ -29,7 +29,7 @@ def build_dispatcher(layer: LayerConfig, ep_group, *, slots_per_rank: int, clust
     over the group. Raises ValueError for an unknown name, or shadowing without a cluster.
     """
     if layer.dispatcher == "auto":
-        reason = why_unavailable(ep_group)
+        reason = why_unavailable(ep_group, over_nvlink=True)
         _log_choice("direct" if reason is None else f"basic: {reason}")
         if reason is not None:
             return BasicDispatcher(ep_group, slots_per_rank)

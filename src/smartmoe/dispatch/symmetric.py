@@ -7,6 +7,7 @@ no symmetric memory. NVLink multicast is not used. Shape letters are those of `s
 from __future__ import annotations
 
 import importlib.util
+import logging
 import socket
 
 import torch
@@ -18,20 +19,24 @@ from smartmoe.ops.all_to_all import group_rank, group_size
 _ALIGNMENT = 256
 _TILE_ELEMENTS = 4096
 _NUM_WARPS = 4
-_REASONS: dict[object, str | None] = {}
+_REASONS: dict[tuple, str | None] = {}
+_log = logging.getLogger(__name__)
 
 
-def why_unavailable(group) -> str | None:
+def why_unavailable(group, over_nvlink: bool = False) -> str | None:
     """Why the ranks of `group` cannot store into each other's memory, or None when they can.
 
-    The same answer on every rank. Collective on the first call for a group of GPUs: two small gathers of objects.
+    over_nvlink: a reason, too, where they reach each other by another way than NVLink (PCIe), which works but is slow;
+    where torch cannot tell the ways apart, that is logged and the reach is taken for NVLink. The same answer on every
+    rank. Collective on the first call for a group of GPUs: two small gathers of objects.
     """
-    if group not in _REASONS:
-        _REASONS[group] = _find_reason(group)
-    return _REASONS[group]
+    key = group, over_nvlink
+    if key not in _REASONS:
+        _REASONS[key] = _find_reason(group, over_nvlink)
+    return _REASONS[key]
 
 
-def _find_reason(group) -> str | None:
+def _find_reason(group, over_nvlink) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     if importlib.util.find_spec("triton") is None:
@@ -41,17 +46,43 @@ def _find_reason(group) -> str | None:
     if "nccl" not in dist.get_backend(group):
         return f"the group's backend is {dist.get_backend(group)}, not nccl"
     device = torch.cuda.current_device()
-    peers = _gather_objects((socket.gethostname(), device), group)
-    mine = None
-    if len({host for host, _ in peers}) > 1:
-        mine = "its ranks are on several hosts"
-    else:
-        hidden = [peer for _, peer in peers if peer >= torch.cuda.device_count()]
-        others = [peer for _, peer in peers if peer != device and peer not in hidden]
-        # devices hidden from this process cannot be asked about
-        if not all(torch.cuda.can_device_access_peer(device, peer) for peer in others):
-            mine = f"GPU {device} cannot reach the memory of all others"
+    ranks = _gather_objects((socket.gethostname(), _identity(device)), group)
+    mine = _reason_here(ranks, device, over_nvlink)
     return next((reason for reason in _gather_objects(mine, group) if reason), None)
+
+
+def _reason_here(ranks: list[tuple[str, str]], device: int, over_nvlink: bool) -> str | None:
+    """What this rank sees: `ranks` are (host, identity of the GPU) by rank."""
+    if len({host for host, _ in ranks}) > 1:
+        return "its ranks are on several hosts"
+    visible = {_identity(idx): idx for idx in range(torch.cuda.device_count())}
+    # a GPU that is hidden from this process cannot be asked about
+    others = [visible[gpu] for _, gpu in ranks if visible.get(gpu, device) != device]
+    if not all(torch.cuda.can_device_access_peer(device, peer) for peer in others):
+        return f"GPU {device} cannot reach the memory of all others"
+    if over_nvlink:
+        links = _nvlinks(device)
+        if links is None or any(gpu not in visible for _, gpu in ranks):
+            _log.info("GPU %d: torch cannot tell NVLink from another way to its peers, taking it for NVLink", device)
+        elif not all(links[peer] for peer in others):
+            return f"GPU {device} reaches some of the others, but not over NVLink"
+    return None
+
+
+def _identity(device: int) -> str:
+    """The same for every process that sees this GPU, by whatever number."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _nvlinks(device: int) -> list[int] | None:
+    """NVLinks from a GPU to each visible one, straight or through switches; None where this torch cannot tell."""
+    try:
+        from torch._C._autograd import DeviceType
+        from torch._C._distributed_c10d import _detect_dma_connectivity
+
+        return _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix[device]
+    except (ImportError, RuntimeError):
+        return None
 
 
 def _gather_objects(value, group) -> list:
