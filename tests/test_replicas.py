@@ -82,6 +82,22 @@ def check_copies(layer, expert_of_replica) -> None:
                 assert torch.equal(storage[layer.placement.slots_per_rank + index], weights[expert, name])
 
 
+def run_both_modes(world_rank, num_ranks):
+    results = run_history(world_rank, num_ranks)
+    for gate in GATES:
+        for mechanism in DISPATCH:
+            layer = make_layer(replicated("exact", mechanism, gate), num_ranks, shuffled=True)
+            for recompute in (False, True):
+                layer.zero_grad()
+                results[gate, mechanism, "exact", recompute] = run_layer(layer, world_rank, recompute=recompute)
+                if num_ranks > 1:
+                    check_copies(layer, layer.replication._held)
+                    assert (np.array(layer.replication._held) >= 0).any()
+        plain = make_layer(make_config(gate=GATES[gate]), num_ranks, shuffled=True)
+        results[gate, "plain"] = run_layer(plain, world_rank)
+    return results
+
+
 def run_history(world_rank, num_ranks):
     results = {}
     for gate in GATES:
@@ -102,14 +118,12 @@ def run_history(world_rank, num_ranks):
                     "experts": experts_of(layer, grads),
                     "bytes": (sent, returned, replicas.num_copies),
                 }
-        plain = make_layer(make_config(gate=GATES[gate]), num_ranks, shuffled=True)
-        results[gate, "plain"] = run_layer(plain, world_rank)
     return results
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4])
-def test_replicas_of_whole_steps_equal_the_oracle(num_ranks):
-    results_W = [run_history(0, 1)] if num_ranks == 1 else spawn(run_history, num_ranks, num_ranks)
+def test_replicas_equal_the_oracle(num_ranks):
+    results_W = [run_both_modes(0, 1)] if num_ranks == 1 else spawn(run_both_modes, num_ranks, num_ranks)
     check_results(results_W)
     check_bytes(results_W)
 
@@ -135,6 +149,34 @@ def check_bytes(results_W):
         if "bytes" in results_W[0][key]:
             sent, returned, _ = np.sum([results[key]["bytes"] for results in results_W], axis=0)
             assert sent == returned == results_W[0][key]["bytes"][2] * EXPERT_BYTES
+
+
+def run_interleaved(world_rank):
+    """Two micro-batches in flight, as in a pipeline: forward, forward, backward, backward; and one after the other."""
+    results = {}
+    for mechanism in ("basic", "direct", "plain"):
+        config = make_config() if mechanism == "plain" else replicated("exact", mechanism, "naive")
+        layer = make_layer(config, 3, shuffled=True)
+        inputs = [make_tokens(world_rank + 3 * micro) for micro in range(3)]
+        favour = 3 * torch.nn.functional.normalize(layer.gate.weight_ED.detach())  # another expert in each micro-batch
+        xs = [(x.float() + favour[micro]).requires_grad_() for micro, (x, _, _) in enumerate(inputs)]
+        outputs, held = [], []
+        for x, (_, _, ids) in zip(xs, inputs, strict=True):
+            outputs.append(layer(x, ids)[0])
+            held.append(getattr(layer.replication, "_held", ()))
+        assert len(set(held)) == (1 if mechanism == "plain" else 3)
+        for y, (_, grad, _) in zip(outputs, inputs, strict=True):
+            y.backward(grad.float())
+        experts = experts_of(layer, [param.grad for param in layer.experts.weights()])
+        results[mechanism] = {"x": torch.stack([x.grad for x in xs]), **experts}
+    return results
+
+
+def test_micro_batches_in_flight_find_their_own_replicas_again():
+    for results in spawn(run_interleaved, 3):
+        for mechanism in ("basic", "direct"):
+            for key, want in results["plain"].items():
+                oracle.assert_close(results[mechanism][key], want, torch.float32, f"{mechanism} {key}")
 
 
 def expected_of(results_W, gate):

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from smartmoe.config import RunConfig
-from smartmoe.ops.all_to_all import group_rank
-from smartmoe.ops.plan import slots_of
+from smartmoe.ops.all_to_all import gather_all, group_rank
+from smartmoe.ops.plan import count_slots, slots_of
 from smartmoe.placement import EMPTY, Placement, Replicas
+from smartmoe.solvers.exact_step import solve_exact_step
 
 
 class Replication(Protocol):
@@ -60,7 +61,9 @@ def build_replication(config: RunConfig, ep_group) -> Replication | None:
     online = config.online
     if online.replicate == "never":
         return None
-    return HistoryReplication(ep_group, online.replica_slots)
+    if online.replicate == "history":
+        return HistoryReplication(ep_group, online.replica_slots)
+    return ExactReplication(ep_group, online.replica_slots)
 
 
 # ---------------------------------------------------------------------------------------------------- in a pass
@@ -139,13 +142,15 @@ class Plan:
     slot_TK: torch.Tensor
 
 
-class _Collective:
-    """What both modes share: memory from torch, the placement, plans from `Replicas`."""
+class CollectiveReplication:
+    """What both modes share: memory from torch, the placement, plans from `Replicas`. num_bytes: sent by this rank for
+    weights and gradients since somebody set it to 0."""
 
     def __init__(self, ep_group, num_replicas: int):
         self.ep_group, self.num_replicas = ep_group, num_replicas
         self.storages: tuple[torch.Tensor, ...] = ()
         self.placement: Placement | None = None
+        self.num_bytes = 0
 
     def allocate(self, shape, *, dtype, device) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -171,11 +176,11 @@ class _Collective:
             table_EB = (self.placement.primary_slot_E + self.placement.rank_of_expert() * self.num_replicas)[:, None]
         return torch.from_numpy(table_EB).to(self.storages[0].device)
 
-    def _transfers(self, replicas: Replicas) -> Transfers:
-        return Transfers.of(self.placement, replicas, group_rank(self.ep_group))
+    def _transfers(self, replicas: Replicas, held: Sequence[int] = ()) -> Transfers:
+        return Transfers.of(self.placement, replicas, group_rank(self.ep_group), held)
 
 
-class HistoryReplication(_Collective):
+class HistoryReplication(CollectiveReplication):
     """Replicas that stay for whole optimizer steps.
 
     Decided elsewhere and set between iterations. `send_all` fills the slots of all layers before the first pass after a
@@ -219,16 +224,59 @@ class HistoryReplication(_Collective):
                 total.add_(grad[self.num_owned :])
 
 
+class ExactReplication(CollectiveReplication):
+    """Replicas decided for each micro-batch from its own counts, by the same solver on every rank.
+
+    A pass gathers counts (one all-gather, one host synchronisation) and sends weights, its backward pass returns
+    gradients, all collective over ep_group. Where another pass has filled the slots since, the backward pass first fills
+    them again, those that differ.
+    """
+
+    _held: tuple[int, ...] = ()
+
+    def set_placement(self, placement: Placement) -> None:
+        super().set_placement(placement)
+        self._held = (EMPTY,) * (placement.num_ranks * self.num_replicas)
+
+    def plan(self, expert_idx_TK, token_id_T) -> Plan:
+        count_E = count_slots(expert_idx_TK, self.placement.num_experts)
+        count_SE = gather_all(count_E.unsqueeze(0), self.ep_group).cpu().numpy()
+        replicas = solve_exact_step(count_SE, self.placement, self.num_replicas)
+        slot_TK = slots_of(expert_idx_TK, self._table(replicas), token_id_T)
+        return Plan(replicas, self._transfers(replicas), slot_TK)
+
+    def send_weights(self, plan) -> None:
+        self._fill(plan.replicas, plan.transfers)
+
+    def restore_weights(self, plan) -> None:
+        if self._held != plan.replicas.expert_of_replica:
+            self._fill(plan.replicas, self._transfers(plan.replicas, self._held))
+
+    def _fill(self, replicas: Replicas, transfers: Transfers) -> None:
+        self.num_bytes += send_weights([(self.storages, self.num_owned, transfers)], self.ep_group)
+        self._held = replicas.expert_of_replica
+
+    def return_grads(self, plan, grads) -> None:
+        owned, replicas = ([part(grad) for grad in grads] for part in (self._owned, self._replicas))
+        self.num_bytes += return_grads([(owned, replicas, plan.transfers)], self.ep_group)
+
+    def _owned(self, tensor):
+        return tensor[: self.num_owned]
+
+    def _replicas(self, tensor):
+        return tensor[self.num_owned :]
+
+
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
-    """Fill the replica slots of all layers with the weights of now. Collective over ep_group, see `send_weights`;
-    returns the bytes that this rank sent."""
+    """Fill the replica slots of all layers with the weights of now, in one exchange. Collective over ep_group, see
+    `send_weights`; returns the bytes that this rank sent."""
     return send_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
 
 
 def return_all(
     replications: Sequence[HistoryReplication], owned_grads: Sequence[Sequence[torch.Tensor]], ep_group
 ) -> int:
-    """Add the gathered gradients of all layers' replicas to the owners' and forget them.
+    """Add the gathered gradients of all layers' replicas to the owners', in one exchange, and forget them.
 
     owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. Collective
     over ep_group, see `return_grads`; returns the bytes that this rank sent.
@@ -248,26 +296,28 @@ def return_all(
 class Transfers:
     """Whose weights go where in one layer, as one rank sees it. send_W: local owned slots whose experts rank w holds
     replicas of; receive_W: index of the replica slots that rank w's experts fill; both in the order of replica slots.
-    num_all: replica slots in use on all ranks."""
+    num_all: replica slots that are filled on all ranks."""
 
     send_W: tuple[tuple[int, ...], ...]
     receive_W: tuple[tuple[int, ...], ...]
     num_all: int
 
     @classmethod
-    def of(cls, placement: Placement, replicas: Replicas, ep_rank: int) -> Transfers:
+    def of(cls, placement: Placement, replicas: Replicas, ep_rank: int, held: Sequence[int] = ()) -> Transfers:
+        """held: [W * G] experts that stand in the replica slots already, none of which travel; empty = nothing is there."""
         send = [[] for _ in range(placement.num_ranks)]
         receive = [[] for _ in range(placement.num_ranks)]
-        for slot, expert in enumerate(replicas.expert_of_replica):
-            if expert == EMPTY:
-                continue
+        wanted = replicas.expert_of_replica
+        travelling = [slot for slot, e in enumerate(wanted) if e != EMPTY and not (held and held[slot] == e)]
+        for slot in travelling:
+            expert = wanted[slot]
             host, index = divmod(slot, replicas.num_replica_slots)
             owner, owned_slot = divmod(placement.primary[expert], placement.slots_per_rank)
             if owner == ep_rank:
                 send[host].append(owned_slot)
             if host == ep_rank:
                 receive[owner].append(index)
-        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), replicas.num_copies)
+        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), len(travelling))
 
 
 @torch.no_grad()
