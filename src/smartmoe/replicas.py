@@ -25,7 +25,7 @@ class Replication(Protocol):
     """What a layer asks of a mechanism. One object a layer; every rank of the expert group makes the same calls.
 
     In a forward pass: plan, send_weights, then wait_weights before each use of the storages. In its backward pass:
-    restore_weights, wait_weights before each use, return_grads. Passes of several micro-batches interleave.
+    restore_weights, wait_weights before each use, return_grads, wait_grads. Passes of several micro-batches interleave.
     """
 
     def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
@@ -52,8 +52,12 @@ class Replication(Protocol):
         """Whatever is launched from now on reads filled slots."""
 
     def return_grads(self, plan: Any, grads: Sequence[torch.Tensor]) -> None:
-        """Add, in place, what the replicas hold of grads [L + G, ...] to the owners' parts, in ascending order of ranks;
-        those, [:L], become the gradients of the parameters. Once in a backward pass, for all storages together."""
+        """Start to add, in place, what the replicas hold of grads [L + G, ...] to the owners' parts, in ascending order of
+        ranks; those, [:L], become the gradients of the parameters. Once in a backward pass, for all storages together,
+        before the gradients of the dispatch return: the two may overlap."""
+
+    def wait_grads(self) -> None:
+        """Whatever is launched from now on reads whole gradients."""
 
 
 def build_replication(config: RunConfig, ep_group) -> Replication | None:
@@ -80,11 +84,13 @@ class HeldExperts:
         self._experts, self._replication, self._plan = experts, replication, plan
         replication.send_weights(plan)
         params = [param for param in experts.weights() if param is not None]
-        taken = iter(_Storages.apply(replication, plan, experts.storages, *params))
-        self._weights = tuple(None if param is None else next(taken) for param in experts.weights())
+        self._owned, self._weights = _Owned.apply(replication, *params), None
 
     def __call__(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
         """As Experts.forward, with counts of L + G slots."""
+        if self._weights is None:  # made behind the dispatch, so that in backward gradients leave before it
+            taken = iter(_Storages.apply(self._replication, self._plan, self._experts.storages, *self._owned))
+            self._weights = tuple(None if param is None else next(taken) for param in self._experts.weights())
         self._replication.wait_weights()
         out_RD = self._experts.compute(rows_RD, count_L, self._weights)
         return _OnBackward.apply(out_RD, self._plan.slot_TK, self._replication.wait_weights)
@@ -92,6 +98,20 @@ class HeldExperts:
     def finish(self, y_TD: torch.Tensor) -> torch.Tensor:
         """To be called on the layer's output: its backward pass begins with the weights that its forward pass used."""
         return _OnBackward.apply(y_TD, self._plan.slot_TK, lambda: self._replication.restore_weights(self._plan))
+
+
+class _Owned(torch.autograd.Function):
+    """The identity on the parameters; its backward pass waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx, replication, *params):
+        ctx.replication = replication
+        return tuple(param.view_as(param) for param in params)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.replication.wait_grads()
+        return None, *grads
 
 
 class _Storages(torch.autograd.Function):
@@ -163,6 +183,8 @@ class CollectiveReplication:
 
     def wait_weights(self) -> None:
         """Nothing to wait for: the exchanges are ordered with what follows on the stream."""
+
+    wait_grads = wait_weights
 
     @property
     def num_owned(self) -> int:
