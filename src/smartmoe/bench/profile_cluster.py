@@ -1,0 +1,349 @@
+"""Measure the primitives of this cluster:  torchrun --nproc-per-node N -m smartmoe.bench.profile_cluster --out FILE
+
+All ranks do the same at the same time, as in training; a time is that of the slowest rank. Sizes come from the shapes
+asked for (--shapes D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB); some are held out of every fit and tells how well an unseen size is
+predicted. The file is what `smartmoe plan` reads: format and rule in smartmoe.planner.primitives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from smartmoe import record
+from smartmoe.bench import profile_parts as parts
+from smartmoe.bench.measure import World, run_in_world, spread
+from smartmoe.bench.profile_parts import Site
+from smartmoe.config import ParallelPlan
+from smartmoe.mesh import build_mesh
+from smartmoe.planner.primitives import TILE_ROWS, Point, Profile, held_out_errors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SHAPES = {
+    "cuda": ("768,1536,12,16,2,1024,8192", "2560,5120,16,32,2,1024,8192"),
+    "cpu": ("128,256,4,16,2,128,2048",),
+}
+TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
+_CYCLES_PER_S = 2e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model whose pieces are measured."""
+
+    width: int
+    ffn: int
+    heads: int
+    experts: int
+    top_k: int
+    seq_len: int
+    vocab: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB. Raises ValueError for anything else."""
+        fields = text.split(",")
+        if len(fields) != 7 or not all(f.isdigit() and int(f) > 0 for f in fields):
+            raise ValueError(f'shape "{text}": expected D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB')
+        return cls(*map(int, fields))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: the primitive (two, _forward and _backward, when `has_backward`), its sizes, and how to run it."""
+
+    name: str
+    sizes: dict[str, float]
+    build: Callable[[], object]
+    has_backward: bool
+    is_held_out: bool
+
+
+class Profiler:
+    """Runs cases and keeps their points. Collective: all ranks have the same cases."""
+
+    def __init__(self, world: World, dtype: str, seconds_per_case: float):
+        self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
+        self.points: dict[str, list[Point]] = {}
+
+    def run(self, case: Case) -> None:
+        """Measure a case; one that runs out of memory on any rank is left out."""
+        world = self.site.world
+        try:
+            built = case.build()
+            step, reset = built if isinstance(built, tuple) else (built, lambda: None)
+            device_IP, host_IP = self._time(step, reset)
+            word = {"device": device_IP.tolist(), "host": host_IP.tolist()}
+        except torch.OutOfMemoryError:
+            word = None
+        words = world.share(word)
+        if None in words:
+            return
+        device_IP, host_IP = (np.array([w[key] for w in words]).max(0) for key in ("device", "host"))
+        names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
+        for part, name in enumerate(names):
+            host = spread(host_IP[:, part]) if world.device.type == "cuda" else dict.fromkeys(("median", "p10", "p90"), 0.0)
+            device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
+            self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
+
+    def _time(self, step, reset) -> tuple[np.ndarray, np.ndarray]:
+        """([iterations, parts] ms on the device, the same on the host that launched it)."""
+        world = self.site.world
+        for _ in range(2):
+            step(lambda: None)
+            reset()
+        world.synchronize()
+        start = time.perf_counter()
+        step(lambda: None)
+        launched = time.perf_counter() - start
+        world.synchronize()
+        took = world.largest(time.perf_counter() - start)
+        reset()
+        lead = int((1.5 * launched + 5e-5) * _CYCLES_PER_S)
+        num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
+        runs = [self._once(step, reset, lead) for _ in range(num)]
+        world.synchronize()
+        device = [[self._between(a, b) for a, b in zip(d[:-1], d[1:], strict=True)] for d, _ in runs]
+        return np.array(device), 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)
+
+    def _once(self, step, reset, lead):
+        world, device, host = self.site.world, [], []
+        is_cuda = world.device.type == "cuda"
+
+        def mark():
+            host.append(time.perf_counter())
+            if is_cuda:
+                device.append(torch.cuda.Event(enable_timing=True))
+                device[-1].record()
+            else:
+                device.append(host[-1])
+
+        if is_cuda:  # the host gets ahead, so that no launch is in the device's time
+            torch.cuda._sleep(lead)
+        world.align()
+        mark()
+        step(mark)
+        mark()
+        reset()
+        return device, host
+
+    @staticmethod
+    def _between(start, end) -> float:
+        return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+def token_grid(tokens: list[int]) -> list[tuple[int, bool]]:
+    """(tokens of a rank, whether held out): those asked for, and two between neighbours that are held out."""
+    pairs = list(zip(tokens[:-1], tokens[1:], strict=True))
+    between = {16 * max(1, round((a * b) ** 0.5 / 16)) for a, b in (pairs[0], pairs[-2])} if len(pairs) > 1 else set()
+    return [(t, False) for t in tokens] + [(t, True) for t in sorted(between - set(tokens))]
+
+
+def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Case]:
+    """What a rank does alone."""
+    grid, cases = token_grid(tokens), []
+    for shape in shapes:
+        for num, held in grid:
+            cases += _token_cases(site, shape, num, held)
+        for samples, held in ((1, False), (2, False), (3, True), (4, False)):
+            sizes = dict(samples=samples, heads=shape.heads, tokens=shape.seq_len, head_dim=shape.width // shape.heads)
+            cases.append(_both("attention", sizes, held, lambda s=sizes: parts.attention(site, **s)))
+        cases += _expert_cases(site, shape, tokens)
+    matrix = shapes[0].width * shapes[0].ffn
+    for factor, tensors, held in ((1, 4, False), (4, 4, False), (8, 32, False), (16, 64, False), (6, 16, True)):
+        sizes = dict(numel=factor * matrix, tensors=tensors)
+        cases.append(Case("accumulate", sizes, lambda s=sizes: parts.accumulate(site, **s), False, held))
+        cases.append(Case("optimizer", sizes, lambda s=sizes: parts.optimizer(site, **s), False, held))
+    one = torch.zeros(8, device=site.world.device)
+    cases.append(Case("launch", {}, lambda: lambda mark: one.add_(1), False, False))
+    return cases
+
+
+def _both(name, sizes, held, build) -> Case:
+    return Case(name, sizes, build, True, held)
+
+
+def _token_cases(site, shape, tokens, held) -> list[Case]:
+    width, cases = shape.width, []
+    for inner, outer in ((width, 3 * width), (width, width), *(() if held else ((width, width // 2),))):
+        sizes = dict(tokens=tokens, inner=inner, outer=outer)
+        cases.append(_both("linear", sizes, held, lambda s=sizes: parts.linear(site, **s)))
+    plain = dict(tokens=tokens, width=width)
+    cases.append(_both("norm", plain, held, lambda s=plain: parts.norm(site, **s)))
+    route = {**plain, "copies": tokens * shape.top_k}
+    cases.append(_both("route", route, held, lambda s=route: parts.route(site, **s)))
+    choice = {**plain, "experts": shape.experts, "top_k": shape.top_k}
+    for name, limited in (("gate", False), ("gate_limited", True)):
+        cases.append(_both(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit)))
+    vocab = dict(tokens=tokens, vocab=shape.vocab)
+    cases.append(_both("loss", vocab, held, lambda s=vocab: parts.loss(site, **s)))
+    table = {**plain, "vocab": shape.vocab}
+    cases.append(_both("embedding", table, held, lambda s=table: parts.embedding(site, **s)))
+    return cases
+
+
+def _expert_cases(site, shape, tokens) -> list[Case]:
+    """Rows over local experts: even, and skewed with an idle expert among them."""
+    cases = []
+    seeds = np.random.default_rng(0)
+    for slots in sorted({max(1, shape.experts // 8), max(1, shape.experts // 2), shape.experts}):
+        for rows, held in token_grid([*tokens[::2], 4 * tokens[-1]]):
+            for skew in (0.0, 1.2):
+                share = np.arange(1, slots + 1) ** -skew
+                counts = np.floor(seeds.permutation(share / share.sum()) * rows).astype(int)
+                sizes = dict(
+                    rows=int(counts.sum()), padded_rows=int((-(-counts // TILE_ROWS) * TILE_ROWS).sum()),
+                    active=int((counts > 0).sum()), slots=slots, width=shape.width, ffn=2 * shape.ffn,
+                )  # fmt: skip
+                if sizes["rows"] == 0:
+                    continue
+                for name, impl in (("experts", "grouped"), ("experts_loop", "loop")):
+                    if impl == "loop" and (skew or slots == shape.experts):
+                        continue  # its time is that of the products: even loads tell it
+                    run = functools.partial(parts.experts, site, counts.tolist(), shape.width, shape.ffn, "gelu", impl)
+                    cases.append(_both(name, sizes, held, run))
+    return cases
+
+
+def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Case]:
+    """What ranks do together; none on one rank."""
+    world, cases = site.world, []
+    if world.group is None:
+        return cases
+    width = max(shape.width for shape in shapes)
+    grid = token_grid([*tokens, 2 * tokens[-1]])
+    groups = [world.group]
+    if world.num_ranks >= 4 and world.num_ranks % 2 == 0:
+        groups.append(build_mesh(ParallelPlan(dp=world.num_ranks // 2, tp=2), world.device).tp_group)
+    for rows, held in grid:
+        for skew in (0.0, 1.0, 1.5) if world.num_ranks == 2 else (1.0, 2.0):
+            step, num_bytes = parts.all_to_all(site, rows, width, skew)
+            cases.append(_exchange("all_to_all", world.num_ranks, num_bytes, step, held))
+        for group in groups:
+            for name in ("all_reduce", "all_gather", "reduce_scatter"):
+                step, num_bytes = parts.collective(site, name, rows * width, group)
+                cases.append(_exchange(name, dist.get_world_size(group), num_bytes, step, held))
+        step, num_bytes = parts.point_to_point(site, rows * width)
+        cases.append(_exchange("point_to_point", 2, num_bytes, step, held))
+    for rows in (16, 256):
+        step, num_bytes = parts.collective(site, "all_reduce", rows, world.group)
+        cases.append(_exchange("all_reduce", world.num_ranks, num_bytes, step, False))
+        step, num_bytes = parts.all_to_all(site, rows, 2, 1.0)
+        cases.append(_exchange("all_to_all", world.num_ranks, num_bytes, step, False))
+    return cases + _direct_cases(site, shapes, tokens)
+
+
+def _exchange(name, ranks, num_bytes, step, held) -> Case:
+    sizes = dict(ranks=ranks, intra_bytes=num_bytes, inter_bytes=0.0)
+    return Case(name, sizes, lambda: step, False, held)
+
+
+def _direct_cases(site, shapes, tokens) -> list[Case]:
+    world, cases = site.world, []
+    grid = token_grid(tokens[-3:])
+    for shape in shapes[-2:]:
+        for num, held in grid:
+            reached = 1 - (1 - 1 / world.num_ranks) ** shape.top_k
+            element = torch.empty(0, dtype=site.dtype).element_size()
+            sizes = dict(
+                tokens=num, copies=num * shape.top_k, width=shape.width, ranks=world.num_ranks,
+                off_bytes=reached * num * shape.width * element * (world.num_ranks - 1),
+            )  # fmt: skip
+            cases.append(
+                _both("direct", sizes, held, lambda t=num, s=shape: parts.direct(site, t, s.top_k, s.width))
+            )
+    return cases
+
+
+def measure_sync(world: World) -> Point:
+    """The round trip of a number from an idle device to the host."""
+    one, times = torch.zeros(1, device=world.device), []
+    for _ in range(20):
+        start = time.perf_counter()
+        one.add_(1).item()
+        times.append((time.perf_counter() - start) * 1e3)
+    found = spread(times[5:])
+    return Point({}, {key: max(value, 1e-5) for key, value in found.items()}, dict.fromkeys(found, 0.0))
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def topology(world: World) -> dict:
+    """Devices and who reaches whose memory."""
+    if world.device.type != "cuda":
+        return {"device": record.cpu_name(), "num_ranks": world.num_ranks, "backend": "gloo"}
+    count, mine = torch.cuda.device_count(), torch.cuda.current_device()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "num_ranks": world.num_ranks,
+        "backend": "nccl",
+        "memory_gbytes": round(torch.cuda.get_device_properties(mine).total_memory / 1e9, 1),
+        "reaches": [d for d in range(count) if d != mine and torch.cuda.can_device_access_peer(mine, d)],
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def run(args: argparse.Namespace, world: World) -> Profile:
+    """Measure everything and write the file from rank 0. Collective."""
+    start = time.monotonic()
+    dtype = args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
+    shapes = [Shape.parse(text) for text in args.shapes or DEFAULT_SHAPES[world.device.type]]
+    profiler = Profiler(world, dtype, args.seconds)
+    torch.manual_seed(1)
+    tokens = sorted(args.tokens or TOKENS[world.device.type])
+    cases = compute_cases(profiler.site, shapes, tokens) + exchange_cases(profiler.site, shapes, tokens)
+    for case in cases:
+        profiler.run(case)
+    profiler.points["sync"] = [measure_sync(world)]
+    facts = {**record.provenance(**topology(world)), "shapes": [vars(s) for s in shapes], "ranks": world.num_ranks}
+    profile = Profile(profiler.points, dtype, facts)
+    if world.ep_rank == 0:
+        took = time.monotonic() - start
+        facts["seconds"] = round(took, 1)
+        print(format_errors(profile, took))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record.write_json(args.out, profile.to_dict())
+    return profile
+
+
+def format_errors(profile: Profile, took_s: float) -> str:
+    """What was measured, and how well held-out sizes are predicted."""
+    errors = held_out_errors(profile)
+    num = sum(len(points) for points in profile.points.values())
+    lines = [f"{num} points of {len(profile.points)} primitives in {took_s:.0f} s on {profile.facts['num_ranks']} ranks, "
+             f"{profile.facts['device']}, {profile.dtype}", "held-out sizes:         num  median error     p90"]  # fmt: skip
+    lines += [f"  {n:21s} {e['num']:4d} {e['median']:12.1%} {e['p90']:8.1%}" for n, e in sorted(errors.items())]
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m smartmoe.bench.profile_cluster", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="SIZES", help="models to measure for (default: small to 2560 wide)")
+    parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a rank in a micro-batch to measure at")
+    parser.add_argument("--seconds", type=float, default=0.06, help="time for each of some hundred cases")
+    parser.add_argument("--out", type=Path, required=True, help="the profile to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_in_world(parse_args(argv), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The pieces of a training step as the trainer runs them, one function each, ready to be timed by profile_cluster.
+
+Each builder takes a `Site` (device, dtype, ranks) and sizes and returns step(mark): it calls mark() between forward and
+backward, or never for a piece that has one part. Shape letters are those of `smartmoe.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from smartmoe.bench.measure import World
+from smartmoe.config import GateConfig, ModelConfig, ParallelPlan, Workload
+from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.gates import build_gate
+from smartmoe.mesh import Mesh, all_gather, reduce_scatter
+from smartmoe.ops.expert_ffn import expert_ffn
+from smartmoe.ops.permute import combine, permute
+from smartmoe.ops.plan import count_slots, make_plan
+from smartmoe.ops.regroup import order_by_slot, reorder, restore
+from smartmoe.optimizer import MixedAdamW
+from smartmoe.parallel.data import GradientBuffers
+
+Step = Callable[[Callable[[], None]], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where pieces run, and in what precision."""
+
+    world: World
+    dtype: torch.dtype
+
+    def randn(self, *shape, grad: bool = False) -> torch.Tensor:
+        made = torch.randn(shape, device=self.world.device, dtype=torch.float32).mul_(0.02).to(self.dtype)
+        return made.requires_grad_(grad)
+
+
+def _there_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Step:
+    with torch.no_grad():
+        grad = torch.full_like(forward(), 1e-3)
+
+    def step(mark):
+        out = forward()
+        mark()
+        torch.autograd.grad(out, inputs, grad, allow_unused=True)
+
+    return step
+
+
+def linear(site: Site, tokens: int, inner: int, outer: int) -> Step:
+    x, w = site.randn(tokens, inner, grad=True), site.randn(outer, inner, grad=True)
+    return _there_and_back(lambda: F.linear(x, w), [x, w])
+
+
+def attention(site: Site, samples: int, heads: int, tokens: int, head_dim: int) -> Step:
+    """As in smartmoe.gpt: q, k and v are views of one tensor, the result goes back to one row a token."""
+    qkv_BTX = site.randn(samples, tokens, heads * 3 * head_dim, grad=True)
+
+    def forward():
+        q, k, v = qkv_BTX.view(samples, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).reshape(samples, tokens, -1)
+
+    return _there_and_back(forward, [qkv_BTX])
+
+
+def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: str, impl: str) -> Step:
+    """ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu)."""
+    wide, slots = ffn * (2 if activation == "swiglu" else 1), len(counts_L)
+    rows = site.randn(sum(counts_L), width, grad=True)
+    shapes = ((slots, width, wide), (slots, wide), (slots, ffn, width), (slots, width))
+    weights = [site.randn(*shape, grad=True) for shape in shapes]
+    count = torch.tensor(counts_L, device=site.world.device)
+    return _there_and_back(lambda: expert_ffn(rows, count, *weights, activation=activation, impl=impl), [rows, *weights])
+
+
+def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited: bool) -> Step:
+    """The naive gate, or with `limited` a gate with capacity and balance loss; statistics of this rank alone."""
+    model = ModelConfig(hidden_size=width, num_heads=1, num_experts=experts, top_k=top_k, seq_len=tokens)
+    config = GateConfig(kind="gshard" if limited and top_k == 2 else "naive", capacity=1.2 if limited else None)
+    module = build_gate(model, config, layer_idx=0, seed=1, seq_len=tokens, device=site.world.device)
+    x_TD = site.randn(tokens, width, grad=True)
+    token_id = torch.arange(tokens, device=site.world.device)
+    params = [p for p in module.parameters()]
+
+    def step(mark):
+        routing = module(x_TD, token_id, num_segments=1)
+        out = routing.weight_TK.sum() + routing.balance_loss
+        mark()
+        torch.autograd.grad(out, [x_TD, *params], allow_unused=True)
+
+    return step
+
+
+def route(site: Site, tokens: int, copies: int, width: int) -> Step:
+    """All that the basic dispatcher does on one rank, exchange and sizes apart: plan, permute, reorder, and back."""
+    top_k, num_slots = copies // tokens, 16
+    x_TD = site.randn(tokens, width, grad=True)
+    weight_TK = torch.rand(tokens, top_k, device=site.world.device, requires_grad=True)
+    slot_TK = torch.rand(tokens, num_slots, device=site.world.device).topk(top_k, dim=1).indices
+    with torch.no_grad():
+        half = count_slots(slot_TK, num_slots) // 2
+        received_WL = torch.stack([half, count_slots(slot_TK, num_slots) - half])
+
+    def forward():
+        count_slots(slot_TK, num_slots)
+        plan = make_plan(slot_TK, num_slots, copies)
+        order = order_by_slot(received_WL, copies)
+        rows = restore(reorder(permute(x_TD, plan), order), order)
+        return combine(rows, weight_TK, plan)
+
+    return _there_and_back(forward, [x_TD, weight_TK])
+
+
+def direct(site: Site, tokens: int, top_k: int, width: int) -> Step:
+    """The direct dispatcher's whole way there and back, experts left out. Collective."""
+    world = site.world
+    dispatcher = DirectDispatcher(world.group, 8, float(world.num_ranks))
+    x_TD = site.randn(tokens, width, grad=True)
+    weight_TK = torch.rand(tokens, top_k, device=world.device, requires_grad=True)
+    scores = torch.rand(tokens, 8 * world.num_ranks, generator=torch.Generator().manual_seed(world.ep_rank))
+    slot_TK = scores.topk(top_k, dim=1).indices.to(world.device)
+
+    def forward():
+        rows, handle = dispatcher.dispatch(x_TD, slot_TK, weight_TK)
+        if not rows.is_cuda:
+            rows = rows[: int(handle.plan.num_rows)]
+        return dispatcher.combine(rows, handle)
+
+    return _there_and_back(forward, [x_TD, weight_TK])
+
+
+def norm(site: Site, tokens: int, width: int) -> Step:
+    """Layer norm of a block's input and the addition to it behind attention or experts."""
+    x, y = site.randn(tokens, width, grad=True), site.randn(tokens, width, grad=True)
+    w, b = site.randn(width, grad=True), site.randn(width, grad=True)
+    return _there_and_back(lambda: F.layer_norm(x + y, (width,), w, b), [x, y, w, b])
+
+
+def embedding(site: Site, tokens: int, width: int, vocab: int) -> Step:
+    table, position = site.randn(vocab, width, grad=True), site.randn(tokens, width, grad=True)
+    idx = torch.randint(vocab, (tokens,), device=site.world.device)
+    place = torch.arange(tokens, device=site.world.device)
+    return _there_and_back(lambda: F.embedding(idx, table) + F.embedding(place, position), [table, position])
+
+
+def loss(site: Site, tokens: int, vocab: int) -> Step:
+    logits = site.randn(tokens, vocab, grad=True)
+    target = torch.randint(vocab, (tokens,), device=site.world.device)
+    return _there_and_back(lambda: F.cross_entropy(logits.float(), target, reduction="sum").view(1), [logits])
+
+
+def _params(site: Site, numel: int, tensors: int) -> list[tuple[str, torch.nn.Parameter]]:
+    size = -(-numel // tensors)
+    return [(f"p{k}", torch.nn.Parameter(site.randn(1, size))) for k in range(tensors)]
+
+
+def accumulate(site: Site, numel: int, tensors: int) -> Step:
+    """Adding each gradient to its float32 sum, as the hooks do after every micro-batch."""
+    params = [param for _, param in _params(site, numel, tensors)]
+    sums = [torch.zeros_like(param, dtype=torch.float32) for param in params]
+
+    @torch.no_grad()
+    def step(mark):
+        for total, param in zip(sums, params, strict=True):
+            total.add_(param)
+
+    return step
+
+
+def optimizer(site: Site, numel: int, tensors: int) -> tuple[Step, Callable[[], None]]:
+    """(a whole optimizer step without its reductions, what refills the gradients after it)."""
+    named = _params(site, numel, tensors)
+    plan, device = ParallelPlan(), site.world.device
+    mesh = Mesh(plan, device, 0, 0, 0, 0, 0, *[None] * 8)
+    buffers = GradientBuffers(named, {})
+    adam = MixedAdamW(buffers, Workload(dtype=str(site.dtype).removeprefix("torch.")), mesh, 1, 1, lambda name: None)
+
+    def refill():
+        for ref in buffers.refs:
+            ref.grad.fill_(1.0)
+
+    refill()
+    return (lambda mark: adam.step(5)), refill
+
+
+# ------------------------------------------------------------------------------------------------------------ exchanges
+
+
+def share_rows(num_rows: int, num_ranks: int, skew: float) -> np.ndarray:
+    """[W] rows that every rank sends to each rank: rank 0 gets `skew` times an even share, the others the rest."""
+    first = min(num_rows, int(round(num_rows / num_ranks * skew)))
+    rest = (num_rows - first) // (num_ranks - 1)
+    return np.array([num_rows - rest * (num_ranks - 1), *[rest] * (num_ranks - 1)])
+
+
+def all_to_all(site: Site, rows: int, width: int, skew: float) -> tuple[Step, float]:
+    """(one exchange of rows, bytes of the busiest rank and direction)."""
+    world = site.world
+    to_W = share_rows(rows, world.num_ranks, skew)
+    sent, received = site.randn(rows, width), site.randn(int(to_W[world.ep_rank]) * world.num_ranks, width)
+    receive = [int(to_W[world.ep_rank])] * world.num_ranks
+    busiest = max(to_W.max() * (world.num_ranks - 1), rows - to_W.min()) * width * sent.element_size()
+
+    def step(mark):
+        dist.all_to_all_single(received, sent, receive, to_W.tolist(), group=world.group)
+
+    return step, float(busiest)
+
+
+def collective(site: Site, name: str, numel: int, group) -> tuple[Step, float]:
+    """(all_reduce, all_gather or reduce_scatter, bytes that pass each rank in a ring); float32 for all_reduce."""
+    size = dist.get_world_size(group)
+    device = site.world.device
+    if name == "all_reduce":
+        total = torch.zeros(numel, device=device)
+        return (lambda mark: dist.all_reduce(total, group=group)), 2 * (size - 1) / size * numel * 4
+    part, whole = site.randn(numel // size), site.randn(numel // size * size)
+    passed = (size - 1) / size * whole.numel() * whole.element_size()
+    if name == "all_gather":
+        return (lambda mark: all_gather(whole, part, group=group)), passed
+    return (lambda mark: reduce_scatter(part, whole, group=group)), passed
+
+
+def point_to_point(site: Site, numel: int) -> tuple[Step, float]:
+    """(neighbours 2k and 2k + 1 send to each other, bytes each way); a rank without one does nothing."""
+    rank, num_ranks = site.world.ep_rank, site.world.num_ranks
+    peer, sent, got = rank ^ 1, site.randn(numel), site.randn(numel)
+
+    def step(mark):
+        if peer < num_ranks:
+            ops = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, got, peer)]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+
+    return step, float(numel * sent.element_size())

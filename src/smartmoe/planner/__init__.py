@@ -1,0 +1,1 @@
+"""The offline half: which plan to run on which cluster. Layer 1: numpy only, never torch."""

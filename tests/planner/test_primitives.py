@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from smartmoe.config import ClusterSpec
+from smartmoe.planner import described
+from smartmoe.planner.primitives import KINDS, Curve, Point, Primitives, Profile, fit_non_negative, held_out_errors
+
+
+def _profile(law, sizes, held=(), name="linear_forward"):
+    points = [
+        Point(s, {"median": law(**s), "p10": 0.0, "p90": 0.0}, {"median": 0.02, "p10": 0.0, "p90": 0.0}, s in held)
+        for s in sizes
+    ]
+    return Profile({name: points}, "float32", {"num_ranks": 1})
+
+
+def _law(tokens, inner, outer):
+    """A product whose speed grows with the tokens: not linear in any amount."""
+    return 0.01 + 2e-9 * tokens * inner * outer / (1 - np.exp(-tokens / 700))
+
+
+GRID = [dict(tokens=t, inner=i, outer=2 * i) for t in (256, 512, 1024, 2048, 4096, 8192) for i in (512, 1024, 2048)]
+HELD = [dict(tokens=t, inner=i, outer=2 * i) for t in (768, 3000) for i in (512, 1500)]
+
+
+def test_measured_sizes_come_back_and_held_out_sizes_follow_their_neighbours():
+    profile = _profile(_law, GRID + HELD, HELD)
+    primitives = Primitives.fit(profile)
+    for sizes in GRID:
+        assert primitives.ms("linear_forward", **sizes) == pytest.approx(_law(**sizes), rel=1e-6)
+    errors = held_out_errors(profile)
+    assert errors["linear_forward"]["num"] == errors["all"]["num"] == 4
+    assert errors["all"]["median"] < 0.05
+    many = {key: np.array([[s[key] for s in HELD]] * 2) for key in ("tokens", "inner", "outer")}
+    assert primitives.ms("linear_forward", **many).shape == (2, 4)
+    far = primitives.ms("linear_forward", tokens=1e6, inner=4096, outer=4096)
+    assert far == pytest.approx(2e-9 * 1e6 * 4096**2, rel=0.3), "outside the grid the physics goes on"
+    assert primitives.host_ms("linear_forward", tokens=1, inner=1, outer=1) == pytest.approx(0.02)
+
+
+def test_coefficients_are_never_negative_and_as_good_as_scipys():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        matrix, target = rng.normal(size=(12, 5)), rng.normal(size=12)
+        found, (want, _) = fit_non_negative(matrix, target), nnls(matrix, target)
+        assert found.min() >= 0
+        assert np.linalg.norm(matrix @ found - target) == pytest.approx(np.linalg.norm(matrix @ want - target))
+
+
+def test_the_slowest_rank_is_found_among_many():
+    curve = Curve(np.array([0.1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    primitives = Primitives({"experts_forward": curve}, {}, "described")
+    rows = np.random.default_rng(0).integers(1, 9000, (3, 16))
+    sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128)
+    slowest = primitives.slowest_ms("experts_forward", **sizes)
+    assert slowest == pytest.approx(primitives.ms("experts_forward", **sizes).max(-1))
+
+
+def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(_profile(_law, GRID).to_dict()))
+    again = Profile.load(path)
+    assert Primitives.fit(again).ms("linear_forward", **GRID[0]) == pytest.approx(_law(**GRID[0]))
+    good = json.loads(path.read_text())
+    for change, message in (
+        (lambda d: d.update(schema=9), "schema 1"),
+        (lambda d: d["points"].update(linaer_forward=[]) or d["points"]["linaer_forward"].extend([{}]), "did you mean"),
+        (lambda d: d["points"]["linear_forward"][0]["sizes"].pop("tokens"), "sizes"),
+        (lambda d: d["points"]["linear_forward"][0]["device_ms"].update(median=-1), "positive"),
+        (lambda d: d["points"]["linear_forward"][0].update(colour=1), "damaged"),
+        (lambda d: d.pop("points"), "damaged"),
+    ):
+        data = json.loads(json.dumps(good))
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=message):
+            Profile.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="cannot read"):
+        Profile.load(path)
+    with pytest.raises(ValueError, match="profile the cluster again"):
+        Primitives.fit(again).ms("optimizer", numel=1, tensors=1)
+
+
+def test_a_described_cluster_has_every_primitive_and_keeps_its_peaks():
+    cluster = ClusterSpec(name="c", device="cuda", tflops=100.0, intra_node_gbytes_per_s=100.0, inter_node_gbytes_per_s=10.0)
+    primitives = described.describe(cluster, described.Rates(gemm_efficiency=0.5, link_efficiency=1.0), "bfloat16")
+    for name, kind in KINDS.items():
+        sizes = dict.fromkeys(kind.sizes, 4096)
+        assert primitives.ms(name, **sizes) > 0 and primitives.host_ms(name, **sizes) >= 0, name
+    took = primitives.ms("linear_forward", tokens=8192, inner=8192, outer=8192)
+    assert took == pytest.approx(2 * 8192**3 / 50e12 * 1e3, rel=0.01)
+    near, far = (
+        primitives.ms("all_to_all", ranks=2, intra_bytes=a, inter_bytes=b) for a, b in ((1e8, 0.0), (0.0, 1e8))
+    )
+    assert near == pytest.approx(1.0, rel=0.03) and far == pytest.approx(10.0, rel=0.01)
