@@ -1,4 +1,4 @@
-"""The command `smartmoe`: train a model from a TOML file, look at an expert-selection trace."""
+"""The command `smartmoe`: profile a cluster, plan, simulate, train a model from a TOML file, look at a trace."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from smartmoe import record
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
 from smartmoe.data import load_tokens
+from smartmoe.planner.commands import add_parsers
 from smartmoe.trace import ExpertTrace
 
 EPILOG = """\
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     show = trace.add_subparsers(required=True, metavar="COMMAND").add_parser("show", help="print how skewed a trace is")
     show.add_argument("file", type=Path, help="a trace (.npz), or a folder of table_iter<I>_rank<R>.log files")
     show.set_defaults(command=_show)
+    add_parsers(commands, start=lambda command: _run(command)[0])
     return parser
 
 
