@@ -5,12 +5,24 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from dist import spawn
-from parity import GATES, MODEL, WORKLOAD, Curve, compare, legal_plans, make_config, num_micro_batches, run_curve
+from parity import (
+    GATES,
+    MODEL,
+    WORKLOAD,
+    Curve,
+    compare,
+    legal_plans,
+    make_config,
+    make_trainer,
+    num_micro_batches,
+    run_curve,
+)
 
 from smartmoe import systems
 from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
-from smartmoe.placement import Placement
+from smartmoe.placement import Placement, Replicas
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +117,99 @@ def test_a_migration_that_forgets_the_moments_is_seen():
 
     config = make_config()
     assert run_curve(config, before_iteration=shuffle_masters_only).loss != run_curve(config).loss
+
+
+# --------------------------------------------------------------------------------------------------- replication
+
+
+def random_replicas(placement: Placement, num_replicas: int, rng) -> Replicas:
+    """Up to `num_replicas` experts of other ranks on every rank, and random shares for their hosts, by source."""
+    hosts_EW = np.eye(placement.num_ranks)[placement.rank_of_expert()]
+    slots = []
+    for ep_rank in range(placement.num_ranks):
+        foreign = np.flatnonzero(placement.rank_of_expert() != ep_rank)
+        chosen = rng.permutation(np.append(foreign, -1))[:num_replicas].tolist()
+        hosts_EW[[e for e in chosen if e >= 0], ep_rank] = 1
+        slots += chosen
+    share_SEW = rng.random((placement.num_ranks, *hosts_EW.shape)) * hosts_EW
+    return Replicas(tuple(slots), share_SEW / share_SEW.sum(2, keepdims=True))
+
+
+def _replicate_otherwise(trainer, iteration):
+    """Other replicas every three iterations, after 4 together with other owners; none between 7 and 9."""
+    if iteration == 4:
+        _shuffle_at(4)(trainer, iteration)
+    if iteration % 3 == 1:
+        rng = np.random.default_rng(iteration)
+        for layer in trainer.layers.values():
+            num_replicas = layer.experts.num_replicas
+            none = Replicas.none(layer.placement, num_replicas)
+            layer.set_replicas(none if iteration == 7 else random_replicas(layer.placement, num_replicas, rng))
+
+
+REPLICATION = {"history": _replicate_otherwise, "exact": None, "never": None}
+# Accumulation, expert-dp, tensor parallelism, recomputation, and pipelines with several micro-batches in flight.
+REPLICA_CASES = [
+    (ParallelPlan(dp=4, ep=4), "history", "capacity"),
+    (ParallelPlan(dp=4, ep=2), "exact", "capacity"),
+    (ParallelPlan(dp=4, ep=2), "history", "dropless"),
+    (ParallelPlan(dp=2, tp=2, ep=4, recompute=True), "exact", "dropless"),
+    (ParallelPlan(pp=2, dp=2, ep=2), "exact", "capacity"),
+    (ParallelPlan(pp=2, vpp=2, tp=2, ep=2, recompute=True), "history", "capacity"),
+]
+REPEATED = (0, 4)
+
+
+def replica_config(plan, mode, gate="capacity"):
+    online = OnlineConfig(replicate=mode, replica_slots=2 if mode != "never" else 0)
+    return make_config(plan, gate=GATES[gate], online=online)
+
+
+def _run_replicated(world_rank, cases):
+    return [run_curve(replica_config(*case), before_iteration=REPLICATION[case[1]]) for case in cases]
+
+
+def test_replication_follows_one_process_and_repeats_itself(references):
+    again = [REPLICA_CASES[idx] for idx in REPEATED]
+    curves = spawn(_run_replicated, 4, [*REPLICA_CASES, *again], timeout_s=600)[0]
+    reports = []
+    for curve, (plan, mode, gate) in zip(curves, REPLICA_CASES, strict=False):
+        reports.append(compare(curve, references[gate, num_micro_batches(plan)], f"{plan.describe()} {mode}"))
+    assert sum(map(bool, reports)) <= 1, "near-ties are rare:\n" + "\n".join(reports)
+    for idx, curve in zip(REPEATED, curves[len(REPLICA_CASES) :], strict=True):
+        assert curve.loss == curves[idx].loss, REPLICA_CASES[idx]
+
+
+def _resume_replicated(world_rank, folder):
+    """Losses of an uninterrupted run with replicas, and of runs that resume in its middle, with and without them."""
+    plan, losses = ParallelPlan(dp=2, ep=2), {}
+    for mode in ("history", "exact"):
+        trainer = make_trainer(replica_config(plan, mode))
+        losses[mode] = []
+        for iteration in range(6):
+            if mode == "history":
+                _replicate_otherwise(trainer, iteration)
+            result = trainer.run_iteration()
+            losses[mode].append(result.lm_loss)
+            assert (result.replica_bytes > 0) == (mode == "exact" or iteration > 0), "replicas are set from 1 on"
+            if iteration == 2:
+                path = trainer.save(folder / mode)
+        for other in REPLICATION:
+            resumed = make_trainer(replica_config(plan, other))
+            resumed.resume(path)
+            assert not any(layer.replicas.num_copies for layer in resumed.layers.values())
+            losses[mode, other] = [resumed.run_iteration().lm_loss for _ in range(3)]
+    return losses
+
+
+def test_a_checkpoint_knows_only_owners(tmp_path):
+    losses = spawn(_resume_replicated, 2, tmp_path)[0]
+    for mode in ("history", "exact"):
+        for other in REPLICATION:
+            np.testing.assert_allclose(losses[mode, other], losses[mode][3:], rtol=1e-5)
+        keys = dcp.FileSystemReader(tmp_path / mode / "iter_0000003").read_metadata().state_dict_metadata
+        experts = sorted(int(key.rsplit(".", 1)[1]) for key in keys if key.startswith("master.blocks.0.moe.experts.w1"))
+        assert experts == list(range(MODEL.num_experts))
 
 
 # -------------------------------------------------------------------------------------------------------- systems

@@ -22,11 +22,13 @@ from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
 from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.placement import Placement
+from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
 
 
 @dataclass(frozen=True)
 class IterationResult:
-    """What one iteration gave, the same on every rank. Losses are means over the global batch."""
+    """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
+    that a rank sent of weights and gradients of replicas, as far as the host knows it (collectives)."""
 
     iteration: int
     step_ms: float
@@ -34,6 +36,7 @@ class IterationResult:
     balance_loss: float
     optimizer: StepResult
     load_max_over_mean: float
+    replica_bytes: int
     events: list[dict]
     stop_requested: bool
 
@@ -146,7 +149,9 @@ class Trainer:
         if self.mesh.world_group is not None:
             dist.barrier()
         start = time.perf_counter()
+        replica_bytes = self.send_replicas()
         losses = self.runner.run(*batch)
+        replica_bytes += self._return_replica_grads()
         result = self.optimizer.step(self.iteration)
         if result.skipped:
             self._check_dispatchers()
@@ -155,11 +160,12 @@ class Trainer:
         step_ms = (time.perf_counter() - start) * 1e3
         if self.mesh.world_group is not None:
             dist.all_reduce(losses)
-        worst = torch.tensor([step_ms, self.online.load_max_over_mean(), float(stop_requested)], dtype=torch.float64)
+        mine = [step_ms, self.online.load_max_over_mean(), float(replica_bytes), float(stop_requested)]
+        worst = torch.tensor(mine, dtype=torch.float64)
         worst = worst.to(self.mesh.device)
         if self.mesh.world_group is not None:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_ms, load, stop = worst.tolist()
+        step_ms, load, replica_bytes, stop = worst.tolist()
         tokens = work.global_batch_size * self.config.model.seq_len
         return IterationResult(
             iteration=self.iteration,
@@ -168,9 +174,31 @@ class Trainer:
             balance_loss=losses[1].item() / self.config.num_micro_batches,
             optimizer=result,
             load_max_over_mean=load,
+            replica_bytes=int(replica_bytes),
             events=events,
             stop_requested=stop > 0,
         )
+
+    def send_replicas(self) -> int:
+        """Fill the replica slots that stay for whole steps (online.replicate = "history") with the weights of now; returns
+        bytes sent. `run_iteration` does so first. Collective over the expert group."""
+        return send_all([layer.replication for layer in self._step_layers()], self.mesh.ep_group)
+
+    def _step_layers(self) -> list[MoELayer]:
+        return [layer for layer in self.layers.values() if isinstance(layer.replication, HistoryReplication)]
+
+    def _return_replica_grads(self) -> int:
+        """Add to the owners' gradients those that are still where the replicas are; returns the bytes sent for replicas
+        since the passes began."""
+        grad_of = {id(ref.param): ref.grad for ref in self.optimizer.buffers.refs}
+        layers = self._step_layers()
+        owned = [[grad_of[id(p)] for p in layer.experts.weights() if p is not None] for layer in layers]
+        num_bytes = return_all([layer.replication for layer in layers], owned, self.mesh.ep_group)
+        for layer in self.layers.values():
+            if isinstance(layer.replication, CollectiveReplication):
+                num_bytes += layer.replication.num_bytes
+                layer.replication.num_bytes = 0
+        return num_bytes
 
     def _check_dispatchers(self) -> None:
         """Raise the ValueError of a dispatcher whose routing did not fit: its NaN is why there was no step.
