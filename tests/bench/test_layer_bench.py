@@ -171,6 +171,7 @@ def test_one_process_measures_experts_alone_and_bad_cases_are_rows(capsys):
     facts = bench.set_routing(routing.parse("zipf"))
     result = bench.measure("experts", "grouped", measure.Timing(warmup=1, iterations=2))
     row = layer.make_row(shape, [facts], [result], 0.0)
+    assert layer.make_row(shape, [facts], [result], 700.0)["floor_fullest_rank_ms"] > 0
     assert row["floor_ms"] is None and row["exchange_ms"] is None and row["difference"] is None
     assert shape.flops(32) == 2 * 3 * 16 * 24 * 32
 

@@ -104,10 +104,11 @@ class Bench:
         """Time one dispatcher under the routing that is set: this rank's times, memory and results. Collective."""
         name, _, how = dispatcher.partition("+")
         forward = self._forward_of(name, impl)
-        if how == "compile":
-            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         meter = MemoryMeter(self.world)
         difference = self._check(forward)
+        if how == "compile":
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+            difference = self._check(forward)
         meter.start_peak()
         if how == "graph":
             parts = self._time_graphs(forward, timing)
@@ -230,8 +231,8 @@ def make_row(shape: Shape, facts_W: list[dict], results_W: list[dict], ceiling_t
     row |= {
         "num_iterations": len(times),
         "rank_max_over_mean": round(skew, 4),
-        "floor_ms": floor_ms and round(floor_ms, 4),
-        "floor_fullest_rank_ms": floor_ms and round(floor_ms * skew, 4),
+        "floor_ms": floor_ms and float(f"{floor_ms:.6g}"),
+        "floor_fullest_rank_ms": floor_ms and float(f"{floor_ms * skew:.6g}"),
         "difference": max((r["difference"] for r in results_W if r["difference"] is not None), default=None),
     }
     memory = ("peak_bytes", "outside_bytes", "shared_bytes")
