@@ -5,23 +5,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from plotting import style
+from plotting import heatmap, style
 from plotting.model import LayerPanel, PanelFigure
 
 BAR = "#D55E00"
+BAR_INCH = 1.45
 NAMES = {"backward": "backward", "total": "forward + backward"}
 
 
 def draw(data: PanelFigure, source: str) -> Figure:
-    """One row of axes for each panel: bars for the headline speed-up, diamonds for the other one."""
-    num_rows = max(len(data.panels) + bool(data.marks), 1)
-    width = style.WIDE_INCH if any(len(p.rows) > 24 for p in data.panels) else style.COLUMN_INCH
-    figure = style.new_figure(width, 0.65 + 1.45 * num_rows)
-    grid = list(figure.subplots(num_rows, 1, squeeze=False).flat)
-    for axes, panel in zip(grid, data.panels, strict=False):
+    """For each panel bars for the headline speed-up, diamonds for the other one; below them, where known, the load of
+    one layer over time."""
+    wide = any(panel.maps or len(panel.rows) > 24 for panel in data.panels)
+    width = style.WIDE_INCH if wide else style.COLUMN_INCH
+    figure, tops, below = heatmap.stack(data, BAR_INCH, width, 0.65)
+    for axes, panel in zip(tops, data.panels, strict=True):
         _draw_panel(axes, panel)
-    if data.marks:
-        style.write_marks(grid[-1], data.marks)
+    if below is not None:
+        style.write_marks(below, data.marks)
     if data.panels:
         headline = data.panels[0].headline
         other = "total" if headline == "backward" else "backward"

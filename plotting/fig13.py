@@ -4,21 +4,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from plotting import style
+from plotting import heatmap, style
 from plotting.model import CurvePanel, PanelFigure
 
+CURVE_INCH = 1.75
 STAR = {"marker": "*", "markersize": 4.5, "markeredgecolor": "black", "markeredgewidth": 0.25}
 
 
 def draw(data: PanelFigure, source: str) -> Figure:
-    """One row of axes for each panel, iterations on x, milliseconds on y."""
-    num_rows = max(len(data.panels) + bool(data.marks), 1)
-    figure = style.new_figure(style.WIDE_INCH, 0.55 + 1.75 * num_rows)
-    grid = list(figure.subplots(num_rows, 1, squeeze=False).flat)
-    for axes, panel in zip(grid, data.panels, strict=False):
+    """For each panel the curves, iterations on x, milliseconds on y; below them, where known, the load behind them."""
+    figure, tops, below = heatmap.stack(data, CURVE_INCH, style.WIDE_INCH, 0.55)
+    for axes, panel in zip(tops, data.panels, strict=True):
         _draw_panel(axes, panel)
-    if data.marks:
-        style.write_marks(grid[-1], data.marks)
+        if panel.maps:
+            axes.set_xlim(heatmap.span(panel.maps))
+    if below is not None:
+        style.write_marks(below, data.marks)
     style.add_notes(figure, [source], style.WIDE_INCH)
     return figure
 
@@ -36,13 +37,15 @@ def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
         simulated = ", simulated" if curve.source == "simulated" else ""
         handles.append(Line2D([], [], color=tint, linestyle=dashes, **(STAR if stars else {})))
         labels.append(f"{style.label(curve.series)} (mean {curve.mean_ms:.4g} ms{changes}{simulated})")
-    axes.set_ylim(0, max(max(c.times_ms) for c in curves) * 1.22)
+    num_columns = min(len(labels), 2 if panel.maps else 3)
+    num_lines = -(-len(labels) // num_columns)
+    axes.set_ylim(0, max(max(c.times_ms) for c in curves) * (1.08 + 0.14 * num_lines))
     axes.set_xlabel("training iteration of the trace", labelpad=1)
     axes.set_ylabel("layer time (ms)")
     if panel.name:
         axes.set_title(style.shown(panel.name), pad=2)
     axes.margins(x=0.01)
-    axes.legend(handles, labels, loc="upper center", ncols=min(len(labels), 3), borderaxespad=0.1)
+    axes.legend(handles, labels, loc="upper center", ncols=num_columns, borderaxespad=0.1)
     style.light_grid(axes)
 
 

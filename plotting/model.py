@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 FIGURES = ("fig8", "fig9", "fig10", "fig11", "fig12", "fig13")
 
 TITLES = {
@@ -113,6 +115,25 @@ class LayerRow:
 
 
 @dataclass
+class LoadMap:
+    """Token copies of one layer over time under one series, and when its placement changed."""
+
+    series: str
+    layer: int
+    iterations: list[int]
+    expert_load: np.ndarray  # [iterations, experts]
+    rank_load: np.ndarray  # [iterations, ranks that compute them]
+    changes: dict[str, list[int]]  # kind of change -> iterations
+    source: str
+    file: str
+
+    def max_over_mean(self) -> np.ndarray:
+        """[iterations] load of the fullest rank over the mean; 1 where there is no load."""
+        mean = self.rank_load.mean(axis=1)
+        return np.where(mean > 0, self.rank_load.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)
+
+
+@dataclass
 class LayerPanel:
     """One panel of figure 12; `headline` says which speed-up the wide bars show: "backward" or "total"."""
 
@@ -122,6 +143,7 @@ class LayerPanel:
     unit: str
     source: str
     files: list[str]
+    maps: list[LoadMap] = field(default_factory=list)
 
 
 @dataclass
@@ -142,6 +164,7 @@ class Curve:
 class CurvePanel:
     name: str
     curves: list[Curve]
+    maps: list[LoadMap] = field(default_factory=list)
 
 
 @dataclass

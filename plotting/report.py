@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from plotting.files import clean
-from plotting.model import TITLES, BarFigure, Curve, Dataset, Finding, LayerPanel, PanelFigure, ScatterPanel
+from plotting.model import TITLES, BarFigure, Curve, Dataset, Finding, LayerPanel, LoadMap, PanelFigure, ScatterPanel
 
 SOURCES = {
     "measured": "a run of this project on the device named; medians over the steps after warm-up, with p10 and p90",
@@ -50,9 +50,10 @@ def values_of(figure: BarFigure | PanelFigure) -> list[dict]:
         if isinstance(panel, ScatterPanel):
             rows.append(_scatter_value(panel))
         elif isinstance(panel, LayerPanel):
-            rows += _layer_values(panel)
+            rows += _layer_values(panel) + [_map_value(panel.name, load_map) for load_map in panel.maps]
         else:
             rows += [_curve_value(panel.name, curve, panel.curves) for curve in panel.curves]
+            rows += [_map_value(panel.name, load_map) for load_map in panel.maps]
     for m in figure.marks:
         rows.append(
             {
@@ -143,6 +144,24 @@ def _curve_value(panel: str, curve: Curve, curves: list[Curve]) -> dict:
         "times_ms": curve.times_ms,
         "changes": curve.changes,
         "file": curve.file,
+    }
+
+
+def _map_value(panel: str, load_map: LoadMap) -> dict:
+    """What a heat map shows, in one line: all its cells are in its file."""
+    over_mean = load_map.max_over_mean()
+    return {
+        "panel": panel,
+        "series": load_map.series,
+        "layer": load_map.layer,
+        "map": "load of experts and ranks",
+        "fullest_over_mean_rank": float(over_mean.mean()),
+        **{f"num_{kind}": len(at) for kind, at in load_map.changes.items()},
+        "status": "ok",
+        "source": load_map.source,
+        "iterations": load_map.iterations,
+        "max_over_mean": over_mean.tolist(),
+        "file": load_map.file,
     }
 
 

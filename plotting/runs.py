@@ -12,7 +12,7 @@ from plotting.files import Folder, clean, number, positive, whole
 from plotting.model import FIGURES, STATUSES
 
 SOURCES = ("measured", "simulated")
-CHANGE_KINDS = ("migrate", "replicate")
+CHANGE_KINDS = ("migrate", "replicate", "both", "rollback")
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,10 @@ def read_spans(run: Run) -> Spans | None:
     return Spans(layers, where) if layers else None
 
 
-def read_changes(run: Run) -> list[int]:
-    """Iterations at which a placement changed, from events.jsonl (absent: none)."""
+def read_events(run: Run) -> list[tuple[int, str, int | None]]:
+    """(iteration, kind, layer or None) of the events that changed a placement, from events.jsonl (absent: none)."""
     path, folder = run.file("events.jsonl"), run.folder
-    changes = set()
+    found = []
     for line_number, row in folder.read_json_lines(path) if path.exists() and path.stat().st_size else []:
         iteration = whole(row.get("iteration"))
         if iteration is None or not isinstance(row.get("kind"), str):
@@ -244,11 +244,11 @@ def read_changes(run: Run) -> list[int]:
                 "malformed",
                 "an event without an iteration and a kind; it is left out",
                 f"{folder.name(path)}:{line_number}",
-                figures=("fig13",),
+                figures=run.figures,
             )
-        elif row.get("kind") in CHANGE_KINDS:
-            changes.add(iteration)
-    return sorted(changes)
+        elif row["kind"] in CHANGE_KINDS:
+            found.append((iteration, row["kind"], whole(row.get("layer"))))
+    return found
 
 
 @dataclass

@@ -8,6 +8,7 @@ import numpy as np
 
 from plotting import stats
 from plotting.files import Folder, clean
+from plotting.loads import read_loads
 from plotting.model import (
     FIGURES,
     REFERENCES,
@@ -19,11 +20,12 @@ from plotting.model import (
     Finding,
     LayerPanel,
     LayerRow,
+    LoadMap,
     PanelFigure,
     ScatterPanel,
     StatusMark,
 )
-from plotting.runs import Metrics, Run, Slot, read_changes, read_metrics, read_predictions, read_runs, read_spans
+from plotting.runs import Metrics, Run, Slot, read_events, read_metrics, read_predictions, read_runs, read_spans
 from plotting.stats import by_group, finish_bars
 
 WAITS = {
@@ -292,8 +294,18 @@ def _layer_figure(runs: dict[Slot, Run]) -> PanelFigure:
         sources = {pair[s][1].source for s in ("static", "dynamic")}
         source = sources.pop() if len(sources) == 1 else "simulated"
         if rows:
-            figure.panels.append(LayerPanel(name, rows, "total", "ms", source, [static.where, dynamic.where]))
+            maps = _busiest_layer([read_loads(pair[s][1], s, ("fig12",)) for s in ("static", "dynamic")])
+            figure.panels.append(LayerPanel(name, rows, "total", "ms", source, [static.where, dynamic.where], maps))
     return figure
+
+
+def _busiest_layer(sides: list[list[LoadMap]]) -> list[LoadMap]:
+    """The maps of the layer whose ranks were loaded most unevenly in the first run that has maps."""
+    first = next((maps for maps in sides if maps), [])
+    if not first:
+        return []
+    layer = max(first, key=lambda load_map: load_map.max_over_mean().mean()).layer
+    return [load_map for maps in sides for load_map in maps if load_map.layer == layer]
 
 
 def _layer_row(layer: int, static: dict, dynamic: dict) -> LayerRow:
@@ -313,7 +325,7 @@ def _layer_row(layer: int, static: dict, dynamic: dict) -> LayerRow:
 
 def _curve_figure(runs: dict[Slot, Run]) -> PanelFigure:
     figure = PanelFigure("fig13", [])
-    panels: dict[str, list[Curve]] = {}
+    panels: dict[str, CurvePanel] = {}
     for slot, run in sorted(
         runs.items(), key=lambda item: (item[0].panel, item[0].group, _curve_order(item[0].series))
     ):
@@ -323,12 +335,12 @@ def _curve_figure(runs: dict[Slot, Run]) -> PanelFigure:
             continue
         iterations, times = list(metrics.times_ms), list(metrics.times_ms.values())
         counted = times[run.warmup :] or times
-        changes = read_changes(run)
+        changes = sorted({iteration for iteration, _, _ in read_events(run)})
         mean = sum(counted) / len(counted)
-        panels.setdefault(_panel_name(slot), []).append(
-            Curve(slot.series, iterations, times, changes, run.source, metrics.where, mean)
-        )
-    figure.panels = [CurvePanel(name, curves) for name, curves in panels.items()]
+        panel = panels.setdefault(_panel_name(slot), CurvePanel(_panel_name(slot), []))
+        panel.curves.append(Curve(slot.series, iterations, times, changes, run.source, metrics.where, mean))
+        panel.maps += read_loads(run, slot.series, ("fig13",))[:1]  # a replay is about one layer
+    figure.panels = list(panels.values())
     return figure
 
 
