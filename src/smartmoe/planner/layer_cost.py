@@ -1,0 +1,200 @@
+"""Time of one MoE layer under given routing loads, part by part.
+
+Axes: W ranks of an expert-parallel group, S source ranks (W, or 1 when all sources are alike), E experts, N slots of the
+group (W * slots a rank). Every time is that of the slowest rank: all ranks meet at each exchange.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from smartmoe.config import GateConfig, LayerConfig, ModelConfig
+from smartmoe.planner.primitives import TILE_ROWS, Primitives
+
+# Gates that reduce statistics over the stage in every forward pass, when their scope is global.
+_TALKING_GATES = ("noisy", "switch", "gshard", "faster", "swipe")
+NO_SYNC = ("direct",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSetting:
+    """What a layer's time depends on besides the loads. tokens: of one rank in one micro-batch; ep ranks share the
+    experts; stage_size ranks take part in global gates; dtype_bytes: of activations."""
+
+    model: ModelConfig
+    gate: GateConfig
+    layer: LayerConfig
+    tokens: int
+    ep: int
+    stage_size: int
+    ranks_per_node: int
+    dtype_bytes: int
+
+    @property
+    def copies(self) -> int:
+        return self.tokens * self.model.top_k
+
+    @property
+    def inner(self) -> int:
+        """Widths of an expert's two products together: flops = 2 * rows * hidden_size * inner."""
+        return self.model.ffn_size * (3 if self.model.activation == "swiglu" else 2)
+
+    @property
+    def has_sync(self) -> bool:
+        """Whether the host waits for the device in every forward pass."""
+        bounded = self.layer.dispatcher == "padded" and self.gate.capacity is not None and self.gate.scope == "local"
+        return self.layer.dispatcher not in NO_SYNC and not bounded
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Device times [...] in ms by part, and the host's launch time, forward and backward."""
+
+    forward: dict[str, np.ndarray]
+    backward: dict[str, np.ndarray]
+    host_forward_ms: float
+    host_backward_ms: float
+
+    def forward_ms(self) -> np.ndarray:
+        return sum(self.forward.values())
+
+    def backward_ms(self) -> np.ndarray:
+        return sum(self.backward.values())
+
+
+def layer_times(
+    primitives: Primitives, setting: LayerSetting, copies: np.ndarray, expert_of_slot: np.ndarray | None = None
+) -> LayerTimes:
+    """Times of the layer.
+
+    copies: [..., S, E] token copies that a source rank has for each expert. expert_of_slot: [..., E] logical expert of
+    each slot of the group in order (ranks have equally many); None = experts in order.
+    """
+    if expert_of_slot is not None:
+        order = np.broadcast_to(expert_of_slot[..., None, :], copies.shape)
+        copies = np.take_along_axis(copies, order, -1)
+    num_sources = copies.shape[-2]
+    sent = copies.reshape(*copies.shape[:-1], setting.ep, -1)  # [..., S, W, slots]
+    count = sent.sum(-3) * (setting.ep if num_sources == 1 else 1)  # [..., W, slots]
+    if setting.layer.dispatcher == "padded":
+        return _padded(primitives, setting, sent, count)
+    return _times(primitives, setting, sent.sum(-1), count)
+
+
+def _padded(primitives, setting, sent, count):
+    """Every slot gets a buffer as large as the fullest of any source and slot."""
+    fullest = np.maximum(sent.max((-3, -2, -1)), 1.0)
+    slots = count.shape[-1]
+    travel = np.broadcast_to(fullest[..., None, None] * slots, (*fullest.shape, 1, setting.ep))
+    rows = np.broadcast_to(fullest[..., None, None] * setting.ep, count.shape)
+    return _times(primitives, setting, travel, rows)
+
+
+def _times(primitives, setting, travel, count):
+    model, layer = setting.model, setting.layer
+    ways = ("forward", "backward")
+    parts = {way: {} for way in ways}
+    host = dict.fromkeys(ways, 0.0)
+    gate = "gate_limited" if setting.gate.capacity is not None else "gate"
+    experts = "experts" if layer.experts == "grouped" else "experts_loop"
+    sizes = dict(tokens=setting.tokens, width=model.hidden_size, experts=model.num_experts, top_k=model.top_k)
+    rows = count.sum(-1)
+    kept = travel.sum(-1).mean(-1)  # copies that a rank sends
+    work = dict(
+        rows=rows,
+        padded_rows=(np.ceil(count / TILE_ROWS) * TILE_ROWS).sum(-1),
+        active=(count > 0).sum(-1),
+        slots=count.shape[-1],
+        width=model.hidden_size,
+        ffn=setting.inner,
+    )
+    for way in ways:
+        part = parts[way]
+        part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
+        host[way] += float(primitives.host_ms(f"{gate}_{way}", **sizes))
+        part["experts"] = primitives.slowest_ms(f"{experts}_{way}", **work)
+        host[way] += float(primitives.host_ms(f"{experts}_{way}", **{**work, "rows": 0, "padded_rows": 0, "active": 0}))
+        if layer.dispatcher == "direct":
+            size = dict(tokens=setting.tokens, copies=rows.max(-1), width=model.hidden_size, ranks=setting.ep)
+            part["exchange"] = primitives.ms(f"direct_{way}", **size, off_bytes=_direct_bytes(setting, travel))
+            host[way] += float(primitives.host_ms(f"direct_{way}", **{**size, "copies": 0}, off_bytes=0))
+            continue
+        # rows are put in order twice: those sent, and those received
+        moved = dict(tokens=setting.tokens, copies=0.5 * (kept + rows.max(-1)), width=model.hidden_size)
+        part["route"] = primitives.ms(f"route_{way}", **moved)
+        host[way] += float(primitives.host_ms(f"route_{way}", **{**moved, "copies": 0}))
+        if setting.ep > 1:
+            intra, inter = busiest_bytes(travel, setting)
+            once = exchange_ms(primitives, "all_to_all", setting.ep, intra, inter)
+            part["exchange"] = 2 * once
+            host[way] += 2 * float(primitives.host_ms("all_to_all", ranks=setting.ep, intra_bytes=0, inter_bytes=0))
+            if layer.dispatcher == "overlapped":
+                both = _overlapped(once, part["experts"], min(layer.overlap_groups, setting.ep))
+                part["exchange"] = np.maximum(both - part["experts"], 0.0)
+    if setting.ep > 1 and layer.dispatcher in ("basic", "overlapped"):
+        parts["forward"]["counts"] = exchange_ms(primitives, "all_to_all", setting.ep, 8.0 * model.num_experts, 0.0)
+    talks = setting.gate.capacity is not None or setting.gate.kind in _TALKING_GATES
+    if setting.stage_size > 1 and setting.gate.scope == "global" and talks:
+        num_bytes = 8.0 * model.num_experts * model.top_k
+        spread = group_bytes(2 * num_bytes, setting.stage_size, 1, setting.ranks_per_node)
+        parts["forward"]["gate"] = parts["forward"]["gate"] + exchange_ms(
+            primitives, "all_reduce", setting.stage_size, *spread
+        )
+    return LayerTimes(parts["forward"], parts["backward"], host["forward"], host["backward"])
+
+
+def exchange_ms(primitives: Primitives, name: str, ranks: int, intra_bytes, inter_bytes) -> np.ndarray:
+    """Time of a collective whose busiest rank sends or receives so many bytes inside its node, and across nodes."""
+    ms = primitives.ms(name, ranks=ranks, intra_bytes=intra_bytes, inter_bytes=inter_bytes)
+    return ms + np.where(np.asarray(inter_bytes) > 0, primitives.facts.get("inter_latency_ms", 0.0), 0.0)
+
+
+def busiest_bytes(travel: np.ndarray, setting: LayerSetting) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of the busiest rank and direction of an exchange, (inside nodes, across nodes), each [...].
+
+    travel: [..., S, W] rows from each source to each rank; S = 1 when all sources are alike.
+    """
+    node_W = np.arange(setting.ep) // setting.ranks_per_node
+    near_WW = (node_W[:, None] == node_W[None]) & ~np.eye(setting.ep, dtype=bool)
+    far_WW = node_W[:, None] != node_W[None]
+    row_bytes = setting.model.hidden_size * setting.dtype_bytes
+    busiest = []
+    for mask_WW in (near_WW.astype(float), far_WW.astype(float)):
+        if not mask_WW.any():
+            busiest.append(np.zeros(travel.shape[:-2]))
+        elif travel.shape[-2] == 1:
+            row = travel[..., 0, :]
+            busiest.append(np.maximum((row * mask_WW.sum(0)).max(-1), (row @ mask_WW).max(-1)) * row_bytes)
+        else:
+            masked = travel * mask_WW
+            busiest.append(np.maximum(masked.sum(-2).max(-1), masked.sum(-1).max(-1)) * row_bytes)
+    return busiest[0], busiest[1]
+
+
+def group_bytes(num_bytes: float, ranks: int, stride: int, ranks_per_node: int) -> tuple[float, float]:
+    """(intra, inter) bytes of the busiest link when each rank passes `num_bytes` around a ring of `ranks` ranks that
+    are `stride` apart; links between nodes are shared by the group's ranks of a node."""
+    passed = num_bytes * (ranks - 1) / ranks
+    near = max(1, min(ranks, ranks_per_node // stride))
+    return (passed if near > 1 else 0.0), (passed / near if near < ranks else 0.0)
+
+
+def _direct_bytes(setting, travel):
+    """A token goes once to each other rank that hosts some of its experts: expected number of them, choices taken as
+    independent."""
+    share = travel / max(setting.copies, 1)
+    ranks_of_token = 1 - (1 - np.minimum(share, 1.0)) ** setting.model.top_k
+    return sum(busiest_bytes(ranks_of_token * setting.tokens, setting))
+
+
+def _overlapped(once, experts, num_groups):
+    """Exchange and computation in `num_groups` steps: all sends first, then each step is computed as it arrives and its
+    result sent back. Links carry one step at a time."""
+    step, work = once / num_groups, experts / num_groups
+    link, device = num_groups * step, np.zeros_like(step)
+    for group in range(num_groups):
+        device = np.maximum(device, (group + 1) * step) + work
+        link = np.maximum(link, device) + step
+    return link

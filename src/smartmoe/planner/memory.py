@@ -1,0 +1,234 @@
+"""Device memory of a plan: what the trainer, its autograd graph and the pipeline schedule keep alive.
+
+Counts what the code allocates through torch on a GPU. The state: weights in the training dtype (routers in float32),
+float32 masters beside 16-bit weights, two float32 moments, one flat float32 gradient. Activations: the tensors that
+autograd saves in smartmoe.gpt, gates, ops and dispatch, for as many micro-batches as the schedule holds. The pipeline
+library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from smartmoe.config import ModelConfig, ParallelPlan
+from smartmoe.planner.layer_cost import LayerSetting
+from smartmoe.planner.schedule import num_in_flight
+
+OUTSIDE_BYTES = 1.5e9  # device context, code and NCCL: what torch's allocator does not see
+MARGIN = 0.94  # of the device that a plan may take: fragmentation costs the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest stage. total: what torch's allocator peaks at, plus `outside`."""
+
+    weights: float
+    masters: float
+    moments: float
+    gradients: float
+    activations: float
+    buffers: float
+    transient: float
+    outside: float
+    pp_stage: int
+
+    @property
+    def allocated(self) -> float:
+        """Peak of torch's allocator."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("outside", "pp_stage"))
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.outside
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters on one rank: by who shares them, how many tensors, and what is float32 anyway."""
+
+    dense: float = 0.0
+    tensor: float = 0.0
+    expert: float = 0.0
+    router: float = 0.0  # part of dense
+    largest: float = 0.0
+    tensors: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.tensor + self.expert
+
+    def __add__(self, other: Parameters) -> Parameters:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Parameters(**{**sums, "largest": max(self.largest, other.largest)})
+
+
+def chunk_layers(num_layers: int, num_chunks: int) -> list[range]:
+    """Layers of each model chunk, as the trainer deals them out: the first chunks get one more."""
+    base, extra = divmod(num_layers, num_chunks)
+    starts = [chunk * base + min(chunk, extra) for chunk in range(num_chunks + 1)]
+    return [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def has_experts(model: ModelConfig, layer: int) -> bool:
+    return layer % model.moe_every == model.moe_every - 1
+
+
+def chunk_parameters(model: ModelConfig, plan: ParallelPlan, layers: range) -> Parameters:
+    """What one rank holds of a chunk."""
+    num_moe = sum(has_experts(model, layer) for layer in layers)
+    total = Parameters()
+    for parameters, times in ((_block(model, plan, True), num_moe), (_block(model, plan, False), len(layers) - num_moe)):
+        for _ in range(times):
+            total += parameters
+    width = model.hidden_size
+    if layers[0] == 0:
+        total += Parameters(dense=(model.vocab_size + model.seq_len) * width, largest=model.vocab_size * width, tensors=2)
+    if layers[-1] == model.num_layers - 1:
+        total += Parameters(
+            dense=model.vocab_size * width + 2 * width, largest=model.vocab_size * width, tensors=3
+        )
+    return total
+
+
+def _block(model: ModelConfig, plan: ParallelPlan, with_experts: bool) -> Parameters:
+    width, ffn = model.hidden_size, model.ffn_size
+    attention = 4 * width * width / plan.tp
+    norms = Parameters(dense=4 * width, tensors=4)
+    sliced = attention if with_experts else attention + 2 * width * ffn / plan.tp
+    num_sliced = 2 if with_experts else 4
+    key = "tensor" if plan.tp > 1 else "dense"
+    total = norms + Parameters(**{key: sliced}, largest=3 * width * width / plan.tp, tensors=num_sliced)
+    if not with_experts:
+        return total
+    router = model.num_experts * (width + 1)
+    wide = ffn * (2 if model.activation == "swiglu" else 1)
+    slots = model.num_experts // plan.ep
+    biases = wide + width if model.expert_bias else 0
+    return total + Parameters(
+        dense=router, router=router, expert=slots * (width * (wide + ffn) + biases),
+        largest=slots * width * wide, tensors=2 + (4 if model.expert_bias else 2),
+    )  # fmt: skip
+
+
+def estimate(
+    plan: ParallelPlan,
+    setting: LayerSetting,
+    micro_batch: int,
+    num_micro_batches: int,
+    rows_SLW: np.ndarray,
+    parameters: list[Parameters],
+) -> Memory:
+    """Memory of the fullest stage.
+
+    rows_SLW: rows that each rank of an expert group computes in a micro-batch, by sample and MoE layer; the worst sample
+    counts. parameters: of each chunk.
+    """
+    model, width = setting.model, setting.model.hidden_size
+    bytes_ = setting.dtype_bytes
+    num_chunks = plan.pp * plan.vpp
+    layers = chunk_layers(model.num_layers, num_chunks)
+    token_bytes = bytes_ * setting.tokens * width  # one activation [B, T, D]
+    fixed, per_row = _saved_by_block(setting, plan, micro_batch)
+    dense_fixed = _saved_by_dense_block(setting, plan, micro_batch)
+    moe_before = np.cumsum([0, *(has_experts(model, layer) for layer in range(model.num_layers))])
+    rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
+    fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
+    loss_saved, loss_moment = _head(setting)
+    best = None
+    for pp_stage in range(plan.pp):
+        chunks = [pp_stage + turn * plan.pp for turn in range(plan.vpp)]
+        mine = sum((parameters[chunk] for chunk in chunks), Parameters())
+        held = num_in_flight(pp_stage, plan.pp, plan.vpp, num_micro_batches)
+        activations, buffers = 0.0, 0.0
+        for chunk, flights in zip(chunks, held, strict=True):
+            first, last = layers[chunk][0], layers[chunk][-1] + 1
+            num_moe = moe_before[last] - moe_before[first]
+            num_dense = last - first - num_moe
+            if plan.recompute:
+                saved = (last - first) * token_bytes
+            else:
+                rows = (rows_before[:, moe_before[last]] - rows_before[:, moe_before[first]]).max()
+                saved = num_moe * fixed + num_dense * dense_fixed + rows * per_row
+            if last == model.num_layers:
+                saved += loss_saved
+            if plan.pp > 1:
+                is_last = chunk == num_chunks - 1
+                saved += 0 if is_last else token_bytes  # the output stays until its backward
+                saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
+                buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
+            activations += flights * saved
+        transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * mine.largest
+        if plan.recompute:
+            transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
+        if plan.pp * plan.vpp - 1 in chunks:
+            transient = max(transient, loss_moment)
+        narrow = 0 if bytes_ == 4 else mine.total - mine.router
+        memory = Memory(
+            weights=bytes_ * (mine.total - mine.router) + 4 * mine.router,
+            masters=4 * narrow,
+            moments=8 * mine.total,
+            gradients=4 * mine.total,
+            activations=activations,
+            buffers=buffers,
+            transient=transient,
+            outside=OUTSIDE_BYTES + _symmetric(setting),
+            pp_stage=pp_stage,
+        )
+        if best is None or memory.total > best.total:
+            best = memory
+    return best
+
+
+def _hidden_width(model: ModelConfig) -> int:
+    return model.ffn_size * (2 if model.activation == "swiglu" else 1)
+
+
+def _attention(setting: LayerSetting, plan: ParallelPlan, micro_batch: int) -> float:
+    """Bytes that the attention half of a block saves."""
+    model, tokens = setting.model, setting.tokens
+    gathered = tokens * plan.tp
+    rows = tokens + gathered + 4 * gathered / plan.tp  # the norm's input; qkv's input; q, k, v and the output
+    sums = 4 * micro_batch * model.num_heads / plan.tp * model.seq_len
+    return setting.dtype_bytes * model.hidden_size * rows + sums + 8 * tokens
+
+
+def _saved_by_dense_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int) -> float:
+    model, tokens = setting.model, setting.tokens
+    gathered = tokens * plan.tp
+    mlp = tokens * model.hidden_size + gathered * model.hidden_size + 2 * gathered * model.ffn_size / plan.tp
+    return _attention(setting, plan, micro_batch) + setting.dtype_bytes * mlp + 8 * tokens
+
+
+def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int) -> tuple[float, float]:
+    """(bytes that a block with experts saves whatever the routing, bytes for each row that its experts compute)."""
+    model, tokens, bytes_ = setting.model, setting.tokens, setting.dtype_bytes
+    width, copies, hidden = model.hidden_size, setting.copies, _hidden_width(model)
+    router = 4 * tokens * width + 8 * tokens  # its float32 copy of the input (in float32: the input itself)
+    if setting.gate.kind not in ("naive", "zero", "trace"):
+        router += 4 * tokens * model.num_experts
+    fixed = _attention(setting, plan, micro_batch) + bytes_ * tokens * width + router + 48 * copies
+    if setting.layer.dispatcher == "direct":
+        bound = min(math.ceil(setting.layer.row_factor * copies), setting.ep * copies)
+        return fixed + bound * (bytes_ * (2 * width + hidden) + 16), 0.0
+    fixed += bytes_ * copies * width  # the rows that came back, for the weights' gradient
+    inside = hidden if setting.layer.experts == "grouped" else hidden + model.ffn_size
+    return fixed, bytes_ * (width + inside) + 24
+
+
+def _head(setting: LayerSetting) -> tuple[float, float]:
+    """(bytes that head and loss save, bytes that they need for a moment beside that)."""
+    model, tokens = setting.model, setting.tokens
+    logits = tokens * model.vocab_size
+    saved = 4 * logits + 2 * setting.dtype_bytes * tokens * model.hidden_size
+    return saved, (4 + setting.dtype_bytes) * logits
+
+
+def _symmetric(setting: LayerSetting) -> float:
+    """Buffers of the direct dispatcher, shared by all layers of a rank."""
+    if setting.layer.dispatcher != "direct" or setting.ep == 1:
+        return 0.0
+    rows = 2 * setting.ep * setting.tokens * setting.model.hidden_size * setting.dtype_bytes
+    return rows + 12.0 * setting.ep * setting.copies

@@ -1,0 +1,143 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.planner import described, layer_cost, loads
+from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
+from smartmoe.trace import ExpertTrace
+
+MODEL = ModelConfig(
+    name="m", num_layers=8, hidden_size=512, ffn_size=1024, num_heads=8, seq_len=512, vocab_size=4096, num_experts=16
+)
+WORK = Workload(global_batch_size=64, micro_batch_size=2, dtype="bfloat16")
+CONFIG = RunConfig(model=MODEL, gate=GateConfig(kind="naive"), workload=WORK)
+NODES = ClusterSpec(
+    name="two", device="cuda", num_nodes=2, ranks_per_node=4, intra_node_gbytes_per_s=150.0,
+    inter_node_gbytes_per_s=3.0, tflops=120.0, memory_gbytes=32.0,
+)  # fmt: skip
+PRIMITIVES = described.describe(NODES, described.Rates(), "bfloat16")
+
+
+def _cost(chosen=None, config=CONFIG, placement="identity"):
+    chosen = chosen or loads.zipf(config.model, config.gate)
+    return CostModel(config, NODES, PRIMITIVES, chosen, placement)
+
+
+def _setting(**changes):
+    base = dict(
+        model=MODEL, gate=GateConfig(), layer=LayerConfig(), tokens=1024, ep=4, stage_size=4, ranks_per_node=2, dtype_bytes=2
+    )
+    return LayerSetting(**{**base, **changes})
+
+
+PLANS = [
+    ParallelPlan(dp=8, ep=8), ParallelPlan(dp=8, ep=4), ParallelPlan(pp=2, dp=4, ep=4), ParallelPlan(pp=4, dp=2, ep=1),
+    ParallelPlan(pp=2, vpp=2, dp=4, ep=2), ParallelPlan(dp=4, tp=2, ep=8), ParallelPlan(pp=2, dp=4, ep=4, recompute=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.describe().replace(" ", "-"))
+def test_parts_add_up_and_the_bound_is_below(plan):
+    cost = _cost()
+    found = cost.estimate(plan, 2)
+    assert sum(found.parts.values()) == pytest.approx(found.mean_ms, rel=1e-6)
+    assert min(found.parts.values()) >= 0 and found.p95_ms >= found.mean_ms
+    assert cost.lower_bound_ms(plan, 2) <= found.mean_ms * (1 + 1e-9)
+    assert found.tokens_per_s == pytest.approx(64 * 512 / found.mean_ms * 1e3)
+
+
+def test_skew_costs_and_placement_takes_some_of_it_back():
+    plan = ParallelPlan(dp=8, ep=8)
+    level, skewed, balanced = (
+        cost.estimate(plan, 2).mean_ms for cost in (_cost(loads.uniform(MODEL)), _cost(), _cost(placement="balanced"))
+    )
+    assert level < balanced < skewed
+    capped = dataclasses.replace(CONFIG, gate=GateConfig(kind="naive", capacity=1.2))
+    assert _cost(config=capped).estimate(plan, 2).parts["experts"] < _cost().estimate(plan, 2).parts["experts"]
+    alone = ParallelPlan(pp=4, dp=2, ep=1)
+    assert _cost(placement="balanced").estimate(alone, 2).mean_ms == pytest.approx(_cost().estimate(alone, 2).mean_ms)
+
+
+def test_the_slow_network_regime_turns_the_ranking():
+    """Wide expert parallelism over slow links loses to pipelining; uniform loads do not see how badly."""
+    wide, deep = ParallelPlan(dp=8, ep=8), ParallelPlan(pp=2, dp=4, ep=4)
+    ratio = {}
+    for name, chosen in (("uniform", loads.uniform(MODEL)), ("skewed", None)):
+        ratio[name] = _cost(chosen).estimate(wide, 2).mean_ms / _cost(chosen).estimate(deep, 2).mean_ms
+    assert 1.0 < ratio["uniform"] < ratio["skewed"]
+
+
+def test_exchange_bytes_by_hand():
+    travel = np.array([[5.0, 1, 2, 0], [0, 7, 0, 3], [4, 0, 9, 0], [1, 1, 1, 1]])
+    intra, inter = busiest_bytes(travel, _setting())
+    row = MODEL.hidden_size * 2
+    # nodes {0, 1} and {2, 3}: near sends 1 0 0 1, near receipts 0 1 1 0; far sends 2 3 4 2, far receipts 5 1 3 3
+    assert intra == 1 * row and inter == 5 * row
+    alike = np.array([[2.0, 4.0, 6.0, 8.0]])
+    same = busiest_bytes(np.repeat(alike, 4, 0), _setting())
+    assert same == busiest_bytes(alike, _setting())
+    assert group_bytes(100.0, 4, 1, 8) == (75.0, 0.0) and group_bytes(100.0, 4, 8, 8) == (0.0, 75.0)
+    assert group_bytes(100.0, 16, 1, 8) == (93.75, 93.75 / 8)
+
+
+def test_where_experts_live_decides_who_is_slowest():
+    copies = np.zeros((1, 16))
+    copies[0, :2] = 4096.0
+    in_order = layer_times(PRIMITIVES, _setting(ranks_per_node=4), copies)
+    apart = np.array([0, 4, 5, 6, 1, 2, 3, 7, *range(8, 16)])
+    spread = layer_times(PRIMITIVES, _setting(ranks_per_node=4), copies, apart)
+    assert spread.forward["experts"] < 0.7 * in_order.forward["experts"]
+    assert spread.forward["exchange"] < in_order.forward["exchange"]
+
+
+def test_mechanisms_differ_as_they_should():
+    rng = np.random.default_rng(0)
+    copies = rng.multinomial(2048, rng.dirichlet(np.ones(16)), size=4).astype(float)
+
+    def took(**layer):
+        found = layer_times(PRIMITIVES, _setting(layer=LayerConfig(**layer), ranks_per_node=4), copies)
+        return float(found.forward_ms() + found.backward_ms())
+
+    basic, overlapped, padded, direct, loop = (
+        took(**layer)
+        for layer in (
+            {}, dict(dispatcher="overlapped"), dict(dispatcher="padded"), dict(dispatcher="direct"), dict(experts="loop")
+        )
+    )  # fmt: skip
+    assert overlapped < basic < padded and direct < basic < loop
+    assert not _setting(layer=LayerConfig(dispatcher="direct")).has_sync and _setting().has_sync
+    local = GateConfig(capacity=1.2, scope="local")
+    assert not _setting(layer=LayerConfig(dispatcher="padded"), gate=local).has_sync
+    empty = layer_times(PRIMITIVES, _setting(), np.zeros((1, 16)))
+    assert np.isfinite(empty.forward_ms()) and empty.forward_ms() > 0
+
+
+def test_overlap_by_hand():
+    # two steps of 2 ms each way and 3 ms of work: arrivals at 2, 4; work ends at 5, 8; returns end at 7, 10
+    assert layer_cost._overlapped(np.array(4.0), np.array(6.0), 2) == 10.0
+    assert layer_cost._overlapped(np.array(4.0), np.array(6.0), 1) == 14.0
+
+
+def test_loads_come_from_a_trace_of_this_model_only():
+    counts = np.random.default_rng(0).multinomial(1000, np.ones(16) / 16, size=(6, 4, 4, 2)).astype(np.int32)
+    trace = ExpertTrace(counts, np.arange(6) + 1, {"top_k": 2, "tokens_per_micro_batch_and_rank": 600})
+    found = loads.from_trace(trace, MODEL, num_samples=3)
+    assert found.share.shape == (3, 2, 4, 8, 16)
+    assert found.share.sum(-1) == pytest.approx(1000 / 1200), "what a gate dropped is missing"
+    assert (found.share[0, 0, 0, 0] == found.share[0, 0, 0, 1]).all(), "two layers of 8 share one of 4"
+    estimate = _cost(found).estimate(ParallelPlan(pp=2, dp=4, ep=2), 2)
+    assert estimate.mean_ms == pytest.approx(_cost(found.mean_over_micro_batches()).estimate(estimate.plan, 2).mean_ms, rel=0.1)
+    for change in (dict(num_experts=8), dict(top_k=1)):
+        with pytest.raises(ValueError, match="trace is of another model"):
+            loads.from_trace(trace, dataclasses.replace(MODEL, **change))
+
+
+def test_priors_are_distributions_that_tokens_can_have():
+    for kind in loads.ZIPF_OF_GATE:
+        share = loads.zipf(MODEL, GateConfig(kind=kind)).share
+        assert share.sum(-1) == pytest.approx(1.0) and share.max() <= 1 / MODEL.top_k + 1e-12, kind
+    limited = loads.zipf(MODEL, GateConfig(kind="naive", capacity=2.0)).share
+    assert limited.max() == pytest.approx(2.0 / 16) and (limited.sum(-1) < 1).all()

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.gpt import GPT
+from smartmoe.layer import MoELayer
+from smartmoe.ops import expert_ffn
+from smartmoe.planner import loads
+from smartmoe.planner.cost_model import CostModel
+
+SIZES = dict(num_layers=4, hidden_size=64, ffn_size=128, num_heads=4, seq_len=128, vocab_size=300, num_experts=8)
+
+
+def _config(dtype="bfloat16", kind="naive", capacity=None, dispatcher="basic", impl="grouped", **model):
+    return RunConfig(
+        model=ModelConfig(**{**SIZES, **model}),
+        gate=GateConfig(kind=kind, capacity=capacity),
+        layer=LayerConfig(dispatcher=dispatcher, experts=impl),
+        workload=Workload(dtype=dtype, global_batch_size=16, micro_batch_size=4),
+        cluster=ClusterSpec(ranks_per_node=1),
+    )
+
+
+def _cost(config):
+    return CostModel(config, config.cluster, None, loads.uniform(config.model))
+
+
+def _saved(config, recompute):
+    """(bytes that autograd keeps after the forward pass of the whole model, number of its parameters)."""
+    dtype = getattr(torch, config.workload.dtype)
+    model = GPT(config.model, lambda idx: MoELayer(config, layer_idx=idx, dtype=dtype), recompute=recompute)
+    for name, param in model.named_parameters():
+        if ".moe." not in name:
+            param.data = param.data.to(dtype)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = config.workload.micro_batch_size
+    token = torch.randint(config.model.vocab_size, (batch, config.model.seq_len))
+    token_id = torch.arange(token.numel()).view(token.shape)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(token, token_id_BT=token_id, target_BT=token)
+    del out
+    return sum(num for place, num in saved.items() if place not in own), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings, recompute",
+    [
+        ({}, False),
+        (dict(dtype="float32"), False),
+        (dict(kind="gshard", capacity=1.2), False),
+        (dict(impl="loop"), False),
+        (dict(moe_every=2), False),
+        (dict(dispatcher="direct"), False),
+        (dict(activation="swiglu"), False),
+        ({}, True),
+    ],
+)
+def test_activations_are_what_autograd_keeps(monkeypatch, settings, recompute):
+    monkeypatch.setattr(expert_ffn, "_grouped", expert_ffn.fused_ffn)  # as on a GPU
+    config = _config(**settings)
+    kept, num_parameters = _saved(config, recompute)
+    plan, cost = ParallelPlan(recompute=recompute), _cost(config)
+    assert cost.parameters(plan)[0].total == num_parameters
+    assert cost.memory(plan, 4).activations == pytest.approx(kept, rel=0.06)
+
+
+def test_state_of_a_parameter_takes_18_bytes_in_16_bit_and_16_in_float32():
+    for dtype, each in (("bfloat16", 18), ("float32", 16)):
+        cost, plan = _cost(_config(dtype)), ParallelPlan()
+        memory, held = cost.memory(plan, 4), cost.parameters(plan)[0]
+        state = memory.weights + memory.masters + memory.moments + memory.gradients
+        assert state == pytest.approx(each * (held.total - held.router) + 16 * held.router)
+
+
+def test_plans_move_memory_the_way_they_should():
+    cost = _cost(_config())
+    whole = cost.memory(ParallelPlan(), 4)
+    assert cost.memory(ParallelPlan(recompute=True), 4).activations < 0.5 * whole.activations
+    assert cost.memory(ParallelPlan(), 2).activations == pytest.approx(whole.activations / 2, rel=0.01)
+    experts = [sum(p.expert for p in cost.parameters(ParallelPlan(dp=4, ep=ep))) for ep in (1, 2, 4)]
+    assert experts[0] == 2 * experts[1] == 4 * experts[2]
+    sliced = cost.parameters(ParallelPlan(tp=2, ep=1))[0]
+    assert sliced.tensor == 4 * 4 * 64 * 64 / 2 and whole.buffers == 0
+    first = cost.memory(ParallelPlan(pp=2), 4)
+    assert first.buffers > 0 and first.pp_stage == 0, "two micro-batches in flight at the first stage"
+    assert first.weights < whole.weights
+    more = CostModel(
+        _config(), ClusterSpec(ranks_per_node=4), None, loads.zipf(_config().model, GateConfig(kind="naive"))
+    )
+    assert more.memory(ParallelPlan(dp=4, ep=4), 4).activations > cost.memory(ParallelPlan(dp=4, ep=4), 4).activations
