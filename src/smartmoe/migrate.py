@@ -10,6 +10,7 @@ straight from and to the tensors were slower than either: each costs the host mo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,15 +52,16 @@ def migrate(
     if not entries:
         return 0
     moves = [_moves(old, new) for _, old, new in entries]
-    rows = [[_ByteRows(tensor) for tensor in tensors] for tensors, _, _ in entries]
+    rows = [[_Rows(tensor) for tensor in tensors] for tensors, _, _ in entries]
     crossing = any(move.source != move.target for layer in moves for move in layer)
-    exchange = (staging or Staging()).exchange(ep_group if crossing else None, rows[0][0].bytes_NB.device)
+    exchange = (staging or Staging()).exchange(ep_group if crossing else None, rows[0][0].work.device)
     num_ranks, ep_rank = group_size(ep_group), group_rank(ep_group)
-    widths = [[each.bytes_NB.shape[1] for each in layer] for layer in rows]
     unit = torch.int64 if all(each.is_aligned for layer in rows for each in layer) else torch.uint8
+    views = [[each.view(unit) for each in layer] for layer in rows]
+    widths = [[each.num_bytes for each in layer] for layer in rows]
     num_bytes_sent = 0
-    for pieces in _rounds(widths, [_most_rows(layer, num_ranks) for layer in moves], exchange.half_bytes):
-        parcel = _Parcel(pieces, rows, moves, num_ranks, ep_rank, unit)
+    for pieces in _rounds(widths, [_most_rows(layer) for layer in moves], exchange.half_bytes):
+        parcel = _Parcel(pieces, views, moves, num_ranks, ep_rank, unit)
         exchange.carry(parcel)
         num_bytes_sent += sum(parcel.sent_bytes_W)
     exchange.finish()
@@ -95,10 +97,10 @@ def _moves(old: Placement, new: Placement) -> list[_Move]:
     return moves
 
 
-def _most_rows(moves: list[_Move], num_ranks: int) -> int:
+def _most_rows(moves: list[_Move]) -> int:
     """Rows of a tensor that a rank gathers or gets, on the rank where it is most."""
-    ends = ([move.source for move in moves], [move.target for move in moves])
-    return max([1, *(int(np.bincount(end, minlength=num_ranks).max()) for end in ends if end)])
+    num_out, num_in = Counter(move.source for move in moves), Counter(move.target for move in moves)
+    return max(1, *num_out.values(), *num_in.values()) if moves else 1
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,13 @@ class _Piece:
 def _rounds(row_bytes: list[list[int]], num_rows: list[int], half_bytes: int) -> list[list[_Piece]]:
     """Cut the rows of all layers' tensors into rounds, each of at most `half_bytes` when num_rows rows of it travel.
 
-    All moves of one piece fall in one round, so experts can change places in any cycle. Equal on all ranks.
-    Raises ValueError when half_bytes is too small for a cut.
+    All moves of one piece fall in one round, so experts can change places in any cycle. The first round is small, because
+    nothing travels while it is gathered. Equal on all ranks. Raises ValueError when half_bytes is too small for a cut.
     """
     if half_bytes < _ALIGN_BYTES * max(num_rows):
         raise ValueError(f"migrate: staging of 2 x {half_bytes} bytes is too small for {max(num_rows)} experts a rank")
     rounds: list[list[_Piece]] = [[]]
-    left = half_bytes
+    left = max(half_bytes // 4, _ALIGN_BYTES * max(num_rows))
     for layer, widths in enumerate(row_bytes):
         for tensor, width in enumerate(widths):
             start = 0
@@ -143,18 +145,25 @@ def _rounds(row_bytes: list[list[int]], num_rows: list[int], half_bytes: int) ->
     return [pieces for pieces in rounds if pieces]
 
 
-class _ByteRows:
-    """A tensor [N, ...] as [N, B] uint8; one that is not contiguous is worked on as a copy and written back."""
+class _Rows:
+    """A tensor [N, ...] as [N, B] of bytes; one that is not contiguous is worked on as a copy and written back."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._tensor, self._work = tensor.detach(), tensor.detach().contiguous()
-        num_slots = tensor.shape[0]
-        self.bytes_NB = self._work.view(num_slots, tensor.numel() // num_slots).view(torch.uint8)
-        self.is_aligned = self.bytes_NB.shape[1] % 8 == 0 and self._work.data_ptr() % 8 == 0
+        self._tensor, self.work = tensor, tensor.detach()
+        self.is_copy = not tensor.is_contiguous()
+        if self.is_copy:
+            self.work = self.work.contiguous()
+        self.num_slots = tensor.shape[0]
+        self.num_bytes = self.work.numel() // self.num_slots * self.work.element_size()
+        self.is_aligned = self.num_bytes % 8 == 0 and self.work.data_ptr() % 8 == 0
+
+    def view(self, unit: torch.dtype) -> torch.Tensor:
+        """[N, B / size of unit]."""
+        return self.work.view(self.num_slots, self.work.numel() // self.num_slots).view(unit)
 
     def write_back(self) -> None:
-        if not self._tensor.is_contiguous():
-            self._tensor.copy_(self._work)
+        if self.is_copy:
+            self._tensor.copy_(self.work)
 
 
 class _Parcel:
@@ -165,26 +174,28 @@ class _Parcel:
     start_W: where in its staging each rank has what comes here. In a row of ranks, the order is that of pieces and moves.
     """
 
-    def __init__(self, pieces, rows, moves, num_ranks: int, ep_rank: int, unit: torch.dtype):
-        self.unit = unit
-        num_bytes_WW = np.zeros((num_ranks, num_ranks), np.int64)  # from, to
+    def __init__(self, pieces, views, moves, num_ranks: int, ep_rank: int, unit: torch.dtype):
+        self._unit = unit
+        num_bytes_WW = [[0] * num_ranks for _ in range(num_ranks)]  # from, to
         out_W: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
         in_W: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
         for piece in pieces:
-            part_NB = rows[piece.layer][piece.tensor].bytes_NB[:, piece.start : piece.stop].view(unit)
+            units_NB = views[piece.layer][piece.tensor]
+            part = slice(piece.start // unit.itemsize, piece.stop // unit.itemsize)
             for move in moves[piece.layer]:
-                num_bytes_WW[move.source, move.target] += piece.width
+                num_bytes_WW[move.source][move.target] += piece.width
                 if move.source == ep_rank:
-                    out_W[move.target].append(part_NB[move.source_slot])
+                    out_W[move.target].append(units_NB[move.source_slot, part])
                 if move.target == ep_rank:
-                    in_W[move.source].append(part_NB[move.target_slot])
+                    in_W[move.source].append(units_NB[move.target_slot, part])
         self.settling, stays = in_W[ep_rank], out_W[ep_rank]
-        self.stay_bytes = int(num_bytes_WW[ep_rank, ep_rank])
-        np.fill_diagonal(num_bytes_WW, 0)
+        self.stay_bytes = num_bytes_WW[ep_rank][ep_rank]
+        for rank in range(num_ranks):
+            num_bytes_WW[rank][rank] = 0
         self.outgoing = [row for rank, part in enumerate(out_W) if rank != ep_rank for row in part] + stays
         self.incoming = [(rank, part) for rank, part in enumerate(in_W) if rank != ep_rank and part]
-        self.sent_bytes_W, self.got_bytes_W = num_bytes_WW[ep_rank].tolist(), num_bytes_WW[:, ep_rank].tolist()
-        self.start_W = num_bytes_WW[:, :ep_rank].sum(axis=1).tolist()
+        self.sent_bytes_W, self.got_bytes_W = num_bytes_WW[ep_rank], [row[ep_rank] for row in num_bytes_WW]
+        self.start_W = [sum(row[:ep_rank]) for row in num_bytes_WW]
 
     def gather(self, half_B: torch.Tensor) -> None:
         """Copy all that leaves its slot into staging."""
@@ -200,8 +211,8 @@ class _Parcel:
         return self._cut(part_B, dict(self.incoming)[rank])
 
     def _cut(self, buffer_B: torch.Tensor, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        sizes = [len(row) for row in rows]
-        return list(buffer_B[: sum(sizes) * self.unit.itemsize].view(self.unit).split(sizes)) if rows else []
+        sizes = [row.numel() for row in rows]
+        return list(buffer_B[: sum(sizes) * self._unit.itemsize].view(self._unit).split_with_sizes(sizes)) if rows else []
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

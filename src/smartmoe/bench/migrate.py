@@ -3,8 +3,8 @@
 An expert's state is what training keeps of it: weights, fp32 masters (of 16-bit weights) and two moments. Ranks 2i and
 2i + 1 either exchange experts ("swap"), or the even one gives experts
 into empty slots of the odd one and, in the next step, gets them back ("move"). The floor is one bare message of as many
-bytes between the same ranks, in the same directions. Unlike in other benchmarks, times are those of the host, from idle
-devices to idle devices: so much does a migration add to a training step.
+bytes between the same ranks, in the same directions. Two times: of the devices, as in training, where the host plans the
+migration while the optimizer's kernels run; and from idle devices to idle devices, planning and launches included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import time
 import torch
 import torch.distributed as dist
 
-from smartmoe.bench.measure import LeftAloneError, Timing, World, attempt, run_in_world, slowest, spread
+from smartmoe.bench.measure import (
+    LeftAloneError,
+    Timing,
+    World,
+    attempt,
+    lead_for,
+    run_in_world,
+    slowest,
+    spread,
+    time_steps,
+)
 from smartmoe.bench.report import DTYPES, Report, add_options, checked, dtype_of, settings_of, timing_of
 from smartmoe.bench.shapes import Shape, parse_shape
 from smartmoe.migrate import STAGING_BYTES, Staging, migrate
@@ -24,7 +34,10 @@ from smartmoe.ops.activation import widening
 from smartmoe.placement import EMPTY, Placement
 
 KINDS = ("swap", "move")
-HOW = "Times: host, devices idle before and after, in each iteration the slowest rank; warm-up left out."
+HOW = (
+    "ms and bare ms: device events, launched while the devices idle; from idle: host, planning and launches included; in each "
+    "iteration the slowest rank; warm-up left out."
+)
 
 
 def placements(kind: str, num_experts: int, num_ranks: int) -> tuple[Placement, Placement]:
@@ -74,33 +87,39 @@ class Bench:
         Raises RuntimeError when the experts do not arrive.
         """
         for _ in range(2):
-            self._step()
+            self._step(None)
             self._check()
         times = self._time(self._step, timing)
+        from_idle = self._time_from_idle(timing)
         self._check()
         return {
             "times": times,
+            "from_idle": from_idle,
             "bare": self._time(self._bare, timing),
             "num_bytes": self._message.shape[1],
             "staging_bytes": self.staging.num_bytes,
         }
 
     def _time(self, step, timing: Timing) -> list[list[float]]:
+        step(None)
+        return time_steps(self.world, step, timing, lead_cycles=lead_for(self.world, step))[0].tolist()
+
+    def _time_from_idle(self, timing: Timing) -> list[list[float]]:
         times = []
         for _ in range(timing.warmup + timing.iterations):
             self.world.align()
             self.world.synchronize()
             start = time.perf_counter()
-            step()
+            self._step(None)
             self.world.synchronize()
             times.append([(time.perf_counter() - start) * 1e3])
         return times[timing.warmup :]
 
-    def _step(self) -> None:
+    def _step(self, _mark) -> None:
         migrate([(self.tensors, self.now, self.then)], self.world.group, self.staging)
         self.now, self.then = self.then, self.now
 
-    def _bare(self) -> None:
+    def _bare(self, _mark) -> None:
         sends, receives = self._both_ways or not self.world.ep_rank % 2, self._both_ways or self.world.ep_rank % 2
         group, ops = self.world.group, []
         if sends:
@@ -119,11 +138,13 @@ class Bench:
 
 def make_row(results_W: list[dict]) -> dict:
     """Times of the slowest rank; GB/s = bytes that leave a rank that sends, over the time."""
-    took, bare = (spread(slowest([result[key] for result in results_W])[:, -1]) for key in ("times", "bare"))
+    keys = ("times", "bare", "from_idle")
+    took, bare, from_idle = (spread(slowest([result[key] for result in results_W])[:, -1]) for key in keys)
     num_bytes = results_W[0]["num_bytes"]
     return {
         "ms": took,
         "bare_ms": bare,
+        "from_idle_ms": from_idle,
         "num_bytes": num_bytes,
         "gbytes_per_s": round(num_bytes / took["median"] / 1e6, 6),
         "bare_gbytes_per_s": round(num_bytes / bare["median"] / 1e6, 6),
@@ -131,7 +152,7 @@ def make_row(results_W: list[dict]) -> dict:
     }
 
 
-COLUMNS = "shape           kind  experts       MB    ms (p10 - p90)              GB/s    bare ms    GB/s   staging MB"
+COLUMNS = "shape           kind  experts       MB    ms (p10 - p90)              GB/s  bare ms   GB/s  from idle  staging MB"
 
 
 def format_row(row: dict) -> str:
@@ -141,8 +162,8 @@ def format_row(row: dict) -> str:
     ms, bare = row["ms"], row["bare_ms"]
     took = f"{ms['median']:9.3f} ({ms['p10']:.3f} - {ms['p90']:.3f})".ljust(28)
     return (
-        f"{start} {row['num_bytes'] / 1e6:9.1f} {took} {row['gbytes_per_s']:6.1f} {bare['median']:9.3f}  "
-        f"{row['bare_gbytes_per_s']:6.1f} {row['staging_bytes'] / 1e6:11.1f}"
+        f"{start} {row['num_bytes'] / 1e6:9.1f} {took} {row['gbytes_per_s']:6.1f}  {bare['median']:7.3f} "
+        f"{row['bare_gbytes_per_s']:6.1f}  {row['from_idle_ms']['median']:9.3f}  {row['staging_bytes'] / 1e6:10.1f}"
     )
 
 
