@@ -17,6 +17,7 @@ from smartmoe.config import (
     check,
     from_dict,
     load,
+    replica_bytes,
     to_dict,
 )
 
@@ -40,17 +41,37 @@ BAD_SIZES = [
     ("gate", GateConfig(kind="trace"), "needs gate.trace"),
     ("layer", LayerConfig(shadowing=True), "overlapped"),
     ("online", OnlineConfig(interval=0), "interval = 0"),
+    ("online", OnlineConfig(replicate="often", replica_slots=1), "not one of never"),
+    ("online", OnlineConfig(replica_slots=-1), "at least 0"),
+    ("online", OnlineConfig(replica_slots=2), 'replica_slots = 2 needs online.replicate'),
+    ("online", OnlineConfig(replicate="history"), "replica_slots = 0 must be in 1 .. 4"),
+    ("online", OnlineConfig(replicate="exact", replica_slots=5), "replica_slots = 5 must be in 1 .. 4"),
     ("plan", ParallelPlan(dp=3), "= 3 ranks, but cluster cpu has"),
     ("plan", ParallelPlan(pp=2, dp=2, ep=4), "ep = 4 does not divide the dp * tp = 2"),
     ("plan", ParallelPlan(dp=4, ep=3), "ep = 3 does not divide"),
     ("plan", ParallelPlan(dp=4, vpp=2), "needs plan.pp > 1"),
     ("plan", ParallelPlan(pp=4, vpp=2), "less than plan.pp * plan.vpp"),
     ("plan", ParallelPlan(dp=0), "dp = 0 must be at least 1"),
+    ("workload", Workload(global_batch_size=4), "needs as many micro-batches, but there are 1"),
     ("workload", Workload(global_batch_size=6), "not a multiple of micro_batch_size * dp = 4"),
     ("workload", Workload(warmup_iterations=20), "below iterations"),
     ("workload", Workload(clip_grad=-1.0), "clip_grad"),
     ("workload", Workload(dtype="float64"), "not one of float32"),
 ]
+
+
+def test_replication_needs_other_ranks_room_and_no_shadows():
+    online = OnlineConfig(replicate="history", replica_slots=2)
+    check(dataclasses.replace(GOOD, online=online))
+    alone = dataclasses.replace(GOOD, plan=ParallelPlan(dp=4), online=online)
+    shadows = dataclasses.replace(GOOD, layer=LayerConfig(dispatcher="overlapped", shadowing=True), online=online)
+    # per stage 2 layers x 2 slots of 64 x 128 x 2 + 128 + 64 numbers: weights and gradients, and 4 + 2 staged slots
+    needed = 2 * (64 * 128 * 2 + 128 + 64) * (2 * 8 + 4 * (4 + 2))
+    assert replica_bytes(dataclasses.replace(GOOD, online=online)) == needed
+    full = dataclasses.replace(GOOD, online=online, cluster=ClusterSpec(memory_gbytes=(needed - 1) / 1e9))
+    for config, words in ((alone, "plan.ep = 1"), (shadows, "take one of them"), (full, "take fewer")):
+        with pytest.raises(ValueError, match=words):
+            check(config)
 
 
 @pytest.mark.parametrize("section,value,words", BAD_SIZES, ids=[words for _, _, words in BAD_SIZES])

@@ -316,15 +316,16 @@ def _replica_problems(config: RunConfig) -> list[str]:
 
 
 def replica_bytes(config: RunConfig) -> int:
-    """Memory that replicas take on a rank, whatever the skew: weights of `replica_slots` experts for each of its MoE
-    layers, and in "history" mode their float32 gradients."""
-    model, plan = config.model, config.plan
+    """Most memory that replicas take on a rank, whatever the skew: the weights in the replica slots of its MoE layers, in
+    "history" mode their float32 gradients, and what a collective exchange of either stages in both directions."""
+    model, plan, slots = config.model, config.plan, config.online.replica_slots
     wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
-    numel = model.hidden_size * (wide + model.ffn_size)
-    numel += (wide + model.hidden_size) * model.expert_bias
+    numel = model.hidden_size * (wide + model.ffn_size) + (wide + model.hidden_size) * model.expert_bias
     layers = -(-model.num_layers // (max(model.moe_every, 1) * max(plan.pp, 1)))
     element = 4 if config.workload.dtype == "float32" else 2
-    return layers * config.online.replica_slots * numel * (element + 4 * (config.online.replicate == "history"))
+    if config.online.replicate == "history":
+        return slots * numel * (layers * (element + 4) + 4 * (max(2 * layers, plan.ep) + layers))
+    return slots * numel * element * (layers + plan.ep + 1)
 
 
 def _batch_problems(config: RunConfig) -> list[str]:
@@ -344,6 +345,11 @@ def _batch_problems(config: RunConfig) -> list[str]:
     elif plan.vpp > 1 and config.num_micro_batches % plan.pp:
         problems.append(
             f"interleaving needs micro-batches ({config.num_micro_batches}) in multiples of plan.pp = {plan.pp}"
+        )
+    elif plan.pp > config.num_micro_batches:
+        problems.append(
+            f"a pipeline of plan.pp = {plan.pp} stages needs as many micro-batches, but there are "
+            f"{config.num_micro_batches}: lower pp, dp or micro_batch_size, or raise global_batch_size"
         )
     if not 0 <= work.warmup_iterations < work.iterations:
         problems.append(
