@@ -122,13 +122,15 @@ def test_a_migration_that_forgets_the_moments_is_seen():
 # --------------------------------------------------------------------------------------------------- replication
 
 
-def random_replicas(placement: Placement, num_replicas: int, rng) -> Replicas:
-    """Up to `num_replicas` experts of other ranks on every rank, and random shares for their hosts, by source."""
+def random_replicas(placement: Placement, num_replicas: int, rng, num_owners: int) -> Replicas:
+    """Up to `num_replicas` experts of other ranks on every rank, all from the first `num_owners`, and random shares for
+    their hosts, by source."""
     hosts_EW = np.eye(placement.num_ranks)[placement.rank_of_expert()]
     slots = []
     for ep_rank in range(placement.num_ranks):
-        foreign = np.flatnonzero(placement.rank_of_expert() != ep_rank)
-        chosen = rng.permutation(np.append(foreign, -1))[:num_replicas].tolist()
+        owner_E = placement.rank_of_expert()
+        foreign = np.flatnonzero((owner_E != ep_rank) & (owner_E < num_owners))
+        chosen = rng.permutation([*foreign, *[-1] * num_replicas])[:num_replicas].tolist()
         hosts_EW[[e for e in chosen if e >= 0], ep_rank] = 1
         slots += chosen
     share_SEW = rng.random((placement.num_ranks, *hosts_EW.shape)) * hosts_EW
@@ -136,7 +138,7 @@ def random_replicas(placement: Placement, num_replicas: int, rng) -> Replicas:
 
 
 def _replicate_otherwise(trainer, iteration):
-    """Other replicas every three iterations, after 4 together with other owners; none between 7 and 9."""
+    """Other replicas every three iterations: first all from one owner, from 4 on with other owners, none from 7 to 9."""
     if iteration == 4:
         _shuffle_at(4)(trainer, iteration)
     if iteration % 3 == 1:
@@ -144,7 +146,9 @@ def _replicate_otherwise(trainer, iteration):
         for layer in trainer.layers.values():
             num_replicas = layer.experts.num_replicas
             none = Replicas.none(layer.placement, num_replicas)
-            layer.set_replicas(none if iteration == 7 else random_replicas(layer.placement, num_replicas, rng))
+            num_owners = 1 if iteration == 1 else layer.placement.num_ranks
+            found = random_replicas(layer.placement, num_replicas, rng, num_owners)
+            layer.set_replicas(none if iteration == 7 else found)
 
 
 REPLICATION = {"history": _replicate_otherwise, "exact": None, "never": None}

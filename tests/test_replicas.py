@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, RunConfig
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import return_all, send_all
+from smartmoe.replicas import Transfers, _batches, return_all, send_all
 from tests import oracle
 from tests.dist import spawn
 from tests.test_layer import MECHANISMS, make_config, make_layer, make_tokens, run_layer
@@ -149,6 +149,20 @@ def check_bytes(results_W):
         if "bytes" in results_W[0][key]:
             sent, returned, _ = np.sum([results[key]["bytes"] for results in results_W], axis=0)
             assert sent == returned == results_W[0][key]["bytes"][2] * EXPERT_BYTES
+
+
+def test_layers_travel_together_unless_one_rank_sends_much_more_than_it_holds():
+    def entry(*num_sent_W):
+        return [torch.zeros(6, 1)], 4, Transfers(((),) * 3, ((),) * 3, num_sent_W)
+
+    assert _batches([entry(0, 0, 0)] * 2, 2) == []
+    even = [entry(2, 2, 2), entry(0, 0, 0), entry(4, 1, 1)]
+    assert _batches(even, 2) == [[even[0], even[2]]]
+    hot = [entry(4, 0, 0), entry(4, 1, 0), entry(4, 0, 0), entry(4, 0, 0)]
+    assert _batches(hot, 2) == [hot]
+    assert _batches(hot[:3], 1) == [[each] for each in hot[:3]]
+    hotter = [entry(6, 0, 0), entry(6, 0, 0), entry(0, 6, 0)]
+    assert _batches(hotter, 2) == [hotter]
 
 
 def run_interleaved(world_rank):

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from smartmoe.config import RunConfig
-from smartmoe.ops.all_to_all import gather_all, group_rank
+from smartmoe.dispatch.symmetric import why_unavailable
+from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
+from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.plan import count_slots, slots_of
 from smartmoe.placement import EMPTY, Placement, Replicas
 from smartmoe.solvers.exact_step import solve_exact_step
@@ -61,12 +64,19 @@ class Replication(Protocol):
 
 
 def build_replication(config: RunConfig, ep_group) -> Replication | None:
-    """The mechanism that online.replicate asks for; None = no replica slots."""
+    """The mechanism that online.replicate asks for; None = no replica slots.
+
+    "exact" is decided on the device where the dispatcher is the direct one and GPUs reach each other's memory, otherwise
+    by collectives. That is collective over ep_group on the first call.
+    """
     online = config.online
     if online.replicate == "never":
         return None
     if online.replicate == "history":
         return HistoryReplication(ep_group, online.replica_slots)
+    if config.layer.dispatcher in ("direct", "auto") and group_size(ep_group) > 1:
+        if why_unavailable(ep_group, over_nvlink=config.layer.dispatcher == "auto") is None:
+            return SymmetricReplication(ep_group, online.replica_slots)
     return ExactReplication(ep_group, online.replica_slots)
 
 
@@ -241,7 +251,7 @@ class HistoryReplication(CollectiveReplication):
     restore_weights = send_weights
 
     def return_grads(self, plan, grads) -> None:
-        if plan.transfers.num_all:
+        if any(plan.transfers.num_sent_W):
             for total, grad in zip(self.grads, grads, strict=True):
                 total.add_(grad[self.num_owned :])
 
@@ -290,15 +300,15 @@ class ExactReplication(CollectiveReplication):
 
 
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
-    """Fill the replica slots of all layers with the weights of now, in one exchange. Collective over ep_group, see
-    `send_weights`; returns the bytes that this rank sent."""
+    """Fill the replica slots of all layers with the weights of now. Collective over ep_group, see `send_weights`; returns
+    the bytes that this rank sent."""
     return send_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
 
 
 def return_all(
     replications: Sequence[HistoryReplication], owned_grads: Sequence[Sequence[torch.Tensor]], ep_group
 ) -> int:
-    """Add the gathered gradients of all layers' replicas to the owners', in one exchange, and forget them.
+    """Add the gathered gradients of all layers' replicas to the owners' and forget them.
 
     owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. Collective
     over ep_group, see `return_grads`; returns the bytes that this rank sent.
@@ -318,71 +328,96 @@ def return_all(
 class Transfers:
     """Whose weights go where in one layer, as one rank sees it. send_W: local owned slots whose experts rank w holds
     replicas of; receive_W: index of the replica slots that rank w's experts fill; both in the order of replica slots.
-    num_all: replica slots that are filled on all ranks."""
+    num_sent_W: how many slots each rank sends, the same on every rank."""
 
     send_W: tuple[tuple[int, ...], ...]
     receive_W: tuple[tuple[int, ...], ...]
-    num_all: int
+    num_sent_W: tuple[int, ...]
 
     @classmethod
     def of(cls, placement: Placement, replicas: Replicas, ep_rank: int, held: Sequence[int] = ()) -> Transfers:
         """held: [W * G] experts that stand in the replica slots already, none of which travel; empty = nothing is there."""
         send = [[] for _ in range(placement.num_ranks)]
         receive = [[] for _ in range(placement.num_ranks)]
-        wanted = replicas.expert_of_replica
-        travelling = [slot for slot, e in enumerate(wanted) if e != EMPTY and not (held and held[slot] == e)]
-        for slot in travelling:
-            expert = wanted[slot]
+        num_sent = [0] * placement.num_ranks
+        for slot, expert in enumerate(replicas.expert_of_replica):
+            if expert == EMPTY or (held and held[slot] == expert):
+                continue
             host, index = divmod(slot, replicas.num_replica_slots)
             owner, owned_slot = divmod(placement.primary[expert], placement.slots_per_rank)
+            num_sent[owner] += 1
             if owner == ep_rank:
                 send[host].append(owned_slot)
             if host == ep_rank:
                 receive[owner].append(index)
-        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), len(travelling))
+        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), tuple(num_sent))
 
 
 @torch.no_grad()
 def send_weights(entries: Sequence[tuple[Sequence[torch.Tensor], int, Transfers]], ep_group) -> int:
-    """Fill the replica slots of layers from their owners, all in one exchange.
+    """Fill the replica slots of layers from their owners, in one exchange as long as that is balanced (`_batches`).
 
     entries: (storages [L + G, ...] of one dtype, L, transfers) for each layer, in the same order on every rank. Returns
     the bytes that this rank sent. Collective over ep_group, except that no rank communicates when there is no replica.
     """
-    leaving = _parts([[(storages, slots) for slots in move.send_W] for storages, _, move in entries])
-    arriving = _parts(
-        [[(storages, [owned + g for g in slots]) for slots in move.receive_W] for storages, owned, move in entries]
-    )
-    if not any(move.num_all for _, _, move in entries):
-        return 0
-    received, num_bytes = _swap(leaving, arriving, entries[0][0][0], ep_group)
-    for part, values in zip(arriving, received, strict=True):
-        for slot, value in zip(part, values, strict=True):
-            slot.copy_(value)
+    num_bytes = 0
+    for batch in _batches(entries, entries[0][0][0].shape[0] - entries[0][1] if entries else 0):
+        leaving = _parts([[(storages, slots) for slots in move.send_W] for storages, _, move in batch])
+        arriving = _parts(
+            [[(storages, [owned + g for g in slots]) for slots in move.receive_W] for storages, owned, move in batch]
+        )
+        received, sent = _swap(leaving, arriving, batch[0][0][0], ep_group)
+        num_bytes += sent
+        for part, values in zip(arriving, received, strict=True):
+            for slot, value in zip(part, values, strict=True):
+                slot.copy_(value)
     return num_bytes
 
 
 @torch.no_grad()
 def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> int:
-    """Add the gradients of replicas to those of the owners, of all layers in one exchange.
+    """Add the gradients of replicas to those of the owners, in one exchange as long as that is balanced.
 
     entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; all of one
     dtype. An owner sums its own gradient and those of the replicas, by ascending rank, in float32 at least, and rounds
     once: the same bits in every run. Returns the bytes that this rank sent. Collective as `send_weights`.
     """
-    leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in entries])
-    arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in entries])
-    if not any(move.num_all for _, _, move in entries):
-        return 0
-    received, num_bytes = _swap(leaving, arriving, entries[0][0][0], ep_group)
-    sums: dict[int, list] = {}
-    for part, values in zip(arriving, received, strict=True):
-        for slot, value in zip(part, values, strict=True):
-            entry = sums.setdefault(slot.data_ptr(), [slot, slot.to(torch.promote_types(slot.dtype, torch.float32))])
-            entry[1] = entry[1] + value
-    for slot, total in sums.values():
-        slot.copy_(total)
+    num_bytes = 0
+    for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
+        leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
+        arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
+        received, sent = _swap(leaving, arriving, batch[0][0][0], ep_group)
+        num_bytes += sent
+        addends: dict[int, list[torch.Tensor]] = {}
+        for part, values in zip(arriving, received, strict=True):
+            for slot, value in zip(part, values, strict=True):
+                addends.setdefault(slot.data_ptr(), [slot]).append(value)
+        for slot, *values in addends.values():
+            total = slot.to(torch.promote_types(slot.dtype, torch.float32))  # slot itself where that is its type
+            for value in values:
+                total.add_(value)
+            slot.copy_(total)
     return num_bytes
+
+
+def _batches(entries: Sequence[tuple], num_replicas: int) -> list[list[tuple]]:
+    """Layers that travel together: all of them, or less where one rank has much more to send than its slots receive.
+
+    So a rank stages at most twice the experts of all its replica slots, or W * G of them for a layer, however skewed
+    replication is; that is part of the budget in config.replica_bytes. The same on every rank.
+    """
+    limit, batches, total_W = 2 * len(entries) * num_replicas, [], None
+    for entry in entries:
+        num_sent_W = np.array(entry[2].num_sent_W)
+        if not num_sent_W.any():
+            continue
+        if batches and (total_W + num_sent_W).max() <= limit:
+            batches[-1].append(entry)
+            total_W = total_W + num_sent_W
+        else:
+            batches.append([entry])
+            total_W = num_sent_W
+    return batches
 
 
 def _parts(layers: list[list[tuple[Sequence[torch.Tensor], Sequence[int]]]]) -> list[list[torch.Tensor]]:
