@@ -26,6 +26,7 @@ OUTPUTS = (
     "metrics.jsonl",
     "spans.jsonl",
     "events.jsonl",
+    "loads.jsonl",
     "train.log",
     "console.log",
     "trace.npz",

@@ -22,7 +22,7 @@ SCHEMA = 1
 STATUSES = ("pending", "running", "ok", "oom", "timeout", "failed", "skipped")
 ENDED = ("ok", "oom", "timeout", "failed", "skipped")
 SOURCES = ("measured", "simulated")
-LINE_FILES = ("metrics", "spans", "events")
+LINE_FILES = ("metrics", "spans", "events", "loads")
 _BAR_KEYS = {"figure", "panel", "group", "series"}
 
 
@@ -239,6 +239,10 @@ class RunWriter:
     def event(self, line: dict) -> None:
         """Append one decision about expert placement to events.jsonl."""
         self._line("events", line)
+
+    def load(self, line: dict) -> None:
+        """Append one layer's load of experts and ranks to loads.jsonl."""
+        self._line("loads", line)
 
     def log(self, text: str) -> None:
         """Append `text` to train.log."""

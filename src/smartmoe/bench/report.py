@@ -81,19 +81,21 @@ class Report:
             record.write_json(self.path, self.data)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
-    default = Timing()
+def add_options(parser: argparse.ArgumentParser, *, timing: bool = True) -> None:
+    """The options that every benchmark has; `timing`: with those of `timing_of`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--warmup", type=_at_least(1), default=default.warmup, help="untimed iterations")
-    parser.add_argument("--iterations", type=_at_least(1), default=default.iterations, help="timed iterations, at most")
+    parser.add_argument("--seed", type=at_least(0), default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and where they come from to FILE")
+    parser.add_argument("--note", default="", help="free text for the JSON file, such as the commit where git is absent")
+    if not timing:
+        return
+    default = Timing()
+    parser.add_argument("--warmup", type=at_least(1), default=default.warmup, help="untimed iterations")
+    parser.add_argument("--iterations", type=at_least(1), default=default.iterations, help="timed iterations, at most")
     parser.add_argument(
         "--seconds", type=float, default=default.seconds, help="fewer iterations (5 at least) where they take longer"
     )
-    parser.add_argument("--seed", type=_at_least(0), default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and where they come from to FILE")
-    parser.add_argument("--note", default="", help="free text for the JSON file, such as the commit where git is absent")
 
 
 def timing_of(args: argparse.Namespace) -> Timing:
@@ -109,7 +111,9 @@ def settings_of(args: argparse.Namespace, **facts) -> dict:
     return {"dtype": dtype_of(args), "seed": args.seed, "note": args.note, "how": HOW, **asdict(timing_of(args)), **facts}
 
 
-def _at_least(smallest: int):
+def at_least(smallest: int):
+    """For argparse: an integer that is not smaller."""
+
     def number(text: str) -> int:
         if int(text) < smallest:
             raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")

@@ -62,8 +62,12 @@ def draw(spec: RoutingSpec, num_tokens: int, num_experts: int, top_k: int, ep_ra
         # the largest of log p + Gumbel noise are a draw without replacement
         score_TE = rng.gumbel(size=(num_tokens, num_experts)) - spec.exponent * np.log(place_E)
         return np.argsort(-score_TE, axis=1)[:, :top_k].copy()
-    count_E = _capped(_trace_counts(spec, ep_rank, num_experts), num_tokens, top_k)
-    return _spread(count_E, num_tokens, top_k, rng)
+    return assign(_trace_counts(spec, ep_rank, num_experts), num_tokens, top_k, rng)
+
+
+def assign(count_E: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
+    """[T, K] int64, distinct experts for each token, random but for the counts: those of `count_E`, as `capped`."""
+    return _spread(capped(count_E, num_tokens, top_k), num_tokens, top_k, rng)
 
 
 def _trace_counts(spec: RoutingSpec, ep_rank: int, num_experts: int) -> np.ndarray:
@@ -85,7 +89,7 @@ def _load(source: str, num_experts: int) -> ExpertTrace:
     return read_trace(source, experts=num_experts)
 
 
-def _capped(count_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
+def capped(count_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
     """Counts scaled to T * K, none above T; what is cut off goes to the other experts in proportion."""
     if top_k > len(count_E):
         raise ValueError(f"top_k = {top_k} is more than the {len(count_E)} experts")

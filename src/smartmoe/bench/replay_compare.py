@@ -1,0 +1,456 @@
+"""One MoE layer replays a trace under several ways of placing experts, side by side: what each gains and costs.
+
+Rank r of the world takes the counts of rank r of the trace (starting over where the trace has fewer), micro-batch m those of
+micro-batch m, scaled to T tokens x K; tokens and weights are the same in all modes. Every recorded iteration stands for as
+many training iterations as the trace steps by. In a recorded iteration that is timed, each mode in turn does one training
+step (forward and backward of all micro-batches, and what online placement does after a step), and that --repeat times;
+the last step of a recorded iteration is the one in which a decision may fall due. So a decision knows the iterations
+before, never the one it serves, except exact replication, which decides from each micro-batch's own counts. Iterations
+between the timed ones only feed the loads to those who decide.
+
+ms of an iteration = median of its steps without a decision + (the step with the decision - that median) / the training
+iterations from one decision to the next. Weight sends and gradient returns are inside every step. The slowest rank counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from smartmoe.bench import routing as routings
+from smartmoe.bench.measure import LeftAloneError, World, attempt, spread
+from smartmoe.bench.replay_layer import ReplayedLayer, fullest_over_mean
+from smartmoe.bench.report import DTYPES, Report, dtype_of
+from smartmoe.bench.shapes import Shape, parse_shape
+from smartmoe.config import (
+    ClusterSpec,
+    LayerConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+    check,
+    load,
+)
+from smartmoe.gates import Routing
+from smartmoe.layer import MoELayer
+from smartmoe.trace import ExpertTrace, read_trace
+
+NUM_LEAD_IN = 20  # recorded iterations before the first timed one from which decisions are taken
+NUM_WARMUP_STEPS = 3
+NUM_SYNTHETIC = 20  # timed iterations of the cases that need no trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One way of placing experts. `layer` None: as --dispatcher says; `even`: the tokens are spread evenly instead."""
+
+    about: str
+    online: OnlineConfig = OnlineConfig()
+    layer: LayerConfig | None = None
+    even: bool = False
+
+
+MODES = {
+    "balanced": Mode(about="force-balanced: the same tokens, every expert gets as many; nothing moves", even=True),
+    "static": Mode(about="experts in order, nothing moves"),
+    "every_100": Mode(about="greedy placement every 100 iterations", online=OnlineConfig(policy="greedy", interval=100)),
+    "every_10": Mode(about="greedy placement every 10 iterations", online=OnlineConfig(policy="greedy", interval=10)),
+    "history": Mode(about="copies of hot experts from history, decided anew every 10 iterations",
+                    online=OnlineConfig(replicate="history", interval=10)),
+    "exact": Mode(about="copies of hot experts for each micro-batch, from its own counts",
+                  online=OnlineConfig(replicate="exact")),
+    "shadowing": Mode(about="FasterMoE: overlapped exchange, hot experts' weights sent to all ranks (grouped GEMM)",
+                      layer=LayerConfig(dispatcher="overlapped", shadowing=True)),
+}  # fmt: skip
+
+
+class FixedGate(nn.Module):
+    """A gate that routes as it was told last."""
+
+    def __init__(self):
+        super().__init__()
+        self.routing: Routing | None = None
+
+    def set_placement(self, *_) -> None:
+        pass
+
+    def forward(self, x_TD, token_id_T, num_segments=1) -> Routing:
+        return self.routing
+
+
+class _NoInit(torch.overrides.TorchFunctionMode):
+    """Leaves out the drawing of initial values: on the host it takes longer than the measurement."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------------- players
+
+
+class Player:
+    """One mode: a layer of its own, and how it plays an iteration."""
+
+    def __init__(self, mode: Mode, config: RunConfig, online: OnlineConfig, tokens: Tokens):
+        self.mode, self.tokens, self.world = mode, tokens, tokens.world
+        group, device = self.world.group, self.world.device
+        dtype = getattr(torch, config.workload.dtype)
+        with _NoInit():
+            layer = MoELayer(config, layer_idx=0, ep_group=group, stage_group=group, dtype=dtype, device=device)
+        layer.gate = FixedGate()
+        generator = torch.Generator(device).manual_seed(config.workload.seed + self.world.ep_rank)
+        with torch.no_grad():
+            for weight in layer.experts.parameters():
+                weight.normal_(0.0, weight.shape[-2] ** -0.5 if weight.dim() == 3 else 0.02, generator=generator)
+        self.replayed = ReplayedLayer(layer, group, group, online)
+        for _ in range(NUM_WARMUP_STEPS):
+            self.step()
+        self.replayed.start_deciding()
+
+    def step(self, lead_cycles: int = 0) -> tuple[list, list[dict]]:
+        """One training step: (marks before it, before the decision and after; events). Collective."""
+        if lead_cycles and self.world.device.type == "cuda":
+            torch.cuda._sleep(lead_cycles)
+        self.world.align()
+        marks = [_mark(self.world)]
+        self.replayed.begin_step()
+        for micro in range(self.tokens.num_micro_batches):
+            token_id_BT = self._route(micro)
+            self.result = self.replayed.work(self.tokens.x_BTD, token_id_BT, self.tokens.grad_BTD)
+        self.replayed.end_step()
+        return self._decide(marks)
+
+    def feed(self) -> tuple[list, list[dict]]:
+        """Let the mode see an iteration without doing its work; the result is that of `step`. Collective."""
+        marks = [_mark(self.world)]
+        for micro in range(self.tokens.num_micro_batches):
+            token_id_BT = self._route(micro)
+            layer = self.replayed.layer
+            for observer in layer.observers:
+                observer(layer.layer_idx, layer.gate.routing, token_id_BT)
+        return self._decide(marks)
+
+    def load_max_over_mean(self) -> float:
+        """Fullest rank over mean rank in the iteration at hand, with experts where they are now; mean of micro-batches."""
+        if self.mode.even:
+            return 1.0
+        return float(np.mean([fullest_over_mean(self.replayed.rank_load(c)) for c in self.tokens.count_MSE]))
+
+    def _route(self, micro: int) -> torch.Tensor:
+        """Set the gate for a micro-batch, and return the ids of its tokens."""
+        self.replayed.layer.gate.routing = self.tokens.routing(micro, self.mode.even)
+        return self.tokens.token_id_BT + micro * self.tokens.token_id_BT.shape[1]
+
+    def _decide(self, marks: list) -> tuple[list, list[dict]]:
+        marks.append(_mark(self.world))
+        events = self.replayed.after_step()
+        marks.append(_mark(self.world))
+        self.replayed.drop_gradients()
+        return marks, events
+
+
+def _mark(world: World):
+    if world.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed_ms(start, end) -> float:
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+class Tokens:
+    """The tokens that all modes share, and how the iteration at hand routes them."""
+
+    def __init__(self, shape: Shape, world: World, dtype: torch.dtype, seed: int, num_micro_batches: int):
+        self.shape, self.world, self.seed, self.num_micro_batches = shape, world, seed, num_micro_batches
+        generator = torch.Generator(world.device).manual_seed(seed + world.ep_rank)
+        draw = lambda *size, **how: torch.randn(*size, generator=generator, device=world.device, **how)  # noqa: E731
+        self.x_BTD, self.grad_BTD = draw(2, 1, shape.num_tokens, shape.width, dtype=dtype)
+        self.weight_TK = draw(shape.num_tokens, shape.top_k).softmax(1).requires_grad_()
+        first = world.ep_rank * shape.num_tokens * num_micro_batches
+        self.token_id_BT = torch.arange(first, first + shape.num_tokens, device=world.device)[None]
+        self.zero = torch.zeros((), device=world.device)
+        even_E = np.ones(shape.num_experts, np.int64)
+        self.even_M = [self._draw(even_E, micro, num_micro_batches) for micro in range(num_micro_batches)]
+        self.expert_idx_M = self.even_M
+        self.count_MSE = np.zeros((num_micro_batches, world.num_ranks, shape.num_experts), np.int64)
+
+    def set_iteration(self, counts_RME: np.ndarray, row: int) -> None:
+        """Route as a recorded iteration from now on. counts_RME: of all ranks and micro-batches of the trace."""
+        shape, num_ranks = self.shape, self.world.num_ranks
+        rank_S, micro_M = (np.arange(num) % size for num, size in
+                           zip((num_ranks, self.num_micro_batches), counts_RME.shape, strict=False))  # fmt: skip
+        counts_SME = counts_RME[rank_S][:, micro_M]
+        self.count_MSE = np.array([
+            [routings.capped(count_E, shape.num_tokens, shape.top_k) for count_E in counts_SE]
+            for counts_SE in counts_SME.swapaxes(0, 1)
+        ])  # fmt: skip
+        mine_ME = counts_SME[self.world.ep_rank]
+        self.expert_idx_M = [self._draw(count_E, row, micro) for micro, count_E in enumerate(mine_ME)]
+
+    def routing(self, micro: int, even: bool) -> Routing:
+        return Routing((self.even_M if even else self.expert_idx_M)[micro], self.weight_TK, self.zero)
+
+    def _draw(self, count_E: np.ndarray, *seed: int) -> torch.Tensor:
+        rng = np.random.default_rng([self.seed, self.world.ep_rank, *seed])
+        drawn_TK = routings.assign(count_E, self.shape.num_tokens, self.shape.top_k, rng)
+        return torch.from_numpy(drawn_TK).to(self.world.device)
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which recorded iterations are played (rows of the trace), and which of them are timed."""
+
+    rows: tuple[int, ...]
+    timed: frozenset[int]
+    stride: int  # training iterations from one recorded iteration to the next
+
+    @classmethod
+    def of(cls, trace: ExpertTrace, every: int, iteration: int | None, limit: int | None) -> Schedule:
+        """Every `every`-th recorded iteration, at most `limit`; or the one numbered `iteration`. Raises ValueError."""
+        stride = int(np.median(np.diff(trace.iteration))) if len(trace.iteration) > 1 else 1
+        timed = range(0, len(trace.iteration), every)[:limit]
+        if iteration is not None:
+            timed = np.flatnonzero(trace.iteration == iteration).tolist()
+            if not timed:
+                span = f"{trace.iteration[0]} .. {trace.iteration[-1]} in steps of {stride}"
+                raise ValueError(f"--iteration {iteration}: the trace has {span}")
+        return cls(rows=tuple(range(max(0, timed[0] - NUM_LEAD_IN), timed[-1] + 1)), timed=frozenset(timed), stride=stride)
+
+    def in_steps(self, online: OnlineConfig, repeat: int) -> OnlineConfig:
+        """`online` with its interval in steps of a player. Raises ValueError when the trace steps by too much."""
+        if online.policy == "static" and online.replicate != "history":
+            return online
+        if online.interval % self.stride:
+            raise ValueError(f"the trace steps by {self.stride} iterations: no decisions every {online.interval}")
+        return dataclasses.replace(online, interval=online.interval // self.stride * repeat)
+
+
+def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, args, say) -> dict:
+    """Play the trace with all modes, one step of each in turn: this rank's times by mode. Collective."""
+    tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
+    seen = {name: {"step_ms": [], "decision_ms": [], "load": [], "num_moved": [], "difference": []} for name in players}
+    costs = {name: [] for name in players}
+    for row in schedule.rows:
+        is_timed = row in schedule.timed
+        tokens.set_iteration(trace.counts[row, :, args.layer], row)
+        loads = {name: player.load_max_over_mean() for name, player in players.items()}
+        marks: dict[str, list] = {name: [] for name in players}
+        for _ in range(args.repeat):
+            for name, player in players.items():
+                marks[name].append(player.step(args.lead_cycles) if is_timed else player.feed())
+        world.synchronize()
+        for name, steps in marks.items():
+            times = [([_elapsed_ms(a, b) for a, b in zip(at[:-1], at[1:], strict=True)], events) for at, events in steps]
+            costs[name] += [(after, sum(e["num_moved"] for e in events)) for (_, after), events in times if events]
+            if is_timed:
+                series = seen[name]
+                quiet = [sum(parts) for parts, events in times if not events]
+                series["step_ms"].append(quiet or [work for (work, _), _ in times])
+                series["decision_ms"].append([cost for cost, _ in costs[name]])
+                series["num_moved"].append(sum(moved for _, moved in costs[name]))
+                series["load"].append(loads[name])
+                series["difference"].append(_difference(players[name], players.get("static")))
+                costs[name] = []
+        if is_timed and (row % 10 == 0 or row == schedule.rows[-1]):
+            medians = "  ".join(f"{name} {np.median(s['step_ms'][-1]):.2f}" for name, s in seen.items())
+            say(f"iteration {trace.iteration[row]}: {medians} ms, static max/mean {loads.get('static', 0):.2f}")
+    return seen
+
+
+def _difference(player: Player, reference: Player | None) -> float | None:
+    """Largest relative distance (2-norm) of output and input gradient of the last step from those of `reference`."""
+    if reference is None or player.mode.even:
+        return None
+    pairs = zip(player.result, reference.result, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dict[str, dict]:
+    """The numbers of each mode from every rank's times; ms, the slowest rank in each step."""
+    timed = sorted(schedule.timed)
+    gaps = np.diff([timed[0] - 1, *timed]) * schedule.stride  # training iterations that a timed one stands for
+    gaps[0] = schedule.stride
+    rows = {}
+    for name in seen_W[0]:
+        step_IR = [np.max([seen[name]["step_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
+        cost_I = [np.max([seen[name]["decision_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
+        step_ms = np.array([np.median(steps) for steps in step_IR])
+        charged_ms = step_ms + np.array([cost.sum() for cost in cost_I]) / gaps
+        known = [d for seen in seen_W for d in seen[name]["difference"] if d is not None]
+        rows[name] = {
+            "ms": spread(charged_ms),
+            "step_ms": spread(step_ms),
+            "decision_ms": spread(np.concatenate(cost_I)) if any(map(len, cost_I)) else None,
+            "num_decisions": sum(map(len, cost_I)),
+            "num_moved": sum(seen_W[0][name]["num_moved"]),
+            "load_max_over_mean": spread(seen_W[0][name]["load"]),
+            "difference": max(known, default=None),
+            "series": {
+                "iteration": trace.iteration[timed].tolist(),
+                "ms": np.round(charged_ms, 5).tolist(),
+                "step_ms": np.round(step_ms, 5).tolist(),
+                "load_max_over_mean": np.round(seen_W[0][name]["load"], 4).tolist(),
+                "num_moved": seen_W[0][name]["num_moved"],
+            },
+        }
+    for row in rows.values():
+        ms_I = np.array(row["series"]["ms"])
+        if "balanced" in rows:
+            share_I = np.array(rows["balanced"]["series"]["ms"]) / ms_I
+            row["share_of_balanced"] = {"mean": round(float(share_I.mean()), 4), **spread(share_I)}
+        if "static" in rows:
+            row["speedup_over_static"] = spread(np.array(rows["static"]["series"]["ms"]) / ms_I)
+    return rows
+
+
+COLUMNS = (
+    "shape          case             mode        median ms (p10 - p90)   of balanced: mean   p10   over static  "
+    "max/mean (p90)   decision ms    n  moved  diff"
+)
+
+
+def format_row(row: dict) -> str:
+    start = f"{row['shape']:14.14s} {row['case']:16.16s} {row['mode']:10.10s}"
+    if row["status"] != "ok":
+        return f"{start} {row['status']}: {row['reason']}"
+    ms, load, decision = row["ms"], row["load_max_over_mean"], row["decision_ms"]
+    share, speedup = row.get("share_of_balanced"), row.get("speedup_over_static")
+    return (
+        f"{start} {ms['median']:9.3f} ({ms['p10']:.3f} - {ms['p90']:.3f})".ljust(68)
+        + (f"{share['mean']:17.1%} {share['p10']:6.1%}" if share else " " * 24)
+        + (f"{speedup['median']:13.3f}" if speedup else " " * 13)
+        + f"  {load['median']:7.3f} ({load['p90']:.3f})"
+        + (f"{decision['median']:14.3f}" if decision else " " * 13 + "-")
+        + f" {row['num_decisions']:4d} {row['num_moved']:6d}  "
+        + ("-" if row["difference"] is None else f"{row['difference']:.0e}")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ cases
+
+
+CASES = {
+    "trace": "the trace of --trace",
+    "balanced": "uniform routing: what it costs to have a mode switched on",
+    "hot80": "top-1 routing with 80 % of the tokens on one expert",
+}
+
+
+def shape_of(text: str) -> Shape:
+    """A shape as `parse_shape` knows it, or the MoE layer and the micro-batch of a run's .toml. Raises ValueError."""
+    if not text.endswith(".toml"):
+        return parse_shape(text)
+    config = load(text)
+    model = config.model
+    return Shape(name=Path(text).stem, num_tokens=config.workload.micro_batch_size * model.seq_len,
+                 width=model.hidden_size, ffn=model.ffn_size, num_experts=model.num_experts, top_k=model.top_k,
+                 activation=model.activation)  # fmt: skip
+
+
+def compare(args: argparse.Namespace, world: World) -> dict:
+    """Measure everything that `args` asks for and return what the JSON file has. Collective."""
+    named = ("seed", "note", "trace", "layer", "iteration", "every", "limit", "repeat", "micro_batches", "dispatcher",
+             "replica_slots", "lead_cycles")  # fmt: skip
+    settings = {"dtype": dtype_of(args), "how": __doc__, **{name: getattr(args, name) for name in named}}
+    report = Report("replay", world, args.json, settings, ("shape", "case", "mode"))
+    report.say(f"{world.num_ranks} x {report.data['provenance']['device']}, {dtype_of(args)}, dispatcher "
+               f"{args.dispatcher}. Slowest rank; with the cost of decisions and moves.\n{COLUMNS}")  # fmt: skip
+    try:
+        for case in args.cases:
+            for shape in args.shapes:
+                _run_case(args, case, shape, world, report)
+    except LeftAloneError as error:
+        report.give_up(error)
+    return report.data
+
+
+def _run_case(args, case: str, shape: Shape, world: World, report: Report) -> None:
+    if case == "hot80":
+        shape = dataclasses.replace(shape, top_k=1)
+    opened: list = []
+    status, reason, _ = attempt(world, lambda: opened.append(_open(args, case, shape)))
+    outcomes = dict.fromkeys(args.modes, (status, reason))
+    rows: dict[str, dict] = {}
+    if status == "ok":
+        trace, schedule = opened[0]
+        outcomes, rows = _measure(args, trace, schedule, shape, world, report)
+    for name, (status, reason) in outcomes.items():
+        row = {"shape": shape.name, "case": _label(args, case), "mode": name, "about": MODES[name].about,
+               "sizes": asdict(shape), "status": status, "reason": reason, **rows.get(name, {})}  # fmt: skip
+        report.begin(row)
+        report.end(row, format_row(row))
+
+
+def _measure(args, trace, schedule, shape, world, report) -> tuple[dict[str, tuple[str, str]], dict[str, dict]]:
+    """(status and reason of each mode, numbers of those that are ok). A mode that cannot be made is left out."""
+    tokens = Tokens(shape, world, DTYPES[dtype_of(args)], args.seed, args.micro_batches)
+    tokens.set_iteration(trace.counts[schedule.rows[0], :, args.layer], schedule.rows[0])
+    outcomes, players, seen = {}, {}, []
+    for name in args.modes:
+        made = attempt(world, lambda name=name: players.update({name: _player(args, name, schedule, tokens)}))
+        outcomes[name] = made[:2]
+        if made[0] != "ok":
+            players.pop(name, None)
+    if not players:
+        return outcomes, {}
+    played = attempt(world, lambda: seen.append(play(players, schedule, trace, args, report.say)))
+    if played[0] != "ok":
+        return {name: played[:2] if name in players else outcome for name, outcome in outcomes.items()}, {}
+    return outcomes, summarise(world.share(seen[0]), schedule, trace)
+
+
+def _label(args, case: str) -> str:
+    if case != "trace":
+        return case
+    return f"it {args.iteration} L{args.layer}" if args.iteration is not None else f"L{args.layer}"
+
+
+def _open(args, case: str, shape: Shape) -> tuple[ExpertTrace, Schedule]:
+    source = {"balanced": "synthetic:uniform", "hot80": "synthetic:one-hot,share=0.8"}.get(case, args.trace)
+    if source is None:
+        raise ValueError("give --trace FILE, or --cases hot80 balanced, which need none")
+    num_rows = NUM_SYNTHETIC * args.every
+    copies = shape.num_tokens * shape.top_k
+    trace = read_trace(source, experts=shape.num_experts, iterations=num_rows, layers=args.layer + 1, copies=copies)
+    num_layers, num_experts = trace.counts.shape[2], trace.counts.shape[4]
+    if num_experts != shape.num_experts or not 0 <= args.layer < num_layers:
+        raise ValueError(f"{source} has {num_experts} experts and layers 0 .. {num_layers - 1}; asked for are "
+                         f"{shape.num_experts} experts and layer {args.layer}")  # fmt: skip
+    iteration = args.iteration if case == "trace" else None
+    return trace, Schedule.of(trace, args.every, iteration, args.limit)
+
+
+def _player(args, name: str, schedule: Schedule, tokens: Tokens) -> Player:
+    """Made and warmed up."""
+    mode, shape, world = MODES[name], tokens.shape, tokens.world
+    online = dataclasses.replace(mode.online, replica_slots=args.replica_slots if mode.online.replicate != "never" else 0)
+    # what the shadowing rule is told of the cluster: of this GPU, or of a CPU, as in scripts/clusters
+    speeds = {"intra_node_gbytes_per_s": 350.0, "tflops": 700.0} if world.device.type == "cuda" else {}
+    config = check(RunConfig(
+        model=ModelConfig(hidden_size=shape.width, ffn_size=shape.ffn, num_heads=1, seq_len=shape.num_tokens,
+                          num_experts=shape.num_experts, top_k=shape.top_k, activation=shape.activation,
+                          expert_bias=False),
+        layer=mode.layer or LayerConfig(dispatcher=args.dispatcher, row_factor=float(world.num_ranks)),
+        online=online,
+        workload=Workload(global_batch_size=world.num_ranks * args.micro_batches, micro_batch_size=1, seed=args.seed,
+                          dtype=dtype_of(args)),
+        plan=ParallelPlan(dp=world.num_ranks, ep=world.num_ranks),
+        cluster=ClusterSpec(device=world.device.type, ranks_per_node=world.num_ranks, memory_gbytes=1e3, **speeds),
+    ), name)  # fmt: skip
+    return Player(mode, config, schedule.in_steps(online, args.repeat), tokens)

@@ -1,0 +1,89 @@
+"""One MoE layer with what an optimizer keeps beside it, and training steps on it: what every replay consists of."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from smartmoe.config import OnlineConfig
+from smartmoe.layer import MoELayer
+from smartmoe.online import OnlinePlacement
+from smartmoe.replicas import HistoryReplication, return_all, send_all
+from smartmoe.solvers import solve_exact_step
+
+
+class ReplayedLayer:
+    """`layer` as a trainer treats it, but for the optimizer's arithmetic.
+
+    A step is begin_step, work for each micro-batch, after_step. What moves with an expert is complete: weights, fp32
+    masters (of 16-bit weights) and two moments. Replicas that stay for a step get their weights in begin_step, and
+    after_step returns their gradients.
+    """
+
+    def __init__(self, layer: MoELayer, ep_group, stage_group, online: OnlineConfig):
+        self.layer, self.online_config = layer, online
+        self._ep_group, self._stage_group = ep_group, stage_group
+        weights = list(layer.experts.parameters())
+        extra = 2 if weights[0].dtype == torch.float32 else 3
+        self.state = [w.data for w in weights]
+        if online.policy != "static":
+            self.state += [torch.zeros_like(w, dtype=torch.float32) for w in weights for _ in range(extra)]
+        self._history = [layer.replication] if isinstance(layer.replication, HistoryReplication) else []
+        self._owned_grads = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._history]
+        self._online: OnlinePlacement | None = None
+        self.num_steps = 0
+
+    @property
+    def decides(self) -> bool:
+        """Whether something is decided between iterations."""
+        return self.online_config.policy != "static" or bool(self._history)
+
+    def start_deciding(self) -> None:
+        """From now on steps count, and placement acts after them. Before, steps warm up."""
+        self.num_steps = 0
+        self._online = OnlinePlacement(
+            [self.layer], self.online_config, ep_group=self._ep_group, stage_group=self._stage_group,
+            state_of=lambda _: self.state,
+        )  # fmt: skip
+
+    def begin_step(self) -> None:
+        """Collective over the expert group."""
+        if self._history:
+            send_all(self._history, self._ep_group)
+
+    def work(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor, grad_BTD: torch.Tensor):
+        """Forward and backward of one micro-batch: (output, gradient of the input). Collective over the expert group."""
+        x_BTD = x_BTD.detach().requires_grad_()
+        y_BTD, _ = self.layer(x_BTD, token_id_BT)
+        y_BTD.backward(grad_BTD)
+        return y_BTD.detach(), x_BTD.grad
+
+    def end_step(self) -> None:
+        """Return replicas' gradients. Collective over the expert group."""
+        if self._history:
+            return_all(self._history, self._owned_grads, self._ep_group)
+
+    def drop_gradients(self) -> None:
+        for param in self.layer.parameters():
+            param.grad = None
+
+    def after_step(self) -> list[dict]:
+        """What placement does after a step; returns its events. Collective over the stage."""
+        self.num_steps += 1
+        return self._online.after_step(self.num_steps) if self._online else []
+
+    def rank_load(self, count_SE: np.ndarray) -> np.ndarray:
+        """[W] float64, token copies that each rank computes when the sources hold count_SE [W, E] of a micro-batch, as
+        planned: hashing tokens to hosts may add a little."""
+        online, placement = self.online_config, self.layer.placement
+        if online.replicate == "exact":
+            replicas = solve_exact_step(count_SE, placement, online.replica_slots)
+        else:
+            replicas = self.layer.replicas
+        return replicas.host_load(count_SE)
+
+
+def fullest_over_mean(rank_load_W: np.ndarray) -> float:
+    """1.0 is perfect balance, or no load at all."""
+    return float(rank_load_W.max() / rank_load_W.mean()) if rank_load_W.any() else 1.0
+

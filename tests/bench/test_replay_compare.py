@@ -1,0 +1,126 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from smartmoe import trace as tr
+from smartmoe.bench import measure, replay, replay_compare
+from smartmoe.bench.replay_compare import MODES, Schedule, Tokens, shape_of, summarise
+from smartmoe.bench.routing import capped
+from tests.dist import spawn
+
+SIZE = "64,16,16,8,2"
+
+
+def trace_of(iterations):
+    counts = np.zeros((len(iterations), 2, 1, 2, 8), np.int32)
+    counts += np.arange(1, 9, dtype=np.int32)
+    return tr.ExpertTrace(counts, np.array(iterations))
+
+
+def test_a_schedule_plays_what_decisions_need_and_times_the_rest():
+    trace = trace_of(range(1, 400, 10))
+    every = Schedule.of(trace, 4, None, None)
+    assert every.stride == 10 and every.rows == tuple(range(37)) and sorted(every.timed) == list(range(0, 40, 4))
+    one = Schedule.of(trace, 1, 301, None)
+    assert one.timed == {30} and one.rows == tuple(range(10, 31))  # 20 before it, nothing after
+    assert sorted(Schedule.of(trace, 1, None, 3).timed) == [0, 1, 2]
+    with pytest.raises(ValueError, match="1 .. 391 in steps of 10"):
+        Schedule.of(trace, 1, 302, None)
+    # a player does 5 steps in a recorded iteration, which stands for 10 iterations of training
+    assert every.in_steps(MODES["every_100"].online, 5).interval == 50
+    assert every.in_steps(MODES["static"].online, 5) == MODES["static"].online
+    with pytest.raises(ValueError, match="steps by 20"):
+        Schedule.of(trace_of([1, 21, 41]), 1, None, None).in_steps(MODES["every_10"].online, 5)
+
+
+def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_counts():
+    trace = trace_of([1, 11, 21, 31])
+    schedule = Schedule.of(trace, 2, None, None)  # times iterations 1 and 21
+
+    def seen(step, cost):
+        series = {"step_ms": step, "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "difference": [None, 1e-7]}
+        return series
+
+    balanced = seen([[1.0, 1.0], [2.0, 2.0]], [[], []])
+    static, mode = seen([[2.0, 2.0], [4.0, 4.0]], [[], []]), seen([[2.0, 1.0], [2.0, 2.0]], [[], [8.0]])
+    fast = {"balanced": balanced, "static": static, "m": mode}
+    slow = {**fast, "m": seen([[1.0, 3.0], [2.0, 2.0]], [[], [10.0]])}
+    rows = summarise([fast, slow], schedule, trace)
+    moved = rows["m"]
+    assert moved["series"]["step_ms"] == [2.5, 2.0]  # median of max(2, 1) and max(1, 3)
+    assert moved["series"]["ms"] == [2.5, 2.5]  # 10 ms for the 20 iterations of training since iteration 1
+    assert moved["share_of_balanced"]["mean"] == pytest.approx((1 / 2.5 + 2 / 2.5) / 2)
+    assert moved["speedup_over_static"]["median"] == pytest.approx((2 / 2.5 + 4 / 2.5) / 2)
+    assert moved["num_decisions"] == 1 and moved["num_moved"] == 3 and moved["difference"] == 1e-7
+    assert json.dumps(rows)
+    for row in rows.values():
+        replay_compare.format_row({"shape": "S", "case": "c", "mode": "m", "status": "ok", **row})
+
+
+def test_ranks_and_micro_batches_take_their_own_counts_and_start_over():
+    world = SimpleNamespace(num_ranks=4, ep_rank=3, device=torch.device("cpu"))
+    tokens = Tokens(shape_of(SIZE), world, torch.float32, 1, 3)
+    counts_RME = np.random.default_rng(0).integers(1, 50, (2, 2, 8))
+    tokens.set_iteration(counts_RME, 0)
+    assert tokens.count_MSE.shape == (3, 4, 8) and (tokens.count_MSE.sum(2) == 128).all()
+    for micro in range(3):
+        got = np.bincount(tokens.expert_idx_M[micro].flatten().numpy(), minlength=8)
+        assert got.tolist() == capped(counts_RME[1, micro % 2], 64, 2).tolist() == tokens.count_MSE[micro, 3].tolist()
+    even = np.bincount(tokens.even_M[0].flatten().numpy(), minlength=8)
+    assert even.tolist() == [16] * 8
+
+
+def _world(world_rank, json_path):
+    args = replay.parse_args(
+        ["--device", "cpu", "--dispatcher", "basic", "--shapes", SIZE, "--trace", "synthetic:zipf-strong,seed=3,ranks=2",
+         "--limit", "12", "--repeat", "2", "--layer", "1", "--micro-batches", "2", "--replica-slots", "1",
+         "--json", json_path]
+    )  # fmt: skip
+    world = measure.World(torch.device("cpu"))
+    data = replay_compare.compare(args, world)
+    wrong = replay.parse_args(["--device", "cpu", "--shapes", SIZE, "--trace", "synthetic:uniform,experts=4"])
+    data["wrong"] = replay_compare.compare(wrong, world)["rows"]
+    hot = replay.parse_args(["--device", "cpu", "--shapes", SIZE, "--cases", "hot80", "balanced", "--limit", "1",
+                             "--modes", "balanced", "static", "exact", "--dispatcher", "basic"])  # fmt: skip
+    data["hot"] = replay_compare.compare(hot, world)["rows"]
+    return data
+
+
+def test_every_mode_plays_the_same_tokens(tmp_path):
+    path = tmp_path / "out.json"
+    data = spawn(_world, 2, str(path))[0]
+    rows = {row["mode"]: row for row in data["rows"]}
+    assert list(rows) == list(MODES) and {row["status"] for row in rows.values()} == {"ok"}, data["rows"]
+    load = {mode: row["series"]["load_max_over_mean"] for mode, row in rows.items()}
+    assert load["balanced"] == [1.0] * 12 and min(load["static"]) > 1.05
+    # what is learned in the first ten iterations serves the eleventh, not the tenth
+    assert load["every_10"][:10] == load["static"][:10] and load["every_10"][10] < load["static"][10]
+    assert load["every_100"] == load["static"]
+    assert np.mean(load["exact"]) < np.mean(load["static"]) and max(load["exact"]) < 1.1
+    assert rows["every_10"]["num_decisions"] == 1 and rows["every_10"]["num_moved"] > 0
+    assert rows["every_10"]["decision_ms"]["median"] > 0 and rows["static"]["num_decisions"] == 0
+    # moved and copied experts give the same answers
+    assert all(row["difference"] < 1e-5 for mode, row in rows.items() if mode != "balanced")
+    assert rows["static"]["share_of_balanced"]["mean"] > 0 and rows["static"]["speedup_over_static"]["median"] == 1.0
+    saved = json.loads(path.read_text())
+    assert saved["kind"] == "replay" and saved["settings"]["micro_batches"] == 2 and len(saved["rows"]) == len(MODES)
+
+    assert {row["status"] for row in data["wrong"]} == {"skipped"} and "4 experts" in data["wrong"][0]["reason"]
+    hot = {(row["case"], row["mode"]): row for row in data["hot"]}
+    assert hot["hot80", "static"]["sizes"]["top_k"] == 1 and hot["balanced", "static"]["sizes"]["top_k"] == 2
+    assert hot["hot80", "static"]["load_max_over_mean"]["median"] > 1.6
+    assert hot["hot80", "exact"]["load_max_over_mean"]["median"] < 1.1
+    assert hot["balanced", "static"]["load_max_over_mean"]["median"] < 1.2
+
+
+def test_a_shape_may_be_that_of_a_run(tmp_path):
+    (tmp_path / "run.toml").write_text("[model]\nhidden_size = 32\nffn_size = 48\nseq_len = 16\nnum_experts = 4\n"
+                                       "[workload]\nmicro_batch_size = 3\n")  # fmt: skip
+    shape = shape_of(str(tmp_path / "run.toml"))
+    assert (shape.num_tokens, shape.width, shape.ffn, shape.num_experts, shape.top_k) == (48, 32, 48, 4, 2)
+    assert replay.parse_args(["--shapes", str(tmp_path / "run.toml")]).shapes == [shape]
+    with pytest.raises(SystemExit):
+        replay.parse_args(["--shapes", "S99"])
