@@ -1,0 +1,234 @@
+"""Triton kernels of replication between GPUs that reach each other's memory: plan, weights to replicas, gradients back.
+
+Addresses, flags and `state` are those of `direct_kernels`. replica_N [W * G] int32 is the plan that all ranks have alike:
+the expert in each replica slot, -1 = none. primary_E [E] int32: the owned slot (ep_rank * L + index) of each expert. A
+storage is one weight of all L + G slots of a rank; S numbers the storages of a layer, addresses_SW has the address of each
+on every rank. Where no slot is in use, nothing is sent and nobody waits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from smartmoe.dispatch.direct_kernels import _peer, _signal, _wait
+
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
+_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
+_MIX_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
+
+
+@triton.jit
+def _solver_pass(load_E, owner_E, target, min_weight, W, G, W_PAD: tl.constexpr, E_PAD: tl.constexpr, N_PAD: tl.constexpr,
+                 BUCKETS: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
+    """One pass of solvers.solve_exact_step, with the experts that it closes one by one closed together.
+
+    Returns (replica_N, bucket_EW, weight of the fullest rank)."""
+    e, w, n = tl.arange(0, E_PAD), tl.arange(0, W_PAD), tl.arange(0, N_PAD)
+    owns_EW = owner_E[:, None] == w[None, :]
+    bucket_EW = tl.where(owns_EW, BUCKETS, 0).to(tl.int64)
+    kept_E = load_E * BUCKETS  # on the owner; -1 = the expert is closed
+    rank_W = tl.sum(tl.where(owns_EW, kept_E[:, None], 0), 0)
+    used_W = tl.zeros((W_PAD,), tl.int32)
+    closed_W = w >= W
+    replica_N = tl.full((N_PAD,), -1, tl.int32)
+    never = target * W + 1  # more than any rank can weigh
+    heaviest = tl.max(tl.where(closed_W, -1, rank_W), 0)
+    while heaviest > target + target // NEAR:
+        source = tl.argmax(tl.where(closed_W, -1, rank_W), 0)
+        mine_E = (owner_E == source) & (kept_E > 0)
+        free_EW = (used_W < G)[None, :] & (bucket_EW == 0) & (w < W)[None, :] & (owns_EW == 0)
+        least_E, host_E = tl.min(tl.where(free_EW, rank_W[None, :], never), 1, return_indices=True)
+        room_E = tl.minimum(heaviest - target, target - least_E)
+        fits_E = (room_E + load_E // 2) // tl.maximum(load_E, 1)
+        fits_E = tl.minimum(fits_E, kept_E // tl.maximum(load_E, 1))
+        good_E = mine_E & (least_E < never) & (fits_E > 0) & (fits_E * load_E >= min_weight)
+        most, chosen = tl.max(tl.where(good_E, kept_E, -1), 0, return_indices=True)
+        is_copy = most > 0
+        ahead_E = (kept_E > most) | ((kept_E == most) & (e < chosen)) | (most < 0)
+        kept_E = tl.where(mine_E & (good_E == 0) & ahead_E, -1, kept_E)
+        closed_W = closed_W | ((w == source) & (most < 0))
+        is_chosen_E = (e == chosen) & is_copy
+        host = tl.sum(tl.where(is_chosen_E, host_E, 0), 0)
+        buckets = tl.sum(tl.where(is_chosen_E, fits_E, 0), 0)
+        weight = tl.sum(tl.where(is_chosen_E, fits_E * load_E, 0), 0)
+        place = host * G + tl.sum(tl.where(w == host, used_W, 0), 0)
+        replica_N = tl.where((n == place) & is_copy, chosen, replica_N)
+        used_W += ((w == host) & is_copy).to(tl.int32)
+        moved_W = (w == host).to(tl.int64) - (w == source).to(tl.int64)
+        bucket_EW += tl.where(is_chosen_E[:, None], moved_W[None, :] * buckets, 0)
+        rank_W += moved_W * weight
+        kept_E = tl.where(is_chosen_E, kept_E - weight, kept_E)
+        heaviest = tl.max(tl.where(closed_W, -1, rank_W), 0)
+    return replica_N, bucket_EW, tl.max(rank_W, 0)
+
+
+@triton.jit
+def plan_kernel(expert_N, part_PE, primary_E, replica_N, bound_EW, slot_EW, peers_W, state, count_offset, flag_offset, me,
+                num_copies, L, G, E, min_weight, BUCKETS: tl.constexpr, NEAR: tl.constexpr, W: tl.constexpr,
+                W_PAD: tl.constexpr, E_PAD: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Count this rank's copies of each expert, tell all ranks, and decide as solvers.solve_exact_step.
+
+    Rank w hosts the buckets of expert e from bound_EW[e, w - 1] to bound_EW[e, w], in its physical slot slot_EW[e, w].
+    min_weight: copies that an expert must take along to be worth sending, times BUCKETS.
+    state: [2] of the counts, as of all calls, and [2] the blocks that have counted. The counts of two calls in a row lie
+    in two places: a rank that is one call ahead disturbs nobody.
+    """
+    e = tl.arange(0, E_PAD)
+    count_E = tl.zeros((E_PAD,), tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, num_copies, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        expert = tl.load(expert_N + i, mask=i < num_copies, other=-1).to(tl.int32)
+        count_E += tl.histogram(expert, E_PAD, mask=expert >= 0)
+    tl.store(part_PE + tl.program_id(0) * E_PAD + e, count_E)
+    tl.debug_barrier()
+    if tl.atomic_add(state + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(state + 2, 0)
+        count_E = tl.zeros((E_PAD,), tl.int32)
+        for part in range(tl.num_programs(0)):
+            count_E += tl.load(part_PE + part * E_PAD + e)
+        turn = (tl.load(state + 1) & 1) * W
+        for step in tl.static_range(W):
+            peer = (me + 1 + step) % W
+            tl.store(_peer(peers_W, peer, count_offset, tl.int32) + (turn + me) * E_PAD + e, count_E)
+        _signal(peers_W, state, flag_offset, me, 1, W)
+        tl.debug_barrier()  # all threads of the block must read the same number of the call
+        _wait(peers_W, state, flag_offset, me, W)
+        load_E = tl.zeros((E_PAD,), tl.int64)
+        for source in tl.static_range(W):
+            load_E += tl.load(_peer(peers_W, me, count_offset, tl.int32) + (turn + source) * E_PAD + e).to(tl.int64)
+        primary = tl.load(primary_E + e, mask=e < E, other=-1)
+        owner_E = tl.where(e < E, primary // L, -1)
+        target = (tl.sum(load_E, 0) * BUCKETS + W - 1) // W
+        replica, bucket_EW, fullest = _solver_pass(
+            load_E, owner_E, target, min_weight, W, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
+        )
+        if fullest > target + target // NEAR:
+            target += (fullest - target) // 2
+            other, other_EW, other_fullest = _solver_pass(
+                load_E, owner_E, target, min_weight, W, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
+            )
+            is_better = other_fullest < fullest
+            replica, bucket_EW = tl.where(is_better, other, replica), tl.where(is_better, other_EW, bucket_EW)
+        w, n = tl.arange(0, W_PAD), tl.arange(0, N_PAD)
+        at, inside = e[:, None] * W + w[None, :], (e < E)[:, None] & (w < W)[None, :]
+        tl.store(bound_EW + at, tl.cumsum(bucket_EW, 1).to(tl.int32), mask=inside)
+        owned = primary + owner_E * G
+        tl.store(slot_EW + at, tl.where(owner_E[:, None] == w[None, :], owned[:, None], -1), mask=inside)
+        tl.store(replica_N + n, replica, mask=n < W * G)
+        tl.debug_barrier()  # before the replicas' slots overwrite some of these
+        host = n // G
+        tl.store(slot_EW + replica * W + host, host * (L + G) + L + n % G, mask=(n < W * G) & (replica >= 0))
+
+
+@triton.jit
+def _shifted(z, bits: tl.constexpr):
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@triton.jit
+def _mixed(z):
+    """As smartmoe.ops.hashing._mix."""
+    z = (z ^ _shifted(z, 30)) * _MIX_1
+    z = (z ^ _shifted(z, 27)) * _MIX_2
+    return z ^ _shifted(z, 31)
+
+
+@triton.jit
+def reroute_kernel(expert_N, token_id_T, bound_EW, slot_EW, slot_N, num_copies, K, W, BUCKETS: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """The physical slot of each copy, as ops.plan.slots_of with the table that bound_EW stands for: rank w hosts the buckets
+    of expert e from bound_EW[e, w - 1] to bound_EW[e, w], in slot_EW[e, w]."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(expert_N + n, mask=n < num_copies, other=-1)
+    routed = expert >= 0
+    token_id = tl.load(token_id_T + n // K, mask=n < num_copies, other=0)
+    bucket = (_mixed(token_id + (n % K + 1).to(tl.int64) * _GOLDEN) & (BUCKETS - 1)).to(tl.int32)
+    at = expert * W
+    host = tl.zeros((BLOCK,), tl.int32)
+    for rank in range(W - 1):
+        host += (bucket >= tl.load(bound_EW + at + rank, mask=routed, other=BUCKETS)).to(tl.int32)
+    slot = tl.load(slot_EW + at + host, mask=routed, other=-1)
+    tl.store(slot_N + n, slot.to(tl.int64), mask=n < num_copies)
+
+
+@triton.jit
+def pull_kernel(replica_N, primary_E, addresses_SW, words_S, first, last, me, L, G, W, BLOCK: tl.constexpr):
+    """Fill this rank's replica slots of storages first .. last - 1 from the owners' memory. words_S: [S] int64 4-byte words
+    of a slot."""
+    for index in range(G):
+        expert = tl.load(replica_N + me * G + index)
+        if expert >= 0:
+            source = tl.load(primary_E + expert)
+            for storage in range(first, last):
+                words = tl.load(words_S + storage)
+                theirs = _peer(addresses_SW + storage * W, source // L, source % L * words * 4, tl.int32)
+                mine = _peer(addresses_SW + storage * W, me, (L + index) * words * 4, tl.int32)
+                for start in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
+                    i = start + tl.arange(0, BLOCK)
+                    tl.store(mine + i, tl.load(theirs + i, mask=i < words), mask=i < words)
+
+
+@triton.jit
+def _stage(grad, replica_N, peers_W, stage_offset, size, me, L, G, BLOCK: tl.constexpr):
+    """Copy the gradients of this rank's replicas to where the owners can read them."""
+    stage = _peer(peers_W, me, stage_offset, grad.dtype.element_ty)
+    for index in range(G):
+        if tl.load(replica_N + me * G + index) >= 0:
+            for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                row = tl.load(grad + (L + index) * size + i, mask=i < size)
+                tl.store(stage + index * size + i, row, mask=i < size)
+
+
+@triton.jit
+def _add(grad, replica_N, primary_E, peers_W, stage_offset, size, me, L, G, num_replicas, N_PAD: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
+    """Add to the gradients of owned experts those of their replicas, ranks ascending, in float32 and rounded once."""
+    n = tl.arange(0, N_PAD)
+    everywhere = tl.load(replica_N + n, mask=n < num_replicas, other=-1)
+    for replica in range(num_replicas):
+        expert = tl.load(replica_N + replica)
+        is_first = tl.sum(((everywhere == expert) & (n < replica)).to(tl.int32), 0) == 0
+        owned = tl.load(primary_E + expert, mask=expert >= 0, other=-1) - me * L
+        if (expert >= 0) & is_first & (owned >= 0) & (owned < L):
+            for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                at = grad + owned * size + i
+                total = tl.load(at, mask=i < size, other=0.0).to(tl.float32)
+                for other in range(replica, num_replicas):
+                    if tl.load(replica_N + other) == expert:
+                        stage = _peer(peers_W, other // G, stage_offset, grad.dtype.element_ty)
+                        at_peer = stage + other % G * size + i
+                        total += tl.load(at_peer, mask=i < size, other=0.0).to(tl.float32)
+                tl.store(at, total.to(grad.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def return_kernel(grad_a, grad_b, replica_N, primary_E, sizes_S, peers_W, state, first, stage_a, stage_b, flag_offset,
+                  done_offset, me, L, G, num_replicas, W: tl.constexpr, HAS_B: tl.constexpr, N_PAD: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Add the gradients of replicas to those of their owners, for storage `first` and, if HAS_B, the one behind it.
+
+    grad_a, grad_b: [L + G, ...]; sizes_S: [S] int64 elements of a slot. state: [4] int32, of the stagings and of the
+    additions. A rank stages again only after all have added what was staged.
+    """
+    n = tl.arange(0, N_PAD)
+    if tl.max(tl.load(replica_N + n, mask=n < num_replicas, other=-1), 0) >= 0:
+        size_a, size_b = tl.load(sizes_S + first), tl.load(sizes_S + first + HAS_B)
+        _wait(peers_W, state + 2, done_offset, me, W)
+        call = tl.load(state + 1) + 1  # the last block to arrive counts it up: no block may ask after its own arrival
+        _stage(grad_a, replica_N, peers_W, stage_a, size_a, me, L, G, BLOCK)
+        if HAS_B:
+            _stage(grad_b, replica_N, peers_W, stage_b, size_b, me, L, G, BLOCK)
+        _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
+        flags = _peer(peers_W, me, flag_offset, tl.int32)
+        for peer in tl.static_range(W):
+            seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
+            while seen - call < 0:
+                seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
+        tl.debug_barrier()
+        _add(grad_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
+        if HAS_B:
+            _add(grad_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
+        _signal(peers_W, state + 2, done_offset, me, tl.num_programs(0), W)

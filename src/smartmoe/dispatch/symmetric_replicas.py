@@ -1,0 +1,197 @@
+"""Exact replication between GPUs that reach each other's memory: decided, sent and returned on the device.
+
+Each micro-batch decides from its own counts which experts get replicas, on every rank alike; the host never waits and
+never learns what was decided. Needs what `smartmoe.dispatch.symmetric` needs. W ranks, E experts, L owned and G replica
+slots of a rank, N = W * G replica slots of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from smartmoe.dispatch.symmetric import _allocate, _power_of_two
+from smartmoe.ops.all_to_all import group_rank, group_size
+from smartmoe.placement import BUCKETS, Placement
+from smartmoe.solvers.exact_step import NEAR
+
+COPY_COST = 512  # token copies that are computed while one expert travels there and its gradient back
+_ALIGNMENT = 256
+_COPY_ALIGNMENT = 16
+_COUNT_BLOCK = 4096
+_MAX_COUNT_BLOCKS = 64
+_NUM_PULL_BLOCKS, _PULL_WORDS = 32, 8192
+_NUM_RETURN_BLOCKS, _RETURN_ELEMENTS = 64, 4096
+_WARPS = 8
+_BOARDS: dict[tuple, _Board] = {}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one micro-batch decided, on the device. slot_TK: [T, K] int64 physical slot of each copy, -1 = dropped;
+    replica_N: [N] int32 expert in each replica slot of all ranks, -1 = empty."""
+
+    slot_TK: torch.Tensor
+    replica_N: torch.Tensor
+
+
+class SymmetricReplication:
+    """Replication of one layer's experts by the counts of each micro-batch; a layer's view of it is
+    smartmoe.replicas.Replication.
+
+    Building a layer (`allocate`, the first `set_placement`) is collective over the group. So are `plan` and `return_grads`,
+    by flags in the peers' memory, without host synchronisation; they can be captured in a CUDA graph. All ranks make the
+    same calls in the same order.
+    Between the filling of replica slots and the next change of any owner's weights there must be an exchange of the whole
+    group on the stream of the layer, as the combine of the direct dispatcher is: it tells owners that all have read.
+    """
+
+    def __init__(self, ep_group, num_replicas: int, copy_cost: int = COPY_COST):
+        self.group, self.num_replicas, self.copy_cost = ep_group, num_replicas, copy_cost
+        self.num_ranks, self.ep_rank = group_size(ep_group), group_rank(ep_group)
+        self._addresses: dict[int, list[int]] = {}
+        self._board: _Board | None = None
+        self._held: StepPlan | None = None
+
+    def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
+        """Zeroed memory [L + G, ...] that all ranks of the group reach. Collective.
+
+        Raises ValueError when a slot is not a multiple of 16 bytes.
+        """
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if num_bytes // shape[0] % _COPY_ALIGNMENT:
+            raise ValueError(
+                f"exact replication: {num_bytes // shape[0]} bytes of a weight {list(shape[1:])} are no multiple of "
+                f"{_COPY_ALIGNMENT}: change hidden_size or ffn_size"
+            )
+        buffer, addresses = _allocate(num_bytes, torch.device(device), self.group)
+        storage = buffer[:num_bytes].view(dtype).view(shape)
+        self._addresses[storage.data_ptr()] = addresses
+        return storage
+
+    def bind(self, storages: Sequence[torch.Tensor]) -> None:
+        """Take the layer's storages, all from `allocate`: w1, (b1,) w2, (b2)."""
+        from smartmoe.dispatch import replica_kernels
+
+        self._kernels = replica_kernels
+        self._storages, device = tuple(storages), storages[0].device
+        self.num_owned = storages[0].shape[0] - self.num_replicas
+        addresses = [self._addresses[storage.data_ptr()] for storage in storages]
+        self._addresses_SW = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._sizes = tuple(storage[0].numel() for storage in storages)
+        self._sizes_S = torch.tensor(self._sizes, device=device)
+        self._words_S = self._sizes_S * storages[0].element_size() // 4
+
+    def set_placement(self, placement: Placement) -> None:
+        """Replicate experts of `placement` from now on. Collective on the first call."""
+        device = self._storages[0].device
+        if self._board is None:
+            sizes = (placement.num_experts, self.num_owned, self.num_replicas, *self._sizes)
+            key = (self.group, self._storages[0].dtype, device, *sizes)
+            if key not in _BOARDS:
+                _BOARDS[key] = _Board(
+                    self.group, placement.num_experts, self.num_replicas, self._sizes, self._storages[0]
+                )
+            self._board = _BOARDS[key]
+            self._primary_E = torch.empty(placement.num_experts, dtype=torch.int32, device=device)
+        self._primary_E.copy_(torch.from_numpy(placement.primary_slot_E))
+
+    def plan(self, expert_idx_TK: torch.Tensor, token_id_T: torch.Tensor) -> StepPlan:
+        """Count the copies of all ranks, decide (solvers.solve_exact_step) and find each copy's slot.
+
+        expert_idx_TK: [T, K] int64, -1 = dropped; token_id_T: [T] int64. Collective, no host synchronisation.
+        """
+        board, expert_idx_TK = self._board, expert_idx_TK.contiguous()
+        num_copies, top_k = expert_idx_TK.numel(), expert_idx_TK.shape[1]
+        slot_TK = torch.empty_like(expert_idx_TK)
+        replica_N = torch.empty(self.num_ranks * self.num_replicas, dtype=torch.int32, device=slot_TK.device)
+        num_blocks = min(max(-(-num_copies // _COUNT_BLOCK), 1), _MAX_COUNT_BLOCKS)
+        self._kernels.plan_kernel[(num_blocks,)](
+            expert_idx_TK, board.part_PE, self._primary_E, replica_N, board.bound_EW, board.slot_EW, board.peers_W,
+            board.state, board.offset["counts"], board.offset["counted"], self.ep_rank, num_copies, self.num_owned,
+            self.num_replicas, board.num_experts, self.copy_cost * BUCKETS, BUCKETS=BUCKETS, NEAR=NEAR, W=self.num_ranks,
+            W_PAD=_power_of_two(self.num_ranks), E_PAD=board.experts_pad, N_PAD=_power_of_two(replica_N.shape[0]),
+            BLOCK=_COUNT_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+        if num_copies:
+            self._kernels.reroute_kernel[(-(-num_copies // 512),)](
+                expert_idx_TK, token_id_T, board.bound_EW, board.slot_EW, slot_TK, num_copies, top_k, self.num_ranks,
+                BUCKETS=BUCKETS, BLOCK=512,
+            )  # fmt: skip
+        return StepPlan(slot_TK, replica_N)
+
+    def send_weights(self, plan: StepPlan) -> None:
+        """Start to fill this rank's replica slots from the owners' memory."""
+        self._held, board = plan, self._board
+        with board.beside():
+            self._kernels.pull_kernel[(_NUM_PULL_BLOCKS,)](
+                plan.replica_N, self._primary_E, self._addresses_SW, self._words_S, 0, len(self._storages), self.ep_rank,
+                self.num_owned, self.num_replicas, self.num_ranks, BLOCK=_PULL_WORDS, num_warps=_WARPS,
+            )  # fmt: skip
+
+    def restore_weights(self, plan: StepPlan) -> None:
+        """Start to fill the replica slots as `plan` had them, unless they are so still."""
+        if self._held is not plan:
+            self.send_weights(plan)
+
+    def wait_weights(self) -> None:
+        """What is launched from now on reads filled slots."""
+        self._board.join()
+
+    def return_grads(self, plan: StepPlan, grads: Sequence[torch.Tensor]) -> None:
+        """Start to add what replicas hold of grads [L + G, ...], in the order of the storages, to the owners' parts, in
+        place. Collective; finished after `wait_grads`."""
+        num_together = max(len(grads) // 2, 1)  # a weight, with its bias
+        with self._board.beside():
+            for first in range(len(grads) - num_together, -1, -num_together):
+                self._return(plan, first, grads[first : first + num_together])
+
+    def wait_grads(self) -> None:
+        """What is launched from now on reads whole gradients."""
+        self._board.join()
+
+    def _return(self, plan, first, grads):
+        board, last = self._board, first + len(grads) - 1
+        self._kernels.return_kernel[(_NUM_RETURN_BLOCKS,)](
+            grads[0], grads[-1], plan.replica_N, self._primary_E, self._sizes_S, board.peers_W, board.state[4:], first,
+            board.offset[f"stage{first}"], board.offset[f"stage{last}"], board.offset["staged"], board.offset["added"],
+            self.ep_rank, self.num_owned, self.num_replicas, plan.replica_N.shape[0], W=self.num_ranks,
+            HAS_B=len(grads) > 1, N_PAD=_power_of_two(plan.replica_N.shape[0]), BLOCK=_RETURN_ELEMENTS, num_warps=_WARPS,
+        )  # fmt: skip
+
+
+class _Board:
+    """What all layers of the same sizes share: counts, flags and staged gradients in memory that all ranks reach, and a
+    stream on which weights and gradients travel."""
+
+    def __init__(self, group, num_experts: int, num_replicas: int, sizes: Sequence[int], like: torch.Tensor):
+        num_ranks, device = group_size(group), like.device
+        self.num_experts, self.experts_pad = num_experts, max(_power_of_two(num_experts), 32)
+        regions = {"counts": 2 * num_ranks * self.experts_pad * 4}
+        regions |= dict.fromkeys(("counted", "staged", "added"), num_ranks * 4)
+        regions |= {f"stage{i}": num_replicas * size * like.element_size() for i, size in enumerate(sizes)}
+        self.offset, total = {}, 0
+        for name, num_bytes in regions.items():
+            self.offset[name] = total
+            total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._buffer, addresses = _allocate(total, device, group)
+        self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=device)
+        # pairs for direct_kernels._signal: counts; blocks that have counted; staged gradients; added gradients
+        self.state = torch.zeros(8, dtype=torch.int32, device=device)
+        self.part_PE = torch.empty(_MAX_COUNT_BLOCKS, self.experts_pad, dtype=torch.int32, device=device)
+        self.bound_EW, self.slot_EW = torch.empty(2, num_experts, num_ranks, dtype=torch.int32, device=device)
+        self._beside, self._is_apart = torch.cuda.Stream(device, priority=-1), False
+
+    def beside(self):
+        """A context whose work runs beside the current stream, after what is queued there."""
+        self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
+        self._is_apart = True
+        return torch.cuda.stream(self._beside)
+
+    def join(self) -> None:
+        """The current stream goes on after what is queued beside it, if anything is."""
+        if self._is_apart:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+        self._is_apart = False

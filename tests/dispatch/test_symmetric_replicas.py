@@ -1,0 +1,320 @@
+"""Exact replication on GPUs: the plan is the solver's, layers with it equal the oracle, and no host stands in between."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
+from smartmoe.ops.expert_ffn import expert_ffn
+from smartmoe.ops.plan import slots_of
+from smartmoe.placement import Placement
+from smartmoe.replicas import HeldExperts
+from smartmoe.solvers.exact_step import solve_exact_step
+from tests import oracle
+from tests.dispatch import cases
+from tests.dist import spawn
+
+NUM_REPLICAS = 2
+TOP_K = 2
+
+
+class ReplicatedExperts:
+    """Experts with given weights and room for replicas, as HeldExperts sees them; empty room holds NaN."""
+
+    def __init__(self, replication, weights, activation: str, impl: str):
+        self.activation, self.impl, self.storages, self._params = activation, impl, (), []
+        for weight in weights:
+            if weight is None:
+                self._params.append(None)
+                continue
+            num_owned, *shape = weight.shape
+            size = (num_owned + replication.num_replicas, *shape)
+            storage = replication.allocate(size, dtype=weight.dtype, device=weight.device)
+            storage[:num_owned].copy_(weight.detach())
+            storage[num_owned:].fill_(torch.nan)
+            self.storages += (storage,)
+            self._params.append(nn.Parameter(storage[:num_owned]))
+        replication.bind(self.storages)
+
+    def weights(self):
+        return tuple(self._params)
+
+    def compute(self, rows, count_L, weights):
+        return expert_ffn(rows, count_L, *weights, activation=self.activation, impl=self.impl)
+
+
+class Layer:
+    """One rank's part of a layer of `case` with exact replication: plan, weights, dispatch, experts, combine."""
+
+    def __init__(self, case, ep_rank: int, dtype, impl: str = "grouped", copy_cost: int = 0):
+        device, placement = torch.device("cuda", ep_rank), case.placement()
+        self.replication = SymmetricReplication(dist.group.WORLD, NUM_REPLICAS, copy_cost)
+        weights = oracle.slots_of_rank(case.weights(), placement, ep_rank, dtype, device)
+        self.experts = ReplicatedExperts(self.replication, weights, case.activation, impl)
+        self.replication.set_placement(placement)
+        slots_per_rank = placement.slots_per_rank + NUM_REPLICAS
+        self.dispatcher = DirectDispatcher(
+            dist.group.WORLD, slots_per_rank, case.num_ranks, max_tokens=max(case.num_tokens_W)
+        )
+        self.params = [weight for weight in self.experts.weights() if weight is not None]
+
+    def __call__(self, x, expert_idx, weight, token_id):
+        self.plan = self.replication.plan(expert_idx, token_id)
+        experts = HeldExperts(self.experts, self.replication, self.plan)
+        routing = oracle.make_routing(expert_idx, weight)
+        return experts.finish(self.dispatcher(x, routing, self.plan.slot_TK, experts))
+
+
+def load_batch(case, ep_rank: int, dtype):
+    """(x, experts, combine weights, gradient of y, token ids) of one rank on its GPU."""
+    x, expert_idx, weight, grad = case.inputs(ep_rank)
+    token_id = torch.arange(len(x)) + 1000 * ep_rank
+    batch = x.to(dtype), expert_idx, weight.float(), grad.to(dtype), token_id
+    return [tensor.to(torch.device("cuda", ep_rank)) for tensor in batch]
+
+
+def inputs_of(batch):
+    x, expert_idx, weight, _, token_id = batch
+    return x.clone().requires_grad_(), expert_idx, weight.clone().requires_grad_(), token_id
+
+
+# The plan.
+
+
+def draw_experts(rng, kind: str, num_tokens: int, num_experts: int) -> np.ndarray:
+    """[T, K] experts of one rank."""
+    if kind == "none":
+        return np.full((num_tokens, TOP_K), -1)
+    if kind == "ties":
+        return (np.arange(num_tokens * TOP_K) % num_experts).reshape(num_tokens, TOP_K)
+    sharpness = {"even": 100.0, "skewed": 0.3, "hot": 0.02}[kind]
+    expert_idx = rng.choice(num_experts, size=(num_tokens, TOP_K), p=rng.dirichlet(np.full(num_experts, sharpness)))
+    expert_idx[rng.random(expert_idx.shape) < 0.05] = -1
+    return expert_idx
+
+
+def _plan(world_rank, num_ranks, num_rounds):
+    """Plans for routings that all ranks draw, against the solver in numpy and the table that it stands for."""
+    device, num_different = torch.device("cuda", world_rank), set()
+    for num_owned, num_experts in ((1, num_ranks), (4, 4 * num_ranks - 1), (16, 16 * num_ranks), (40, 40 * num_ranks)):
+        for num_replicas in (1, 2, 3):
+            for copy_cost in (0, 20):
+                replication = SymmetricReplication(dist.group.WORLD, num_replicas, copy_cost)
+                size = (num_owned + num_replicas, 8)
+                replication.bind([replication.allocate(size, dtype=torch.float32, device=device)])
+                for turn in range(num_rounds):
+                    rng = np.random.default_rng([num_owned, num_replicas, copy_cost, turn])
+                    slots = np.full(num_owned * num_ranks, -1)
+                    slots[:num_experts] = np.arange(num_experts)
+                    rng.shuffle(slots)
+                    placement = Placement(num_ranks, tuple(slots.tolist()))
+                    replication.set_placement(placement)
+                    kind = ("even", "skewed", "hot", "ties", "none")[turn % 5]
+                    sizes = rng.integers(0, 3000, num_ranks)
+                    drawn = [draw_experts(rng, kind, num_tokens, num_experts) for num_tokens in sizes]
+                    count_SE = np.stack([np.bincount(part[part >= 0], minlength=num_experts) for part in drawn])
+                    want = solve_exact_step(count_SE, placement, num_replicas, copy_cost)
+                    expert_idx = torch.from_numpy(drawn[world_rank]).to(device)
+                    token_id = torch.from_numpy(rng.permutation(10**6)[: len(expert_idx)] + 10**12).to(device)
+                    plan = replication.plan(expert_idx, token_id)
+                    table = torch.from_numpy(want.bucket_slots(placement, world_rank)).to(device)
+                    what = f"{num_owned} slots, {num_replicas} replicas, cost {copy_cost}, turn {turn}, {kind}"
+                    assert plan.replica_N.tolist() == list(want.expert_of_replica), what
+                    assert torch.equal(plan.slot_TK, slots_of(expert_idx, table, token_id)), what
+                    num_different.add(want.expert_of_replica)
+    return len(num_different)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_plan_is_the_solvers(num_ranks):
+    _need_gpus(num_ranks)
+    num_different_W = spawn(_plan, num_ranks, num_ranks, 15, backend="nccl", timeout_s=240)
+    assert min(num_different_W) > 100
+
+
+# Whole layers.
+
+
+def _carry_table(world_rank, num_ranks, dtype, impls):
+    answers = {}
+    for case in cases.cases(num_ranks):
+        for impl in impls:
+            layer = Layer(case, world_rank, dtype, impl)
+            batch = load_batch(case, world_rank, dtype)
+            repeats = []
+            for _ in range(2):
+                x, expert_idx, weight, token_id = inputs_of(batch)
+                y = layer(x, expert_idx, weight, token_id)
+                repeats.append((y.detach(), *torch.autograd.grad(y, (x, weight, *layer.params), batch[3])))
+            assert all(torch.equal(a, b) for a, b in zip(*repeats, strict=True)), f"{case.name} differs when repeated"
+            layer.dispatcher.check()
+            y, x_grad, weight_grad, *grads = (tensor.cpu() for tensor in repeats[0])
+            taken = iter(grads)
+            answers[case.name, impl] = {
+                "y": y,
+                "x": x_grad,
+                "weight": weight_grad,
+                "experts": [None if weight is None else next(taken) for weight in layer.experts.weights()],
+                "replicas": layer.plan.replica_N.tolist(),
+            }
+    return answers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_layers_with_replicas_give_the_oracles_answer(num_ranks, dtype):
+    _need_gpus(num_ranks)
+    answers_W = spawn(_carry_table, num_ranks, num_ranks, dtype, ("grouped", "loop"), backend="nccl", timeout_s=240)
+    by_name = {case.name: case for case in cases.cases(num_ranks)}
+    tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    for name, impl in answers_W[0]:
+        answers = [answers[name, impl] for answers in answers_W]
+        cases.compare(by_name[name], answers, f"replicas, {impl}", tolerance)
+        assert all(answer["replicas"] == answers[0]["replicas"] for answer in answers)
+        if name == "one hot expert":
+            assert max(answers[0]["replicas"]) >= 0, "the hot expert has no replica"
+        if name == "everything dropped":
+            assert max(answers[0]["replicas"]) < 0
+
+
+def _micro_batches(world_rank, num_ranks):
+    """Two micro-batches with other hot experts: one after the other, both in flight, and recomputed."""
+    sizes = (24,) * num_ranks
+    case = cases.Case("hot", sizes, 4 * num_ranks, 2, kind="hot", seed=0)
+    layer = Layer(case, world_rank, torch.bfloat16)
+    batches = []
+    for micro in range(2):
+        batch = load_batch(
+            cases.Case("hot", sizes, 4 * num_ranks, 2, kind="few", seed=micro), world_rank, torch.bfloat16
+        )
+        batch[1] = batch[1] * 0 + (1 + 2 * micro)
+        batches.append(batch)
+    plans, results = [], []
+
+    def forward(micro, recompute):
+        args = inputs_of(batches[micro])
+        y = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        plans.append(layer.plan.replica_N.tolist())
+        return y, args
+
+    def finish(micro, y, args):
+        return (y.detach(), *torch.autograd.grad(y, (args[0], args[2], *layer.params), batches[micro][3]))
+
+    for order in ("one by one", "both in flight", "recomputed"):
+        recompute = order == "recomputed"
+        if order == "one by one":
+            results.append([finish(micro, *forward(micro, recompute)) for micro in range(2)])
+        else:
+            flying = [forward(micro, recompute) for micro in range(2)]
+            results.append([finish(micro, *flying[micro]) for micro in range(2)])
+    assert plans[0] != plans[1] and max(plans[0]) >= 0 and max(plans[1]) >= 0
+    for other in results[1:]:
+        for micro in range(2):
+            pairs = zip(results[0][micro], other[micro], strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), f"micro-batch {micro} depends on what else is in flight"
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_micro_batches_in_flight_keep_their_weights(num_ranks):
+    _need_gpus(num_ranks)
+    assert all(spawn(_micro_batches, num_ranks, num_ranks, backend="nccl", timeout_s=120))
+
+
+def _balanced(world_rank, num_ranks):
+    """A routing that is not worth a copy leaves the replica slots alone."""
+    case = cases.Case("hot", (32,) * num_ranks, 4 * num_ranks, 2, kind="hot")
+    layer = Layer(case, world_rank, torch.bfloat16, copy_cost=10**6)
+    x, expert_idx, weight, grad, token_id = load_batch(case, world_rank, torch.bfloat16)
+    layer(x.requires_grad_(), expert_idx, weight.requires_grad_(), token_id).backward(grad)
+    assert max(layer.plan.replica_N.tolist()) < 0
+    assert all(storage[-NUM_REPLICAS:].isnan().all() for storage in layer.experts.storages)
+    assert x.grad.isfinite().all() and all(param.grad.isfinite().all() for param in layer.params)
+    return True
+
+
+@pytest.mark.gpu
+def test_nothing_is_sent_for_what_is_not_worth_it():
+    _need_gpus(2)
+    assert all(spawn(_balanced, 2, 2, backend="nccl", timeout_s=120))
+
+
+def _captured(world_rank, num_ranks):
+    """Forward and backward without a host synchronisation, then from a CUDA graph with other routings."""
+    case = cases.Case("graph", (32,) * num_ranks, 4 * num_ranks, 2)
+    layer = Layer(case, world_rank, torch.bfloat16)
+    batches = []
+    for seed in range(4):
+        batch = load_batch(
+            cases.Case("graph", case.num_tokens_W, 4 * num_ranks, 2, seed=seed), world_rank, torch.bfloat16
+        )
+        if seed >= 2:
+            batch[1] = batch[1] * 0 + seed
+        batches.append(batch)
+    static = [tensor.clone() for tensor in batches[0]]
+    x, expert_idx, weight, grad, token_id = static
+    x.requires_grad_(), weight.requires_grad_()
+
+    def step():
+        y = layer(x, expert_idx, weight, token_id)
+        return (y.detach(), *torch.autograd.grad(y, (x, weight, *layer.params), grad))
+
+    def load(batch):
+        with torch.no_grad():
+            for old, new in zip(static, batch, strict=True):
+                old.copy_(new)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(), step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    wanted, plans = [], []
+    torch.cuda.set_sync_debug_mode("error")
+    for batch in batches:
+        load(batch)
+        wanted.append([tensor.clone() for tensor in step()])
+        plans.append(layer.plan.replica_N)
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len({tuple(plan.tolist()) for plan in plans}) > 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = step()
+    for batch, want in zip(batches * 3, wanted * 3, strict=True):
+        load(batch)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True)), "a replay differs from a call"
+        step()  # calls between replays
+    layer.dispatcher.check()
+    return True
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_and_replays_of_a_graph():
+    _need_gpus(2)
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
+    assert all(spawn(_captured, 2, 2, backend="nccl", timeout_s=120))
+
+
+# Without a GPU.
+
+
+def test_a_slot_that_kernels_cannot_copy_is_refused():
+    with pytest.raises(ValueError, match="12 bytes of a weight .* no multiple of 16"):
+        SymmetricReplication(None, NUM_REPLICAS).allocate((6, 3), dtype=torch.float32, device="cpu")
+
+
+def _need_gpus(num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
