@@ -138,14 +138,24 @@ class Replicas:
         if share.flags.writeable:
             share = share.copy()
             share.setflags(write=False)
-        rows = _distinct_rows(share)
-        if not (rows >= 0).all() or not np.allclose(rows.sum(axis=2), 1.0, rtol=0, atol=1e-9):
-            raise ValueError("replicas: the shares of every source and expert must be at least 0 and sum to 1")
         object.__setattr__(self, "expert_of_replica", replicas)
         object.__setattr__(self, "share_SEW", share)
-        replica_EW = self._replica_EW()
-        num_owners_E = ((rows > 0).any(axis=0) & (replica_EW < 0)).sum(axis=1)
-        if (num_owners_E > 1).any():
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Every row sums to 1, and at most one rank per expert, its owner, has a share without having a replica."""
+        rows, num_cells = _distinct_rows(self.share_SEW), self.num_experts * self.num_ranks
+        used = np.flatnonzero(rows)
+        share = rows.reshape(-1)[used]
+        total = np.bincount(used // self.num_ranks, weights=share, minlength=len(rows) * self.num_experts)
+        if not (share > 0).all() or not (abs(total - 1.0) <= 1e-9).all():
+            raise ValueError("replicas: the shares of every source and expert must be at least 0 and sum to 1")
+        is_owner = np.zeros(num_cells, bool)
+        is_owner[used % num_cells] = True
+        experts, ranks, _ = self._copies()
+        is_owner[experts * self.num_ranks + ranks] = False
+        num_owners_E = np.bincount(np.flatnonzero(is_owner) // self.num_ranks, minlength=1)
+        if num_owners_E.max() > 1:
             expert = int(num_owners_E.argmax())
             raise ValueError(f"replicas: expert {expert} has shares on {num_owners_E[expert]} ranks without a replica")
 
@@ -286,17 +296,22 @@ class Replicas:
         same_slots = self.expert_of_replica == other.expert_of_replica
         return same_slots and np.array_equal(self.share_SEW, other.share_SEW)
 
+    def _copies(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(expert, rank, index of the replica slot on that rank) of each copy, by slot."""
+        expert_N, per_rank = np.array(self.expert_of_replica, dtype=np.int64), max(self.num_replica_slots, 1)
+        slots = np.flatnonzero(expert_N != EMPTY)
+        experts, ranks = expert_N[slots], slots // per_rank
+        if slots.size and not (experts.min() >= 0 and experts.max() < self.num_experts):
+            raise ValueError(f"replicas: expert_of_replica must lie in -1 .. {self.num_experts - 1}")
+        if len(set((ranks * self.num_experts + experts).tolist())) != slots.size:
+            raise ValueError("replicas: an expert sits twice on a rank; one replica a rank is enough")
+        return experts, ranks, slots % per_rank
+
     def _replica_EW(self) -> np.ndarray:
         """[E, W] int64, index of the replica slot in which rank w has a copy of expert e, -1 = none."""
-        expert_N = np.array(self.expert_of_replica, dtype=np.int64)
-        slots = np.flatnonzero(expert_N != EMPTY)
-        experts, ranks = expert_N[slots], slots // max(self.num_replica_slots, 1)
-        if slots.size and not (0 <= experts.min() and experts.max() < self.num_experts):
-            raise ValueError(f"replicas: expert_of_replica must lie in -1 .. {self.num_experts - 1}")
+        experts, ranks, index = self._copies()
         replica_EW = np.full((self.num_experts, self.num_ranks), EMPTY, dtype=np.int64)
-        replica_EW[experts, ranks] = slots % max(self.num_replica_slots, 1)
-        if (replica_EW >= 0).sum() != slots.size:
-            raise ValueError("replicas: an expert sits twice on a rank; one replica a rank is enough")
+        replica_EW[experts, ranks] = index
         return replica_EW
 
 

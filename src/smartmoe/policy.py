@@ -170,16 +170,16 @@ def is_due(iteration: int, interval: int) -> bool:
 
 
 def half_life(iteration: int) -> float:
-    """Iterations after which a count weighs half in the history: a hundredth of the training so far, 1 to 50.
+    """Iterations after which a count weighs half in the history: (iteration / 250)^2, at most 30.
 
-    Measured on the published trace: in the first 500 iterations the newest counts alone predict the next best, by
-    iteration 1000 half of the weight should be older than 10 iterations.
+    Measured on the published trace: in the first 300 iterations, the newest counts alone predict the next ones best; by
+    iteration 1000, half of the weight belongs to what is more than 15 iterations old, and by 1500 to 30.
     """
-    return min(max(iteration / 100, 1.0), 50.0)
+    return min((max(iteration, 1) / 250) ** 2, 30.0)
 
 
 def blend(history: np.ndarray | None, count: np.ndarray, iteration: int, num_iterations: int = 1) -> np.ndarray:
-    """The history with `count` taken in: a decayed mean, as float64 of the shape of `count`.
+    """The history with `count` taken in: a mean that decays with `half_life`, as float64 of the shape of `count`.
 
     Args:
         history: what `blend` returned last, None at the start.
@@ -187,7 +187,7 @@ def blend(history: np.ndarray | None, count: np.ndarray, iteration: int, num_ite
         num_iterations: iterations since the last call.
     """
     count = np.asarray(count, np.float64)
-    if history is None or iteration <= FAST_ITERATIONS:
+    if history is None:
         return count.copy()
     old = 0.5 ** (num_iterations / half_life(iteration))
     return old * history + (1 - old) * count

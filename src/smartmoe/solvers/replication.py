@@ -16,8 +16,9 @@ import numpy as np
 from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
 from smartmoe.solvers.ownership import solve_least_move
 
-HALVINGS = 24  # of the interval in which the load that a host may have is sought
-BALANCE_STEPS = 16  # of shifting tokens between the hosts of an expert
+TINY = 1e-100  # stands for the load of a layer that has none
+HALVINGS = 8  # of the interval, its ends a factor 1000 apart, in which the load that a host may have is sought
+BALANCE_STEPS = 12  # of shifting tokens between the hosts of an expert
 
 
 def solve_replicas(
@@ -77,25 +78,24 @@ def solve_replicas_layers(
     if num_ranks == 1 or num_replica_slots == 0:
         return [Replicas.none(placement, num_replica_slots) for placement in placements]
     owner_YE = np.stack([placement.rank_of_expert() for placement in placements])
-    load_YE = count_YSE.sum(axis=1)
+    load_YE = count_YSE.sum(axis=1).astype(np.float64)
     num_hosts_YE = _num_hosts(load_YE, owner_YE, num_ranks, num_replica_slots, copy_cost)
     replica_YWG = _assign(load_YE, num_hosts_YE, owner_YE, num_ranks, num_replica_slots)
     hosts = _Hosts(replica_YWG, owner_YE, num_experts)
-    bucket_X = hosts.whole_buckets(hosts.balanced(load_YE))
-    worth_Y = _worth(load_YE, hosts, bucket_X, copy_cost)
-    share_YEW = hosts.shares(bucket_X / BUCKETS)
+    share_X = hosts.balanced(load_YE)
+    share_YEW = hosts.shares(share_X if local else hosts.whole_buckets(share_X) / BUCKETS)
+    node_W = np.zeros(num_ranks, np.int64) if node_of_rank_W is None else np.asarray(node_of_rank_W)
+    limit_Y = hosts.fullest_owner(load_YE) - copy_cost * hosts.most_copies()
     found = []
     for layer, placement in enumerate(placements):
-        if not worth_Y[layer]:
-            found.append(Replicas.none(placement, num_replica_slots))
-            continue
         share_EW = share_YEW[layer]
         if local:
-            node_W = np.zeros(num_ranks, np.int64) if node_of_rank_W is None else np.asarray(node_of_rank_W)
             share_SEW = _prefer_near(count_YSE[layer], share_EW, num_hosts_YE[layer] > 1, node_W)
         else:
             share_SEW = np.broadcast_to(share_EW, (num_ranks, *share_EW.shape))
-        found.append(Replicas(tuple(replica_YWG[layer].ravel().tolist()), share_SEW))
+        replicas = Replicas(tuple(replica_YWG[layer].ravel().tolist()), share_SEW)
+        is_worth_it = replicas.host_load(count_YSE[layer]).max() < limit_Y[layer]
+        found.append(replicas if is_worth_it else Replicas.none(placement, num_replica_slots))
     return found
 
 
@@ -117,9 +117,10 @@ def solve_joint(
     options = {"copy_cost": copy_cost, "node_of_rank_W": node_of_rank_W, "local": local}
     stay = solve_replicas(count_SE, placement, num_replica_slots, **options)
     load_E = np.asarray(count_SE, np.float64).sum(axis=0)
-    owner_YE = placement.rank_of_expert()[None]
-    num_hosts_E = _num_hosts(load_E[None], owner_YE, placement.num_ranks, num_replica_slots, copy_cost)[0]
-    moved = solve_least_move(load_E / num_hosts_E, placement)
+    if placement.num_ranks > 1 and num_replica_slots > 0:
+        owner_YE = placement.rank_of_expert()[None]
+        load_E = load_E / _num_hosts(load_E[None], owner_YE, placement.num_ranks, num_replica_slots, copy_cost)[0]
+    moved = solve_least_move(load_E, placement)
     if moved == placement:
         return placement, stay
     replicas = solve_replicas(count_SE, moved, num_replica_slots, **options)
@@ -128,14 +129,14 @@ def solve_joint(
 
 
 def _checked(count_YSE, placements, num_replica_slots: int, copy_cost: float) -> np.ndarray:
-    count_YSE = np.asarray(count_YSE, dtype=np.float64)
+    count_YSE = np.asarray(count_YSE)
     sizes = {(placement.num_ranks, placement.num_experts) for placement in placements}
     if len(sizes) != 1 or count_YSE.shape != (len(placements), *next(iter(sizes))):
         raise ValueError(
             f"solve_replicas: counts have shape {count_YSE.shape} for {len(placements)} placements of (ranks, experts) "
             f"{sorted(sizes)}; expected [layers, ranks, experts] and one size"
         )
-    if not np.isfinite(count_YSE).all() or (count_YSE < 0).any():
+    if not (count_YSE.min() >= 0 and count_YSE.max() < np.inf):
         raise ValueError("solve_replicas: counts must be finite and not negative")
     if num_replica_slots < 0 or not copy_cost >= 0:
         raise ValueError(
@@ -150,22 +151,23 @@ def _num_hosts(load_YE, owner_YE, num_ranks: int, num_replica_slots: int, copy_c
     The load that a host may have is bisected for all layers together. Going from n to n + 1 hosts takes
     load / (n * (n + 1)) from each, which must not be less than copy_cost.
     """
-    limit_YE = np.full(load_YE.shape, float(num_ranks))
+    limit_YE = np.where(load_YE > 0, float(num_ranks), 1.0)
     if copy_cost > 0:
-        worth_YE = np.floor((np.sqrt(1 + 4 * load_YE / copy_cost) - 1) / 2)  # the last n that pays
-        limit_YE = np.minimum(limit_YE, worth_YE + 1)
-    limit_YE[load_YE == 0] = 1
+        last_YE = np.floor((np.sqrt(1 + 4 * load_YE / copy_cost) - 1) / 2)  # the last n that pays
+        limit_YE = np.minimum(limit_YE, last_YE + 1)
 
     def hosts_at(load_Y1: np.ndarray) -> np.ndarray:
-        return np.clip(np.ceil(load_YE / load_Y1), 1, limit_YE)
+        return np.maximum(np.minimum(np.ceil(load_YE / load_Y1), limit_YE), 1.0)
 
-    high_Y1 = np.maximum(load_YE.max(axis=1, keepdims=True), 1e-300)  # one host each
-    low_Y1, spare = high_Y1 * 1e-6, num_ranks * num_replica_slots
+    # n - 1 < load / (load of a host), so that at the mean load of a slot the slots suffice.
+    spare = num_ranks * num_replica_slots
+    high_Y1 = np.maximum(load_YE.sum(axis=1, keepdims=True) / spare, TINY)
+    low_Y1 = high_Y1 / 1000
     for _ in range(HALVINGS):
-        middle_Y1 = (low_Y1 + high_Y1) / 2
-        fits_Y1 = (hosts_at(middle_Y1) - 1).sum(axis=1, keepdims=True) <= spare
+        middle_Y1 = np.sqrt(low_Y1 * high_Y1)
+        fits_Y1 = hosts_at(middle_Y1).sum(axis=1, keepdims=True) <= spare + load_YE.shape[1]
         high_Y1, low_Y1 = np.where(fits_Y1, middle_Y1, high_Y1), np.where(fits_Y1, low_Y1, middle_Y1)
-    # Between the two bounds lie equal experts, of which the slots suffice for some: those of full ranks first.
+    # Between the two bounds lie nearly equal experts, of which the slots suffice for some: those of full ranks first.
     fewer_YE = hosts_at(high_Y1)
     more_YE = hosts_at(low_Y1) - fewer_YE
     rank_YW = np.zeros((len(load_YE), num_ranks))
@@ -173,7 +175,7 @@ def _num_hosts(load_YE, owner_YE, num_ranks: int, num_replica_slots: int, copy_c
     order_YE = np.argsort(-np.take_along_axis(rank_YW, owner_YE, 1), axis=1, kind="stable")
     wanted_YE = np.take_along_axis(more_YE, order_YE, 1)
     left_Y1 = spare - (fewer_YE - 1).sum(axis=1, keepdims=True)
-    given_YE = np.clip(left_Y1 - (np.cumsum(wanted_YE, axis=1) - wanted_YE), 0, wanted_YE)
+    given_YE = np.maximum(np.minimum(left_Y1 - (np.cumsum(wanted_YE, axis=1) - wanted_YE), wanted_YE), 0)
     np.put_along_axis(more_YE, order_YE, given_YE, 1)
     return (fewer_YE + more_YE).astype(np.int64)
 
@@ -185,47 +187,42 @@ def _assign(load_YE, num_hosts_YE, owner_YE, num_ranks: int, num_replica_slots: 
     falls on a rank that has its expert already is dealt again at the end, to the lightest rank that can take it.
     """
     num_layers, num_experts = load_YE.shape
-    layers = np.arange(num_layers)
+    layer_Y1 = np.arange(num_layers)[:, None]
     part_YE = load_YE / num_hosts_YE
     rank_YW = np.zeros((num_layers, num_ranks))
-    np.add.at(rank_YW, (layers[:, None], owner_YE), part_YE)
+    np.add.at(rank_YW, (layer_Y1, owner_YE), part_YE)
     hosted_YEW = np.zeros((num_layers, num_experts, num_ranks), bool)
-    hosted_YEW[layers[:, None], np.arange(num_experts), owner_YE] = True
+    hosted_YEW[layer_Y1, np.arange(num_experts), owner_YE] = True
     replica_YWG = np.full((num_layers, num_ranks, num_replica_slots), EMPTY, np.int64)
-    order_YE = np.argsort(-part_YE, axis=1, kind="stable")
-    ends_YE = np.cumsum(np.take_along_axis(num_hosts_YE - 1, order_YE, 1), axis=1)
-    again: list[tuple[np.ndarray, np.ndarray]] = []
-    for g in range(num_replica_slots):
-        # Copy number c of a layer belongs to the first expert, hottest first, whose copies end after c.
-        copy_C = np.arange(g * num_ranks, (g + 1) * num_ranks)
-        place_YC = (ends_YE[:, None, :] <= copy_C[:, None]).sum(axis=2)
-        real_YC = place_YC < num_experts
-        if not real_YC.any():
-            break
-        expert_YC = np.take_along_axis(order_YE, np.minimum(place_YC, num_experts - 1), 1)
-        lightest_YW = np.argsort(rank_YW, axis=1, kind="stable")
-        clash_YC = real_YC & hosted_YEW[layers[:, None], expert_YC, lightest_YW]
-        layer, copy = np.nonzero(real_YC & ~clash_YC)
-        expert, rank = expert_YC[layer, copy], lightest_YW[layer, copy]
-        replica_YWG[layer, rank, g] = expert
+
+    def put(layer, expert, rank, slot) -> None:
+        replica_YWG[layer, rank, slot] = expert
         hosted_YEW[layer, expert, rank] = True
         rank_YW[layer, rank] += part_YE[layer, expert]
-        if clash_YC.any():
-            again.append((clash_YC, expert_YC))
-    for clash_YC, expert_YC in again:
-        for turn in range(int(clash_YC.sum(axis=1).max())):
-            nth_YC = clash_YC & (np.cumsum(clash_YC, axis=1) == turn + 1)
-            layer, copy = np.nonzero(nth_YC)
-            expert = expert_YC[layer, copy]
-            open_XG = replica_YWG[layer] == EMPTY
-            free_XW = open_XG.any(axis=2) & ~hosted_YEW[layer, expert]
-            rank = np.where(free_XW, rank_YW[layer], np.inf).argmin(axis=1)
-            can = free_XW[np.arange(len(layer)), rank]
-            layer, expert, rank, open_XG = layer[can], expert[can], rank[can], open_XG[can]
-            slot = open_XG[np.arange(len(layer)), rank].argmax(axis=1)
-            replica_YWG[layer, rank, slot] = expert
-            hosted_YEW[layer, expert, rank] = True
-            rank_YW[layer, rank] += part_YE[layer, expert]
+
+    # The copies of each layer in a row, hottest experts first, then -1 up to the number of slots.
+    order_YE = np.argsort(-part_YE, axis=1, kind="stable")
+    num_copies_YE = np.take_along_axis(num_hosts_YE, order_YE, 1) - 1
+    expert_YC = np.full((num_layers, num_ranks * num_replica_slots), EMPTY)
+    expert_YC[np.arange(expert_YC.shape[1]) < num_copies_YE.sum(axis=1)[:, None]] = np.repeat(
+        order_YE, num_copies_YE.ravel()
+    )
+    again_YC = np.zeros(expert_YC.shape, bool)
+    for g in range(num_replica_slots):
+        turn = slice(g * num_ranks, (g + 1) * num_ranks)
+        lightest_YW = np.argsort(rank_YW, axis=1, kind="stable")
+        again_YC[:, turn] = (expert_YC[:, turn] != EMPTY) & hosted_YEW[layer_Y1, expert_YC[:, turn], lightest_YW]
+        layer, copy = np.nonzero((expert_YC[:, turn] != EMPTY) & ~again_YC[:, turn])
+        put(layer, expert_YC[:, turn][layer, copy], lightest_YW[layer, copy], g)
+    nth_YC = np.cumsum(again_YC, axis=1) * again_YC
+    for turn in range(1, int(nth_YC.max(initial=0)) + 1):
+        layer, copy = np.nonzero(nth_YC == turn)
+        expert = expert_YC[layer, copy]
+        open_XG = replica_YWG[layer] == EMPTY
+        free_XW = open_XG.any(axis=2) & ~hosted_YEW[layer, expert]
+        rank = np.where(free_XW, rank_YW[layer], np.inf).argmin(axis=1)
+        can = np.flatnonzero(free_XW[np.arange(len(layer)), rank])
+        put(layer[can], expert[can], rank[can], open_XG[can, rank[can]].argmax(axis=1))
     return replica_YWG
 
 
@@ -256,23 +253,26 @@ class _Hosts:
 
     def balanced(self, load_YE: np.ndarray) -> np.ndarray:
         """[X] float, each host's share of its expert: equal at first, then shifted from full to light ranks."""
-        num_cells, base, load_X = self.num_layers * self.num_ranks, self._base(load_YE), load_YE.ravel()[self.expert_X]
-        mean = np.maximum(np.repeat(load_YE.sum(axis=1) / self.num_ranks, self.num_ranks), 1e-300)
+        num_cells, load = self.num_layers * self.num_ranks, load_YE.ravel()
+        base = np.bincount(self.owner[self.is_alone], weights=load[self.is_alone], minlength=num_cells)
+        load_X = load[self.expert_X]
+        mean = np.maximum(np.repeat(load_YE.sum(axis=1) / self.num_ranks, self.num_ranks), TINY)
+        # A twentieth of the mean keeps a rank without load from pulling without bound.
+        base, mean = base + mean / 20, mean * 1.05
         pull, share_X = np.ones(num_cells), np.zeros(len(self.expert_X))
         for _ in range(BALANCE_STEPS):
             pull_X = pull[self.rank_X]
             share_X = pull_X / np.add.reduceat(pull_X, self.starts)[self.group_X]
-            rank_load = base + np.bincount(self.rank_X, weights=share_X * load_X, minlength=num_cells)
-            pull = np.clip(pull * np.clip(mean / np.maximum(rank_load, 1e-300), 0.25, 4.0), 1e-9, 1e9)
+            lack = mean / (base + np.bincount(self.rank_X, weights=share_X * load_X, minlength=num_cells))
+            pull *= lack * np.sqrt(lack)  # the power 1.5 gets there in fewer steps than 1, and 2 overshoots
         return share_X
 
     def whole_buckets(self, share_X: np.ndarray) -> np.ndarray:
-        """[X] int64 that sum to BUCKETS for each expert: the running sum of shares, rounded."""
-        total_X = np.cumsum(share_X)
-        before_X = np.append(0.0, total_X)[self.starts][self.group_X]
-        edge_X = np.floor((total_X - before_X) * BUCKETS + 0.5).astype(np.int64)
-        count_X = np.diff(edge_X, prepend=0)
-        count_X[self.starts] = edge_X[self.starts]
+        """[X] int64 that sum to BUCKETS for each expert: rounded down, and one more for the largest fractions cut off."""
+        count_X = np.floor(share_X * BUCKETS).astype(np.int64)
+        order = np.lexsort((count_X - share_X * BUCKETS, self.group_X))  # of one expert still together
+        missing = BUCKETS - np.add.reduceat(count_X, self.starts) if len(self.starts) else self.starts
+        count_X[order] += np.arange(len(order)) - self.starts[self.group_X] < missing[self.group_X]
         return count_X
 
     def shares(self, share_X: np.ndarray) -> np.ndarray:
@@ -284,27 +284,16 @@ class _Hosts:
         flat[self.expert_X, self.rank_X % self.num_ranks] = share_X
         return share_YEW
 
-    def rank_load(self, load_YE: np.ndarray, share_X: np.ndarray) -> np.ndarray:
-        """[Y, W] load of each rank."""
-        load_X = share_X * load_YE.ravel()[self.expert_X]
-        extra = np.bincount(self.rank_X, weights=load_X, minlength=self.num_layers * self.num_ranks)
-        return (self._base(load_YE) + extra).reshape(self.num_layers, self.num_ranks)
+    def fullest_owner(self, load_YE: np.ndarray) -> np.ndarray:
+        """[Y] load of the fullest rank without replicas."""
+        load = np.bincount(self.owner, weights=load_YE.ravel(), minlength=self.num_layers * self.num_ranks)
+        return load.reshape(self.num_layers, self.num_ranks).max(axis=1)
 
-    def _base(self, load_YE: np.ndarray) -> np.ndarray:
-        """[Y * W] load of the experts that only their owners host."""
-        load_N = load_YE.ravel()[self.is_alone]
-        return np.bincount(self.owner[self.is_alone], weights=load_N, minlength=self.num_layers * self.num_ranks)
-
-
-def _worth(load_YE: np.ndarray, hosts: _Hosts, bucket_X: np.ndarray, copy_cost: float) -> np.ndarray:
-    """[Y] bool: whether replicas make the layer cheaper than none."""
-    shape, num_cells = (hosts.num_layers, hosts.num_ranks), hosts.num_layers * hosts.num_ranks
-    sent = np.bincount(hosts.owner[hosts.copy_expert], minlength=num_cells).reshape(shape)
-    received = np.bincount(hosts.copy_rank, minlength=num_cells).reshape(shape)
-    busiest_Y = np.maximum(sent, received).max(axis=1)
-    before_Y = np.bincount(hosts.owner, weights=load_YE.ravel(), minlength=num_cells).reshape(shape).max(axis=1)
-    after_Y = hosts.rank_load(load_YE, bucket_X / BUCKETS).max(axis=1)
-    return after_Y + copy_cost * busiest_Y < before_Y
+    def most_copies(self) -> np.ndarray:
+        """[Y] int64, the most copies that one rank sends or receives."""
+        num_cells = self.num_layers * self.num_ranks
+        sent, received = (np.bincount(r, minlength=num_cells) for r in (self.owner[self.copy_expert], self.copy_rank))
+        return np.maximum(sent, received).reshape(self.num_layers, self.num_ranks).max(axis=1)
 
 
 def _prefer_near(count_SE, share_EW, is_replicated_E, node_of_rank_W) -> np.ndarray:
@@ -315,25 +304,30 @@ def _prefer_near(count_SE, share_EW, is_replicated_E, node_of_rank_W) -> np.ndar
     of an expert splits them as all sources together.
     """
     num_ranks, num_experts = count_SE.shape
-    experts = np.flatnonzero(is_replicated_E)
-    token_SX = count_SE[:, experts]
-    quota_XW = share_EW[experts] * token_SX.sum(axis=0)[:, None]
-    node_NW = (np.unique(node_of_rank_W)[:, None] == node_of_rank_W).astype(float)
+    experts, rank_W = np.flatnonzero(is_replicated_E), np.arange(num_ranks)
+    token_SX = count_SE[:, experts].astype(np.float64)
+    quota_WX = share_EW[experts].T * token_SX.sum(axis=0)
     flow_SXW = np.zeros((num_ranks, len(experts), num_ranks))
-    for group_NW in (np.eye(num_ranks), node_NW, np.ones((1, num_ranks))):
-        token_NX, quota_NX = group_NW @ token_SX, group_NW @ quota_XW.T
-        met_NX = np.minimum(token_NX, quota_NX)
+    met_WX = np.minimum(token_SX, quota_WX)
+    flow_SXW[rank_W, :, rank_W] = met_WX
+    token_SX, quota_WX = token_SX - met_WX, quota_WX - met_WX
+    for group_W in (node_of_rank_W, np.zeros_like(rank_W)):
         # Every source of a group sends the same part of what it has left, every host there takes the same part of its room.
-        sent_SX = token_SX * (group_NW.T @ np.divide(met_NX, token_NX, out=np.zeros_like(met_NX), where=token_NX > 0))
-        part_NX = np.divide(1.0, quota_NX, out=np.zeros_like(met_NX), where=quota_NX > 0)
-        taken_XW = quota_XW * (group_NW.T @ (met_NX * part_NX)).T
-        room_SXW = np.einsum("ns,nx,nw->sxw", group_NW, part_NX, group_NW) * quota_XW
-        flow_SXW += sent_SX[:, :, None] * room_SXW
-        token_SX, quota_XW = np.maximum(token_SX - sent_SX, 0), np.maximum(quota_XW - taken_XW, 0)
+        same_NW = (np.unique(group_W)[:, None] == group_W).astype(np.float64)
+        tokens_SX, room_WX = same_NW.T @ (same_NW @ token_SX), same_NW.T @ (same_NW @ quota_WX)  # of the whole group
+        met_WX = np.minimum(tokens_SX, room_WX)
+        sent_SX = token_SX * np.divide(met_WX, tokens_SX, out=np.zeros_like(met_WX), where=tokens_SX > 0)
+        part_WX = np.divide(quota_WX, room_WX, out=np.zeros_like(met_WX), where=room_WX > 0)
+        flow_SXW += sent_SX[:, :, None] * part_WX.T * (group_W[:, None] == group_W)[:, None, :]
+        token_SX, quota_WX = np.maximum(token_SX - sent_SX, 0), np.maximum(quota_WX - part_WX * met_WX, 0)
+        if len(same_NW) == 1:
+            break
     total_SX1 = flow_SXW.sum(axis=2, keepdims=True)
     some_SX1 = total_SX1 > 0
     wanted_SXW = np.where(some_SX1, flow_SXW / np.where(some_SX1, total_SX1, 1.0), share_EW[experts])
-    edge_SXW = np.floor(np.cumsum(wanted_SXW, axis=2) * BUCKETS + 0.5)
+    # Each source rounds at another fraction, so that what rounding does to a host evens out over the sources.
+    fraction_S = (np.arange(num_ranks) + 0.5) / num_ranks
+    edge_SXW = np.floor(np.cumsum(wanted_SXW, axis=2) * BUCKETS + fraction_S[:, None, None])
     share_SEW = np.broadcast_to(share_EW, (num_ranks, num_experts, num_ranks)).copy()
     share_SEW[:, experts] = np.diff(edge_SXW, axis=2, prepend=0.0) / BUCKETS
     share_SEW.setflags(write=False)
