@@ -203,6 +203,10 @@ def _resume_replicated(world_rank, folder):
             resumed.resume(path)
             assert not any(layer.replicas.num_copies for layer in resumed.layers.values())
             losses[mode, other] = [resumed.run_iteration().lm_loss for _ in range(3)]
+    half = dataclasses.replace(WORKLOAD, dtype="bfloat16", iterations=4)
+    for mode in REPLICATION:
+        config = dataclasses.replace(replica_config(plan, mode), workload=half)
+        losses["half", mode] = run_curve(config, before_iteration=REPLICATION[mode]).loss
     return losses
 
 
@@ -211,6 +215,7 @@ def test_a_checkpoint_knows_only_owners(tmp_path):
     for mode in ("history", "exact"):
         for other in REPLICATION:
             np.testing.assert_allclose(losses[mode, other], losses[mode][3:], rtol=1e-5)
+        np.testing.assert_allclose(losses["half", mode], losses["half", "never"], rtol=2e-3)
         keys = dcp.FileSystemReader(tmp_path / mode / "iter_0000003").read_metadata().state_dict_metadata
         experts = sorted(int(key.rsplit(".", 1)[1]) for key in keys if key.startswith("master.blocks.0.moe.experts.w1"))
         assert experts == list(range(MODEL.num_experts))

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, RunConfig
+from smartmoe.ops.replica_exchange import Transfers, _batches
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import Transfers, _batches, return_all, send_all
+from smartmoe.replicas import return_all, send_all
 from tests import oracle
 from tests.dist import spawn
 from tests.test_layer import MECHANISMS, make_config, make_layer, make_tokens, run_layer

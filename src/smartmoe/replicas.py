@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from smartmoe.config import RunConfig
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.plan import count_slots, slots_of
+from smartmoe.ops.replica_exchange import Swap, Transfers, fill, return_grads, send_weights, start_weights
 from smartmoe.placement import EMPTY, Placement, Replicas
 from smartmoe.solvers.exact_step import solve_exact_step
 
@@ -215,9 +214,12 @@ class CollectiveReplication:
 class HistoryReplication(CollectiveReplication):
     """Replicas that stay for whole optimizer steps.
 
-    Decided elsewhere and set between iterations. `send_all` fills the slots of all layers before the first pass after a
-    step; gradients of replicas gather in `grads`, float32 [G, ...] for each storage, until `return_all`.
+    Decided elsewhere and set between iterations. `send_all` starts to fill the slots of all layers before the first pass
+    after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
+    each storage, until `return_all`.
     """
+
+    swaps: Sequence[Swap] = ()
 
     def bind(self, storages) -> None:
         super().bind(storages)
@@ -246,9 +248,14 @@ class HistoryReplication(CollectiveReplication):
         return Plan(self.replicas, self.transfers, slots_of(expert_idx_TK, self._table_EB, token_id_T))
 
     def send_weights(self, plan) -> None:
-        """They are there, since `send_all`."""
+        """They are there or on their way, since `send_all`."""
 
     restore_weights = send_weights
+
+    def wait_weights(self) -> None:
+        for swap in self.swaps:
+            fill(swap)
+        self.swaps = ()
 
     def return_grads(self, plan, grads) -> None:
         if any(plan.transfers.num_sent_W):
@@ -300,9 +307,12 @@ class ExactReplication(CollectiveReplication):
 
 
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
-    """Fill the replica slots of all layers with the weights of now. Collective over ep_group, see `send_weights`; returns
-    the bytes that this rank sent."""
-    return send_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
+    """Start to fill the replica slots of all layers with the weights of now; a layer's first pass waits for it. Collective
+    over ep_group, see `send_weights`; returns the bytes that this rank sent."""
+    swaps = start_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
+    for each in replications:
+        each.swaps = swaps
+    return sum(swap.num_bytes for swap in swaps)
 
 
 def return_all(
@@ -319,121 +329,3 @@ def return_all(
         for grad in each.grads:
             grad.zero_()
     return num_bytes
-
-
-# ---------------------------------------------------------------------------------------------------- transfers
-
-
-@dataclass(frozen=True)
-class Transfers:
-    """Whose weights go where in one layer, as one rank sees it. send_W: local owned slots whose experts rank w holds
-    replicas of; receive_W: index of the replica slots that rank w's experts fill; both in the order of replica slots.
-    num_sent_W: how many slots each rank sends, the same on every rank."""
-
-    send_W: tuple[tuple[int, ...], ...]
-    receive_W: tuple[tuple[int, ...], ...]
-    num_sent_W: tuple[int, ...]
-
-    @classmethod
-    def of(cls, placement: Placement, replicas: Replicas, ep_rank: int, held: Sequence[int] = ()) -> Transfers:
-        """held: [W * G] experts that stand in the replica slots already, none of which travel; empty = nothing is there."""
-        send = [[] for _ in range(placement.num_ranks)]
-        receive = [[] for _ in range(placement.num_ranks)]
-        num_sent = [0] * placement.num_ranks
-        for slot, expert in enumerate(replicas.expert_of_replica):
-            if expert == EMPTY or (held and held[slot] == expert):
-                continue
-            host, index = divmod(slot, replicas.num_replica_slots)
-            owner, owned_slot = divmod(placement.primary[expert], placement.slots_per_rank)
-            num_sent[owner] += 1
-            if owner == ep_rank:
-                send[host].append(owned_slot)
-            if host == ep_rank:
-                receive[owner].append(index)
-        return cls(tuple(map(tuple, send)), tuple(map(tuple, receive)), tuple(num_sent))
-
-
-@torch.no_grad()
-def send_weights(entries: Sequence[tuple[Sequence[torch.Tensor], int, Transfers]], ep_group) -> int:
-    """Fill the replica slots of layers from their owners, in one exchange as long as that is balanced (`_batches`).
-
-    entries: (storages [L + G, ...] of one dtype, L, transfers) for each layer, in the same order on every rank. Returns
-    the bytes that this rank sent. Collective over ep_group, except that no rank communicates when there is no replica.
-    """
-    num_bytes = 0
-    for batch in _batches(entries, entries[0][0][0].shape[0] - entries[0][1] if entries else 0):
-        leaving = _parts([[(storages, slots) for slots in move.send_W] for storages, _, move in batch])
-        arriving = _parts(
-            [[(storages, [owned + g for g in slots]) for slots in move.receive_W] for storages, owned, move in batch]
-        )
-        received, sent = _swap(leaving, arriving, batch[0][0][0], ep_group)
-        num_bytes += sent
-        for part, values in zip(arriving, received, strict=True):
-            for slot, value in zip(part, values, strict=True):
-                slot.copy_(value)
-    return num_bytes
-
-
-@torch.no_grad()
-def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> int:
-    """Add the gradients of replicas to those of the owners, in one exchange as long as that is balanced.
-
-    entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; all of one
-    dtype. An owner sums its own gradient and those of the replicas, by ascending rank, in float32 at least, and rounds
-    once: the same bits in every run. Returns the bytes that this rank sent. Collective as `send_weights`.
-    """
-    num_bytes = 0
-    for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
-        leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
-        arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
-        received, sent = _swap(leaving, arriving, batch[0][0][0], ep_group)
-        num_bytes += sent
-        addends: dict[int, list[torch.Tensor]] = {}
-        for part, values in zip(arriving, received, strict=True):
-            for slot, value in zip(part, values, strict=True):
-                addends.setdefault(slot.data_ptr(), [slot]).append(value)
-        for slot, *values in addends.values():
-            total = slot.to(torch.promote_types(slot.dtype, torch.float32))  # slot itself where that is its type
-            for value in values:
-                total.add_(value)
-            slot.copy_(total)
-    return num_bytes
-
-
-def _batches(entries: Sequence[tuple], num_replicas: int) -> list[list[tuple]]:
-    """Layers that travel together: all of them, or less where one rank has much more to send than its slots receive.
-
-    So a rank stages at most twice the experts of all its replica slots, or W * G of them for a layer, however skewed
-    replication is; that is part of the budget in config.replica_bytes. The same on every rank.
-    """
-    limit, batches, total_W = 2 * len(entries) * num_replicas, [], None
-    for entry in entries:
-        num_sent_W = np.array(entry[2].num_sent_W)
-        if not num_sent_W.any():
-            continue
-        if batches and (total_W + num_sent_W).max() <= limit:
-            batches[-1].append(entry)
-            total_W = total_W + num_sent_W
-        else:
-            batches.append([entry])
-            total_W = num_sent_W
-    return batches
-
-
-def _parts(layers: list[list[tuple[Sequence[torch.Tensor], Sequence[int]]]]) -> list[list[torch.Tensor]]:
-    """By rank, the slots of all layers and tensors in the order in which they travel."""
-    by_rank = zip(*layers, strict=True)
-    return [[t[slot] for tensors, slots in pairs for slot in slots for t in tensors] for pairs in by_rank]
-
-
-def _swap(leaving: list[list[torch.Tensor]], arriving: list[list[torch.Tensor]], like: torch.Tensor, ep_group):
-    """Send leaving[w] to rank w: (what came, by rank and shaped as `arriving`; bytes sent). Collective."""
-    send_splits, receive_splits = ([sum(t.numel() for t in part) for part in parts] for parts in (leaving, arriving))
-    sent = torch.cat([like.new_empty(0), *(t.reshape(-1) for part in leaving for t in part)])
-    received = like.new_empty(sum(receive_splits))
-    dist.all_to_all_single(received, sent, receive_splits, send_splits, group=ep_group)
-    values = [
-        [value.view(slot.shape) for value, slot in zip(block.split([t.numel() for t in part]), part, strict=True)]
-        for block, part in zip(received.split(receive_splits), arriving, strict=True)
-    ]
-    return values, sent.numel() * sent.element_size()
