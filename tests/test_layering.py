@@ -9,21 +9,24 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
 LAYERS = {
     "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
-    "planner": 1, "mesh": 1, "systems": 1,
+    "planner": 1, "mesh": 1, "systems": 1, "controller": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
-    "layer": 4, "replicas": 4, "migrate": 4, "online": 4, "parallel": 4, "timing": 4,
+    "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
     "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7,
 }  # fmt: skip
-TORCH_FREE = {"config", "placement", "solvers", "policy", "trace_synthetic", "trace", "record", "planner", "systems"}
+TORCH_FREE = {
+    "config", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner", "systems",
+}  # fmt: skip
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
     ("layer", "replicas"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
-    ("online", "migrate"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
+    ("online", "migrate"), ("online", "observe"), ("online", "timing"),
+    ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))

@@ -10,7 +10,8 @@ from smartmoe.config import GateConfig, LayerConfig, ModelConfig, OnlineConfig, 
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import build_mesh
 from smartmoe.migrate import migrate
-from smartmoe.placement import EMPTY, Placement, max_over_mean
+from smartmoe.observe import LoadRecorder, StageView
+from smartmoe.placement import EMPTY, Placement, Replicas, max_over_mean
 from tests.dist import spawn
 from tests.test_migrate import count_collectives
 
@@ -21,7 +22,8 @@ def run_world(world_rank, world_size):
     count_collectives(calls)
     online = [run_online(world_rank, *case, calls) for case in ONLINE_CASES if case[0] == world_size]
     real = [run_real_layer(world_rank, gate, capacity) for gate, capacity in REAL_GATES] if world_size == 2 else []
-    return {"online": online, "real": real}
+    auto = [run_auto(world_rank, *case) for case in AUTO_CASES if case[0] == world_size]
+    return {"online": online, "real": real, "auto": auto}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def ids(first, shape=(1, 2)):
 
 
 def test_recorder_counts_once_and_never_dropped_copies():
-    recorder = on.LoadRecorder([3, 7], 4)
+    recorder = LoadRecorder([3, 7], 4)
     seen = [
         (3, [[0, 1], [1, -1]], 64),
         (7, [[-1, -1], [-1, -1]], 64),
@@ -53,12 +55,36 @@ def test_recorder_counts_once_and_never_dropped_copies():
     for layer_idx, idx, first in seen:
         recorder(layer_idx, routing(idx), ids(first))
     recorder(3, routing(np.zeros((0, 2), np.int64)), torch.zeros(0, 2, dtype=torch.int64))  # a rank without tokens
-    assert recorder.take().tolist() == [[[0, 0, 2, 2], [1, 2, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
-    assert recorder.take().shape == (2, 0, 4)
+    recorder.turn()
+    assert recorder.counts().tolist() == [[[0, 0, 2, 2], [1, 2, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
+    recorder.turn()
+    assert recorder.counts().shape == (2, 0, 4) and recorder.sums(torch.device("cpu")).tolist() == [[0] * 4] * 2
+
+
+def test_sums_leave_recomputed_passes_out():
+    recorder = LoadRecorder([3, 7], 4)
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            recorder(3, routing([[0, 1], [1, -1]]), ids(64))
+            return grad
+
+    recorder(3, routing([[0, 1], [1, -1]]), ids(64))
+    recorder(7, routing([[2, 2], [2, 2]]), ids(64))
+    recorder(3, routing([[3, 3], [3, 3]]), ids(128))
+    Again.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    recorder.turn()
+    for _ in range(2):  # the places of an iteration are remembered
+        assert recorder.sums(torch.device("cpu")).tolist() == [[1, 2, 0, 4], [0, 0, 4, 0]]
 
 
 def test_recording_never_asks_the_device(monkeypatch):
-    recorder = on.LoadRecorder([0], 4)
+    recorder = LoadRecorder([0], 4)
     args = (0, routing([[0, 1], [1, -1]]), ids(0))
 
     def refuse(*_args, **_kwargs):
@@ -68,16 +94,26 @@ def test_recording_never_asks_the_device(monkeypatch):
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__index__", "nonzero", "unique"):
             patch.setattr(torch.Tensor, name, refuse)
         recorder(*args)
-    assert recorder.take().tolist() == [[[1, 2, 0, 0]]]
+        recorder.turn()
+        recorder.sums(torch.device("cpu"))
+        recorder.sums(torch.device("cpu"))
+    assert recorder.counts().tolist() == [[[1, 2, 0, 0]]]
 
 
 def record_on_gpu(world_rank):
-    recorder = on.LoadRecorder([0], 4)
+    recorder = LoadRecorder([0], 4)
     idx, token_id = torch.tensor([[0, 1], [1, -1]], device="cuda"), ids(0).cuda()
     torch.cuda.set_sync_debug_mode("error")
+    stream, places = torch.cuda.Stream(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    recorder._where = [0], places  # made once, in the first iteration
+    torch.cuda.set_sync_debug_mode("error")
     recorder(0, SimpleNamespace(expert_idx_TK=idx), token_id)
+    recorder.turn()
+    view = StageView(recorder.sums(idx.device), [1.5], None, stream)
     torch.cuda.set_sync_debug_mode("default")
-    assert recorder.take().tolist() == [[[1, 2, 0, 0]]]
+    sums, values = view.read()
+    assert sums.tolist() == [[1, 2, 0, 0]] and values.tolist() == [1.5]
+    assert recorder.counts().tolist() == [[[1, 2, 0, 0]]]
 
 
 @pytest.mark.gpu
@@ -92,15 +128,20 @@ def test_recording_does_not_wait_for_a_gpu():
 class FakeLayer:
     """What OnlinePlacement needs of a layer: routing given from outside, one weight and its state by slot."""
 
-    def __init__(self, layer_idx, num_experts, num_ranks, ep_rank):
-        self.layer_idx, self.observers = layer_idx, []
-        self.placement = Placement.identity(num_experts, num_ranks)
+    def __init__(self, layer_idx, num_experts, num_ranks, ep_rank, num_replicas=0):
+        self.layer_idx, self.observers, self.num_replicas = layer_idx, [], num_replicas
+        self.set_placement(Placement.identity(num_experts, num_ranks))
         self._ep_rank = ep_rank
         hosted = torch.tensor(self.placement.experts_of_rank(ep_rank))
         self.state = [hosted + 100.0 * layer_idx, (hosted * 7).to(torch.bfloat16)[:, None]]
 
     def set_placement(self, placement):
         self.placement = placement
+        self.replicas = Replicas.none(placement, self.num_replicas)
+
+    def set_replicas(self, replicas):
+        replicas.check(self.placement)
+        self.replicas = replicas
 
     def see(self, expert_idx_TK, token_id_BT):
         for observer in self.observers:
@@ -191,6 +232,90 @@ def test_online_placement_follows_the_load(world, world_size, ep, policy, num_ex
     assert kinds == ({"keep"} if ep == 1 else {"keep", "migrate"})
 
 
+def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
+    """Two layers with one hot expert each, timed by what their fullest rank gets; `slower`: once experts have moved."""
+    plan, num_experts = ParallelPlan(dp=world_size, ep=ep), 8
+    mesh = build_mesh(plan, torch.device("cpu"))
+    slots = 1 if replicate == "history" else 0
+    layers = [FakeLayer(idx, num_experts, ep, mesh.ep_rank, slots) for idx in (2, 4)]
+    home, seen = layers[0].placement, {}
+
+    def layer_ms():
+        # the ranks' clocks differ: only the slowest counts
+        factor = {layer.layer_idx: slower if layer.placement != home else 1.0 for layer in layers}
+        return {idx: (0.1 + 1e-3 * load) * factor[idx] / (1 + world_rank) for idx, load in seen.items()}
+
+    placer = on.OnlinePlacement(
+        layers,
+        OnlineConfig(policy="auto", interval=5, replicate=replicate, replica_slots=slots),
+        ep_group=mesh.ep_group,
+        stage_group=mesh.stage_group,
+        state_of=lambda layer: layer.state,
+        layer_ms=layer_ms,
+        free_bytes=lambda: None if free_bytes is None else free_bytes + world_rank,
+    )
+    log, loads = [], []
+    for iteration in range(1, 21):
+        expected = np.zeros((2, ep, num_experts), np.int64)
+        for place, layer in enumerate(layers):
+            weight = np.roll([8.0, 7, 6, 5, 1, 1, 1, 1], place)
+            for rank in range(world_size):
+                rng = np.random.default_rng((iteration, place, rank))
+                idx = rng.choice(num_experts, (2000, 2), p=weight / weight.sum())
+                expected[place, rank % ep] += np.bincount(idx.ravel(), minlength=num_experts)
+                if rank == world_rank:
+                    layer.see(torch.from_numpy(idx), ids(iteration * 10_000 + world_rank * 2000, (4, 500)))
+            seen[layer.layer_idx] = layer.replicas.host_load(expected[place]).max()
+        events = placer.after_step(iteration)
+        assert bool(events) == on.is_due(OnlineConfig(policy="auto", interval=5), iteration)
+        for layer in layers:
+            layer.check()
+        for event in events:
+            event.pop("cost_ms")  # of this rank
+        log += events
+        loads.append((placer.load_max_over_mean(), [layer.replicas.to_dict() for layer in layers]))
+        if iteration == 1:
+            first = expected
+        if iteration == 2:  # what came from iteration 1, which no rank knew whole when it ended
+            assert np.array_equal(placer._auto.controller.history_YWE, first)
+    assert placer.gather_counts().sum() == 2 * world_size * 4000
+    saved = placer.saved_loads()
+    assert sorted(saved) == [2, 4] and np.isclose(sum(saved[2]), world_size * 4000, rtol=0.01)
+    placer.restore_loads(20, saved)
+    return log, loads
+
+
+AUTO_CASES = [
+    # world, ep, replicate, slower, free memory
+    (2, 2, "never", 1.0, None),
+    (2, 2, "never", 3.0, None),
+    (2, 2, "never", 1.0, 1000),
+    (2, 2, "history", 1.0, None),
+    (4, 2, "history", 1.0, 1 << 40),
+]
+
+
+@pytest.mark.parametrize("case", AUTO_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_auto_decides_alike_on_every_rank_and_acts(world, case):
+    world_size, _, replicate, slower, free_bytes = case
+    place = [each for each in AUTO_CASES if each[0] == world_size].index(case)
+    logs = [result["auto"][place] for result in world(world_size)]
+    assert all(log == logs[0] for log in logs)
+    events, loads = logs[0]
+    kinds = {event["kind"] for event in events}
+    assert loads[1][0] > 1.5  # 26 of 30 on the first rank
+    if free_bytes == 1000:
+        assert kinds == {"keep"} and any("MB are free on the fullest GPU" in event["reason"] for event in events)
+    elif slower > 1:
+        assert {"migrate", "rollback"} <= kinds and loads[-1][0] > 1.5
+        assert all(event["num_moved"] for event in events if event["kind"] in ("migrate", "rollback"))
+    else:
+        assert kinds - {"keep"} and loads[-1][0] < 1.1
+        assert ("keep" in kinds) and (replicate == "never" or any(event["num_copies"] for event in events))
+        for event in events:
+            assert event["predicted_ms_after"] <= event["predicted_ms_before"]
+
+
 def test_min_gain_keeps_a_small_gain_from_moving():
     layer = FakeLayer(0, 4, 1, 0)
     layer.placement = Placement(2, (0, 1, 2, 3))
@@ -227,18 +352,20 @@ def run_real_layer(world_rank, gate, capacity):
     )
     mesh = build_mesh(config.plan, torch.device("cpu"))
     layer = MoELayer(config, layer_idx=0, ep_group=mesh.ep_group, stage_group=mesh.stage_group)
-    recorder = on.LoadRecorder([0], 6)
+    recorder = LoadRecorder([0], 6)
     layer.observers.append(recorder)
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(world_rank))
     x[..., 0] += 3.0  # skew, so that a capacity of 1 drops copies
     token_id = ids(world_rank * 16, (2, 8))
     y, _ = layer(x, token_id)
-    counts = recorder.take()
+    recorder.turn()
+    counts = recorder.counts()
     new = Placement(2, (5, 2, 0, 1, 4, 3))
     migrate([(list(layer.experts.parameters()), layer.placement, new)], mesh.ep_group)
     layer.set_placement(new)
     again, _ = layer(x, token_id)
-    assert torch.equal(y, again) and np.array_equal(recorder.take(), counts)
+    recorder.turn()
+    assert torch.equal(y, again) and np.array_equal(recorder.counts(), counts)
     return int(counts.sum())
 
 

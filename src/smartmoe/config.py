@@ -18,7 +18,7 @@ from pathlib import Path
 GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace")
 DISPATCHERS = ("basic", "overlapped", "padded", "direct", "auto")
 EXPERT_IMPLS = ("grouped", "loop")
-ONLINE_POLICIES = ("static", "greedy", "least_move")
+ONLINE_POLICIES = ("static", "greedy", "least_move", "auto")
 REPLICATE_MODES = ("never", "history", "exact")
 DTYPES = ("float32", "bfloat16", "float16")
 SCOPES = ("global", "local")
@@ -77,15 +77,21 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
-    """Online expert placement: the solver, and after how many iterations it is asked again.
+    """Online expert placement: the policy, and after how many iterations it is asked again.
 
+    "greedy" and "least_move" place by the load of the iteration just done; "auto" decides by a decayed history, measured
+    times and costs whether to keep, migrate (unless `migrate` is false), replicate or both, and takes a change back that
+    measures worse. A change must make the fullest rank's load (with "auto" the layer's time) fall by more than the fraction
+    `min_gain` (null: 0, with "auto" 0.02), and with "auto" gain what it costs within `horizon` iterations.
     `replicate`: experts get copies on other ranks "never", for whole steps from the load seen ("history"), or for each
     micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer.
     """
 
     policy: str = "static"
     interval: int = 10
-    min_gain: float = 0.0
+    min_gain: float | None = None
+    migrate: bool = True
+    horizon: int = 50
     replicate: str = "never"
     replica_slots: int = 0
 
@@ -246,6 +252,10 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append('gate.kind = "trace" needs gate.trace, the path of an .npz trace')
     if config.online.interval < 1:
         problems.append(f"online.interval = {config.online.interval} must be at least 1")
+    if config.online.horizon < 1:
+        problems.append(f"online.horizon = {config.online.horizon} must be at least 1")
+    if not 0 <= (config.online.min_gain or 0.0) < 1:
+        problems.append(f"online.min_gain = {config.online.min_gain} must be in 0 .. 1, or null for the policy's own")
     if config.layer.overlap_groups < 1:
         problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
     if not config.layer.row_factor >= 1:

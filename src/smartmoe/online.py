@@ -1,79 +1,56 @@
 """Online expert placement: watch the load, decide, move experts between iterations.
 
-Layer 4. Axes: L MoE layers of this pipeline stage, M micro-batches, E experts, R ranks of the stage, N slots of a rank.
+Layer 4. Axes: L MoE layers of this pipeline stage, M micro-batches, E experts, R ranks of the stage, W of the expert group.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from smartmoe import controller, policy
 from smartmoe.config import OnlineConfig
-from smartmoe.migrate import migrate
-from smartmoe.ops.all_to_all import group_size
+from smartmoe.controller import Change, Controller, Sizes
+from smartmoe.migrate import STAGING_BYTES, Staging, migrate
+from smartmoe.observe import LoadRecorder, StageView
+from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.placement import Placement, max_over_mean, num_moves, rank_load
 from smartmoe.solvers import solve_greedy, solve_least_move
+from smartmoe.timing import LayerTimer
 
 SOLVERS = {"greedy": solve_greedy, "least_move": solve_least_move}
+# Device memory that must be left when migrations take their staging buffer.
+SPARE_BYTES = 256 << 20
 
 
-class LoadRecorder:
-    """An observer of MoE layers: token copies per layer, micro-batch and logical expert on this rank.
-
-    A forward pass is known by the id of its first token, so one that is recomputed counts once; dropped copies (-1) do
-    not count. Recording only enqueues work on the device; `take` synchronises with the host, once.
-
-    Args:
-        layer_indices: layer_idx of the layers watched, in the order of the counts.
-        num_experts: E.
-    """
-
-    def __init__(self, layer_indices: Sequence[int], num_experts: int):
-        self._place = {layer_idx: place for place, layer_idx in enumerate(layer_indices)}
-        self._num_experts = num_experts
-        self._seen: list[tuple[int, torch.Tensor]] = []
-
-    def __call__(self, layer_idx: int, routing, token_id_BT: torch.Tensor) -> None:
-        if not token_id_BT.numel():
-            return
-        # Bin 0 takes the dropped copies, and then makes room for the id of the first token.
-        bin_S = routing.expert_idx_TK.detach().flatten() + 1
-        row = bin_S.new_zeros(self._num_experts + 1).scatter_add_(0, bin_S, torch.ones_like(bin_S))
-        row[0] = token_id_BT.flatten()[0]
-        self._seen.append((self._place[layer_idx], row))
-
-    def take(self) -> np.ndarray:
-        """[L, M, E] int64, what was seen since the last call; micro-batches in the order of their tokens."""
-        if not self._seen:
-            return np.zeros((len(self._place), 0, self._num_experts), np.int64)
-        places = [place for place, _ in self._seen]
-        rows = torch.stack([row for _, row in self._seen]).cpu().numpy()
-        self._seen.clear()
-        first_ids, micro_batch = np.unique(rows[:, 0], return_inverse=True)
-        counts_LME = np.zeros((len(self._place), len(first_ids), self._num_experts), np.int64)
-        counts_LME[places, micro_batch] = rows[:, 1:]
-        return counts_LME
-
-
-# ---------------------------------------------------------------------------------------------------------- deciding
+def is_due(online: OnlineConfig, iteration: int) -> bool:
+    """Whether `after_step` of `iteration` returns events; the same on every rank of a run."""
+    if online.policy == "static":
+        return False
+    return policy.is_due(iteration, online.interval) if online.policy == "auto" else iteration % online.interval == 0
 
 
 class OnlinePlacement:
     """Balances the experts of this pipeline stage's MoE layers while training goes on.
 
-    After every iteration the load is summed over the stage; every `online.interval` iterations the solver is asked with
-    the load of the iteration just done, on the same integers on every rank, so all reach the same decision. Nothing
-    else is remembered: a resumed run decides as an uninterrupted one.
+    With greedy and least_move the load is summed over the stage after every iteration; every `online.interval` iterations
+    the solver is asked with the load of the iteration just done. Nothing else is remembered: a resumed run decides as
+    an uninterrupted one. With auto see `_Auto`. Decisions rest on the same integers on every rank, so all reach the same.
 
     Args:
         layers: the MoELayers of this rank, the same on all ranks of the stage; a LoadRecorder joins their observers.
-        online: policy, interval, and the fraction by which the fullest rank's load must fall for a move to be made.
+        online: see OnlineConfig.
         ep_group, stage_group: ProcessGroups (ep inside stage), or None for this process alone.
         state_of: all tensors [N, ...] that belong to the experts of a layer, for `migrate`.
+        sizes: bytes and speeds for auto's first decisions; None = the state is counted, links are of 1 GB/s.
+        node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
+        layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
+        free_bytes: for auto, the device memory that is free; None = as CUDA says, unlimited on a CPU.
     """
 
     def __init__(
@@ -84,48 +61,70 @@ class OnlinePlacement:
         ep_group,
         stage_group,
         state_of: Callable[..., list[torch.Tensor]],
+        sizes: Sizes | None = None,
+        node_of_rank_W: tuple[int, ...] | None = None,
+        layer_ms: Callable[[], dict[int, float]] | None = None,
+        free_bytes: Callable[[], int | None] | None = None,
     ):
         self._layers, self._online, self._state_of = list(layers), online, state_of
         self._ep_group, self._stage_group = ep_group, stage_group
         num_experts = self._layers[0].placement.num_experts if self._layers else 0
         self._recorder = LoadRecorder([layer.layer_idx for layer in self._layers], num_experts)
         self._device = state_of(self._layers[0])[0].device if self._layers else torch.device("cpu")
-        self._counts_LME = self._recorder.take()
+        self._staging = Staging()
         self._max_over_mean = 1.0
         for layer in self._layers:
             layer.observers.append(self._recorder)
+        self._auto = None
+        if online.policy == "auto" and self._layers:
+            if sizes is None:
+                sizes = Sizes(state_bytes=sum(tensor[0].nbytes for tensor in state_of(self._layers[0])))
+            self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms, free_bytes or self._free_bytes)
 
     def after_step(self, iteration: int) -> list[dict]:
         """Take in what the layers saw in `iteration` (from 1) and, when it is due, place experts anew.
 
-        Returns one event per layer when the solver was asked, otherwise none, with the keys of events.jsonl:
-        iteration, layer, kind ("migrate" or "keep"), num_moved (experts sent between ranks), cost_ms (of the migration
-        here, shared evenly by the layers that moved), max_over_mean_before and _after (of the load seen), reason.
-        Collective over stage_group (and ep_group when experts move); synchronises with the host.
+        Returns one event per layer when a decision was due, otherwise none, with the keys of events.jsonl: iteration,
+        layer, kind ("keep", "migrate", "replicate", "both", "rollback"), num_moved (experts sent between ranks), num_copies
+        (replicas in force afterwards), cost_ms (of the migration here, shared evenly by the layers that moved),
+        max_over_mean_before and _after (of the load seen), reason; with auto also predicted_ms_before and _after.
+        Collective over stage_group (and ep_group when experts move). Synchronises with the host, but not with auto where
+        nothing moves.
         """
         if not self._layers:
             return []
-        self._counts_LME = self._recorder.take()
-        load_LE = self._sum_over_stage(self._counts_LME.sum(axis=1))
+        self._recorder.turn()
+        if self._auto is not None:
+            return self._auto.after_step(iteration)
+        load_LE = self._sum_over_stage(self._recorder.counts().sum(axis=1))
         balance = [max_over_mean(load_E, layer.placement) for load_E, layer in zip(load_LE, self._layers, strict=True)]
         self._max_over_mean = float(np.mean(balance))
-        if self._online.policy == "static" or iteration % self._online.interval:
-            return []
-        return self._place(iteration, load_LE)
+        return self._place(iteration, load_LE) if is_due(self._online, iteration) else []
 
     def load_max_over_mean(self) -> float:
-        """Fullest rank's load over the mean rank's in the last iteration, mean of the layers; not collective."""
+        """Fullest rank's load over the mean rank's, mean of the layers, in the last iteration (with auto the one before,
+        as the reduction is still under way); not collective."""
         return self._max_over_mean
 
     def gather_counts(self) -> np.ndarray:
         """Counts of the last iteration, [R, L, M, E] int32, ranks by stage_rank. Collective over stage_group."""
-        counts = torch.from_numpy(self._counts_LME.astype(np.int32)).to(self._device)
+        counts = torch.from_numpy(self._recorder.counts().astype(np.int32)).to(self._device)
         num_ranks = group_size(self._stage_group)
         if num_ranks == 1 or not counts.numel():
             return counts.cpu().numpy()[None].repeat(num_ranks, axis=0)
         gathered = counts.new_empty(num_ranks * len(counts), *counts.shape[1:])
         dist.all_gather_into_tensor(gathered, counts, group=self._stage_group)
         return gathered.view(num_ranks, *counts.shape).cpu().numpy()
+
+    def saved_loads(self) -> dict[int, list[float]]:
+        """What a checkpoint keeps for auto: layer_idx -> expected token copies per expert; nothing for other policies."""
+        loads = self._auto.controller.saved() if self._auto else None
+        return {} if loads is None else {layer.layer_idx: load for layer, load in zip(self._layers, loads, strict=True)}
+
+    def restore_loads(self, iteration: int, loads: dict[int, list[float]]) -> None:
+        """Go on after `iteration` from what `saved_loads` gave, under any plan; layers that it lacks learn anew."""
+        if self._auto and all(layer.layer_idx in loads for layer in self._layers):
+            self._auto.controller.restore(iteration, [loads[layer.layer_idx] for layer in self._layers])
 
     def _sum_over_stage(self, load_LE: np.ndarray) -> np.ndarray:
         if group_size(self._stage_group) == 1:
@@ -144,6 +143,7 @@ class OnlinePlacement:
                 "layer": layer.layer_idx,
                 "kind": "keep" if new == old else "migrate",
                 "num_moved": num_moves(old, new),
+                "num_copies": 0,
                 "cost_ms": 0.0,
                 "max_over_mean_before": max_over_mean(load_E, old),
                 "max_over_mean_after": max_over_mean(load_E, new),
@@ -160,23 +160,26 @@ class OnlinePlacement:
 
     def _decide(self, load_E: np.ndarray, current: Placement) -> tuple[Placement, str]:
         """The placement to have from now on, and why."""
-        new = SOLVERS[self._online.policy](load_E, current)
+        new, min_gain = SOLVERS[self._online.policy](load_E, current), self._online.min_gain or 0.0
         before, after = rank_load(load_E, current).max(), rank_load(load_E, new).max()
         if not after < before:
             return current, "the solver found nothing better"
         gain = 1 - after / before
-        if not gain > self._online.min_gain:
-            return current, f"fullest rank would fall by {gain:.1%}, min_gain is {self._online.min_gain:.1%}"
+        if not gain > min_gain:
+            return current, f"fullest rank would fall by {gain:.1%}, min_gain is {min_gain:.1%}"
         return new, f"fullest rank {before:.0f} -> {after:.0f} token copies, {gain:.1%} less"
 
     def move(self, targets: list[tuple]) -> float:
         """Give each (layer, new placement) its placement, moving all layers' experts with their state together.
 
-        Returns the milliseconds it took here. Collective over ep_group.
+        Returns the milliseconds it took here, without what is done once (taking and registering the staging buffer).
+        Collective over ep_group.
         """
+        if any(num_moves(layer.placement, new) for layer, new in targets):
+            self._staging.exchange(self._ep_group, self._device)
         self._wait_for_device()
         start = time.perf_counter()
-        migrate([(self._state_of(layer), layer.placement, new) for layer, new in targets], self._ep_group)
+        migrate([(self._state_of(layer), layer.placement, new) for layer, new in targets], self._ep_group, self._staging)
         for layer, new in targets:
             layer.set_placement(new)
         self._wait_for_device()
@@ -185,3 +188,121 @@ class OnlinePlacement:
     def _wait_for_device(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def _free_bytes(self) -> int | None:
+        if self._device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + cached
+
+
+@dataclass
+class _Sent:
+    """Iteration whose counts and times are on their way, the view that brings them, experts of a timed migration."""
+
+    iteration: int
+    view: StageView
+    num_moved: int
+
+
+class _Auto:
+    """Policy "auto": counts and times of an iteration are reduced over the stage while the next one runs, and read after
+    it; nothing waits for them. When a decision is due the controller takes it, and here it is carried out."""
+
+    def __init__(self, online: OnlinePlacement, sizes: Sizes, node_of_rank_W, layer_ms, free_bytes):
+        self._online, self._layers, self._config = online, online._layers, online._online
+        self._device, self._layer_ms, self._free_bytes = online._device, layer_ms, free_bytes
+        if layer_ms is None:
+            timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
+            self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in timer.take().items()}
+        placements = [layer.placement for layer in self._layers]
+        self.controller = Controller(placements, self._config, sizes, node_of_rank_W)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._sent: _Sent | None = None
+        self._move_ms, self._num_moved, self._has_room = 0.0, 0, False
+
+    def after_step(self, iteration: int) -> list[dict]:
+        no_room = self._read()
+        self._send(iteration)
+        return self._decide(iteration, no_room) if is_due(self._config, iteration) else []
+
+    def _send(self, iteration: int) -> None:
+        group = self._online._stage_group
+        num_ranks, ep_rank = self._layers[0].placement.num_ranks, group_rank(self._online._ep_group)
+        sums_LE = self._online._recorder.sums(self._device)
+        counts_LWE = sums_LE.new_zeros(len(sums_LE), num_ranks, sums_LE.shape[1])
+        counts_LWE[:, ep_rank] = sums_LE
+        ms = self._layer_ms()
+        free = None if self._has_room else self._free_bytes()
+        # maxima over the ranks; of free memory the least counts
+        values = [ms.get(layer.layer_idx, 0.0) for layer in self._layers]
+        values += [self._move_ms, -np.inf if free is None else -float(free)]
+        self._sent = _Sent(iteration, StageView(counts_LWE, values, group, self._stream), self._num_moved)
+        self._move_ms, self._num_moved = 0.0, 0
+
+    def _read(self) -> str:
+        """Give the controller what has arrived; returns why no expert can move now."""
+        if self._sent is None:
+            return ""
+        counts_LWE, values = self._sent.view.read()
+        *ms_L, move_ms, least_free = values.tolist()
+        timed = all(ms > 0 for ms in ms_L)
+        self.controller.take_in(self._sent.iteration, counts_LWE, ms_L if timed else None)
+        self.controller.moved(move_ms, self._sent.num_moved)
+        self._online._max_over_mean = self.controller.max_over_mean
+        needed = STAGING_BYTES + SPARE_BYTES
+        if -least_free >= needed or self._has_room:
+            return ""
+        return f"its buffer needs {needed / 1e6:.0f} MB, {-least_free / 1e6:.0f} MB are free on the fullest GPU"
+
+    def _decide(self, iteration: int, no_room: str) -> list[dict]:
+        in_force = [(layer.placement, layer.replicas) for layer in self._layers]
+        changes = self.controller.decide(iteration, in_force, no_room)
+        moving = [
+            (layer, change.placement)
+            for layer, change in zip(self._layers, changes, strict=True)
+            if change.placement != layer.placement
+        ]
+        events = [
+            self._event(iteration, layer, change) for layer, change in zip(self._layers, changes, strict=True)
+        ]
+        cost_ms = self._move(moving) if moving else 0.0
+        for layer, change, event in zip(self._layers, changes, events, strict=True):
+            if event["num_moved"]:
+                event["cost_ms"] = round(cost_ms / len(moving), 3)
+            if change.kind != "keep" and change.replicas != layer.replicas:
+                layer.set_replicas(change.replicas)
+        return events
+
+    def _move(self, moving: list[tuple]) -> float:
+        owners = [(layer.placement.rank_of_expert(), new.rank_of_expert()) for layer, new in moving]
+        busiest = 0
+        for old_E, new_E in owners:
+            moves = old_E != new_E
+            ends = [np.bincount(ends_E[moves], minlength=1) for ends_E in (old_E, new_E)]
+            busiest += int(max(end.max() for end in ends))
+        cost_ms = self._online.move(moving)
+        self._has_room = True
+        self._move_ms, self._num_moved = cost_ms, busiest
+        return cost_ms
+
+    def _event(self, iteration: int, layer, change: Change) -> dict:
+        place = self._layers.index(layer)
+        history = self.controller.history_YWE
+        before, after = 1.0, 1.0
+        if history is not None:
+            both = (layer.replicas, change.replicas)
+            before, after = (controller.max_over_mean(each.host_load(history[place])) for each in both)
+        return {
+            "iteration": iteration,
+            "layer": layer.layer_idx,
+            "kind": change.kind,
+            "num_moved": num_moves(layer.placement, change.placement),
+            "num_copies": change.replicas.num_copies,
+            "cost_ms": 0.0,
+            "max_over_mean_before": before,
+            "max_over_mean_after": after,
+            "predicted_ms_before": round(change.before_ms, 6),
+            "predicted_ms_after": round(change.after_ms, 6),
+            "reason": change.reason,
+        }

@@ -53,9 +53,9 @@ class LayerTimer:
             y.register_hook(lambda grad: self._begin(idx, "backward"))
 
     def take(self) -> dict[int, dict[str, float]]:
-        """layer_idx -> {"forward_ms", "backward_ms"} summed since the last call. Synchronises with the device."""
-        if self._is_cuda:
-            torch.cuda.synchronize()
+        """layer_idx -> {"forward_ms", "backward_ms"} summed since the last call. Waits for the last of these passes."""
+        if self._is_cuda and self._marks:
+            self._marks[-1][3].synchronize()
         sums: dict[int, dict[str, float]] = {}
         for idx, part, start, end in self._marks:
             elapsed_ms = start.elapsed_time(end) if self._is_cuda else (end - start) * 1e3

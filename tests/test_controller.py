@@ -1,0 +1,159 @@
+"""Policy "auto" on invented layers whose time is known: a fixed part and a part for each token copy of the fullest rank."""
+
+import numpy as np
+import pytest
+
+from smartmoe.config import OnlineConfig
+from smartmoe.controller import Controller, Sizes
+from smartmoe.placement import EMPTY, Placement, Replicas
+
+W, E = 4, 16
+FIXED_MS, COPY_MS = 0.5, 1e-3
+
+
+def skewed(shift=0, scale=400):
+    """[W, E] copies, the hottest expert at `shift`."""
+    load_E = np.roll(1.0 / np.arange(1, E + 1), shift)
+    return np.tile(np.rint(scale * load_E), (W, 1))
+
+
+def even(scale=100):
+    return np.full((W, E), float(scale))
+
+
+class World:
+    """Layers in which changes are carried out and timed, `slower` times as long as the model says after a migration."""
+
+    def __init__(self, num_layers=2, slower=1.0, sizes=None, **online):
+        online = {"policy": "auto", "interval": 10, **online}
+        self.in_force = [
+            (p := Placement.identity(E, W), Replicas.none(p, online.get("replica_slots", 0))) for _ in range(num_layers)
+        ]
+        self.home, self.slower = self.in_force[0][0], slower
+        sizes = sizes or Sizes(state_bytes=1_000_000, gbytes_per_s=100)
+        self.controller = Controller([p for p, _ in self.in_force], OnlineConfig(**online), sizes)
+        self.log = []
+
+    def ms(self, count_WE, layer):
+        placement, replicas = self.in_force[layer]
+        moved = placement != self.home
+        return (FIXED_MS + COPY_MS * replicas.host_load(count_WE).max()) * (self.slower if moved else 1.0)
+
+    def run(self, first, last, count_of=lambda iteration: skewed(), no_room="", interval=10):
+        for iteration in range(first, last + 1):
+            count_YWE = np.stack([count_of(iteration)] * len(self.in_force))
+            # as with the real thing, a decision does not know the iteration just done
+            if iteration % interval == 0:
+                changes = self.controller.decide(iteration, self.in_force, no_room)
+                for layer, change in enumerate(changes):
+                    self.log.append((iteration, layer, change))
+                    self.in_force[layer] = change.placement, change.replicas
+            ms = [self.ms(count_YWE[layer], layer) for layer in range(len(self.in_force))]
+            self.controller.take_in(iteration, count_YWE, ms)
+        return [(iteration, change.kind) for iteration, layer, change in self.log if layer == 0]
+
+
+def test_a_skewed_layer_migrates_once_and_then_stays():
+    world = World()
+    assert world.run(1, 60) == [(10, "migrate"), *((i, "keep") for i in range(20, 61, 10))]
+    loads = [r.host_load(skewed()) for _, r in world.in_force]
+    # four slots a rank: the hottest expert and the three coldest cannot be parted further
+    assert all(load.max() / load.mean() < 1.43 for load in loads)
+    assert world.in_force[0] == world.in_force[1]
+    assert world.log[-1][2].reason == "nothing better was found"
+
+
+def test_a_balanced_layer_is_left_alone():
+    world = World()
+    assert {kind for _, kind in world.run(1, 50, lambda iteration: even())} == {"keep"}
+    assert world.log[0][2].reason == "at most 0.0% to gain"
+
+
+def test_nothing_is_decided_without_times():
+    world = World()
+    world.controller.take_in(1, np.stack([skewed()] * 2), [1.0, 1.0])  # warm-up, not believed
+    world.controller.take_in(5, np.stack([skewed()] * 2), None)
+    (change, _) = world.controller.decide(10, world.in_force)
+    assert change.kind == "keep" and change.reason == "no layer has been timed yet"
+
+
+def test_a_change_that_measures_worse_is_taken_back_and_not_tried_again():
+    world = World(num_layers=1, slower=2.0)
+    kinds = world.run(1, 60)
+    assert kinds[:2] == [(10, "migrate"), (20, "rollback")]
+    back = world.log[1][2]
+    assert back.placement == world.home and "slower than before" in back.reason and "iteration 10" in back.reason
+    assert world.in_force[0][0] == world.home and "rolled back" in " ".join(c.reason for _, _, c in world.log[2:])
+
+
+def test_a_change_is_not_judged_by_too_few_iterations():
+    world = World(num_layers=1, slower=2.0)
+    world.run(1, 10)
+    world.run(11, 13, interval=13)
+    assert world.log[-1][2].kind == "keep" and "not yet measured" in world.log[-1][2].reason
+
+
+def test_moving_must_pay():
+    world = World(num_layers=1, sizes=Sizes(state_bytes=10**9, gbytes_per_s=1))  # a second per expert
+    assert {kind for _, kind in world.run(1, 40)} == {"keep"} and "than moving costs" in world.log[-1][2].reason
+    measured = World(num_layers=1)
+    measured.run(1, 9)
+    for _ in range(12):
+        measured.controller.moved(5_000.0, 2)  # the links turn out to be slow
+    assert measured.controller.costs().move_ms_per_expert == pytest.approx(2500, rel=1e-3)
+    measured.run(10, 10)
+    assert measured.log[0][2].kind == "keep"
+
+
+def test_without_room_nothing_moves_and_the_log_says_so():
+    world = World(num_layers=1)
+    assert world.run(1, 20, no_room="its buffer needs 2 MB, 1 MB are free") == [(10, "keep"), (20, "keep")]
+    assert "experts cannot move: its buffer needs 2 MB" in world.log[0][2].reason
+
+
+def test_replicas_take_what_no_placement_can():
+    world = World(num_layers=1, replicate="history", replica_slots=2)
+    kinds = world.run(1, 30)
+    assert kinds[0][1] in ("replicate", "both") and kinds[1:] == [(20, "keep"), (30, "keep")]
+    load_W = world.in_force[0][1].host_load(skewed())
+    assert load_W.max() / load_W.mean() < 1.05
+    alone = World(num_layers=1, replicate="history", replica_slots=2, migrate=False)
+    assert alone.run(1, 10) == [(10, "replicate")] and alone.in_force[0][0] == alone.home
+
+
+def test_the_cost_of_a_copy_is_read_from_loads_that_differ():
+    world = World(num_layers=1, policy="auto", interval=1000)
+    scale = np.random.default_rng(0).uniform(100, 800, 60)
+    world.run(1, 40, lambda iteration: skewed(scale=scale[iteration]), interval=1000)
+    assert world.controller.costs().compute_ms_per_copy == pytest.approx(COPY_MS, rel=0.05)
+    steady = World(num_layers=1, interval=1000)
+    steady.run(1, 40, interval=1000)  # one load only: the fixed part cannot be told from the rest
+    copies = steady.in_force[0][1].host_load(skewed()).max()
+    assert steady.controller.costs().compute_ms_per_copy == pytest.approx(COPY_MS + FIXED_MS / copies, rel=1e-6)
+
+
+def test_a_placement_that_somebody_else_changed_is_taken_as_it_is():
+    world = World(num_layers=1)
+    world.run(1, 15)
+    order = np.random.default_rng(1).permutation(E)
+    other = Placement(W, tuple(order.tolist()))
+    world.in_force[0] = other, Replicas.none(other, 0)
+    changes = world.controller.decide(20, world.in_force)
+    assert changes[0].kind in ("keep", "migrate") and "rolled" not in changes[0].reason
+    if changes[0].kind == "keep":
+        assert changes[0].placement == other
+
+
+def test_what_a_checkpoint_keeps_serves_another_number_of_ranks():
+    world = World(num_layers=2)
+    world.run(1, 30)
+    saved = world.controller.saved()
+    assert np.shape(saved) == (2, E) and EMPTY not in saved[0]
+    halves = [Placement.identity(E, 2)] * 2
+    other = Controller(halves, OnlineConfig(policy="auto"), Sizes())
+    assert other.saved() is None
+    other.restore(30, saved)
+    assert other.history_YWE.shape == (2, 2, E)
+    np.testing.assert_allclose(other.history_YWE.sum(axis=1), np.stack([skewed().sum(axis=0)] * 2), atol=1)
+    with pytest.raises(ValueError, match="another model"):
+        other.restore(30, [[1.0] * 3] * 2)
