@@ -203,7 +203,9 @@ def capacity_label(gate: GateConfig) -> str:
 
 
 def _cluster(path: Path) -> ClusterSpec:
-    return from_dict(ClusterSpec, {"name": path.stem, **read_table(path)}, str(path))
+    """A cluster file; its [rates] are for the planner."""
+    table = {key: value for key, value in read_table(path).items() if key != "rates"}
+    return from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
 
 
 def _experiment(path: Path) -> Experiment:

@@ -74,11 +74,14 @@ def test_exchange_bytes_by_hand():
     travel = np.array([[5.0, 1, 2, 0], [0, 7, 0, 3], [4, 0, 9, 0], [1, 1, 1, 1]])
     intra, inter = busiest_bytes(travel, _setting())
     row = MODEL.hidden_size * 2
-    # nodes {0, 1} and {2, 3}: near sends 1 0 0 1, near receipts 0 1 1 0; far sends 2 3 4 2, far receipts 5 1 3 3
-    assert intra == 1 * row and inter == 5 * row
+    # nodes {0, 1} and {2, 3}: near sends 1 0 0 1, near receipts 0 1 1 0; 5 rows leave the first node, 6 the second
+    assert intra == 1 * row and inter == 6 / 2 * row
     alike = np.array([[2.0, 4.0, 6.0, 8.0]])
-    same = busiest_bytes(np.repeat(alike, 4, 0), _setting())
-    assert same == busiest_bytes(alike, _setting())
+    for ranks_per_node in (1, 2, 3, 4):
+        setting = _setting(ranks_per_node=ranks_per_node)
+        assert busiest_bytes(np.repeat(alike, 4, 0), setting) == busiest_bytes(alike, setting)
+    assert busiest_bytes(alike, _setting(ranks_per_node=4)) == (3 * 8 * row, 0)
+    assert busiest_bytes(alike, _setting(ranks_per_node=1)) == (0, 3 * 8 * row)
     assert group_bytes(100.0, 4, 1, 8) == (75.0, 0.0) and group_bytes(100.0, 4, 8, 8) == (0.0, 75.0)
     assert group_bytes(100.0, 16, 1, 8) == (93.75, 93.75 / 8)
 

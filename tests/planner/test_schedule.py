@@ -86,8 +86,8 @@ def test_interleaved_order_is_torchs(pp, vpp, n):
 
 
 def test_what_is_in_flight_and_who_has_which_layers():
-    assert [num_in_flight(s, 4, 1, 8) for s in range(4)] == [[4], [3], [2], [1]]
-    assert num_in_flight(0, 4, 1, 2) == [2]
+    assert [num_in_flight(s, 4, 1, 8) for s in range(4)] == [(4,), (3,), (2,), (1,)]
+    assert num_in_flight(0, 4, 1, 2) == (2,)
     assert sum(num_in_flight(0, 2, 2, 4)) == 5
     for layers, chunks in ((7, 3), (8, 4), (5, 5)):
         assert memory.chunk_layers(layers, chunks) == pipeline.chunk_layers(layers, chunks)

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from smartmoe.config import DTYPES, GATES, OnlineConfig, RunConfig
+from smartmoe.planner import inputs, pool, search
+from smartmoe.planner.cost_model import CostModel, Estimate
+
+PLAN_EPILOG = """\
+examples:
+  smartmoe plan --model gpt-l16-h1536 --cluster v100x16 --gpus 16
+  smartmoe plan --model run.toml --cluster local --gpus 2 --trace runs/first/trace.npz --out best.toml
+  smartmoe plan --model gpt-l16-h1536 --cluster v100x16 --gpus 16 --explain 1 dp16-ep16-mb2
+
+The loads that plans are judged under are those of --trace (of the published kind, or of a short run with record_trace = true),
+else a prior by the type of gate. --loads uniform judges as a planner does that does not look at the routing.
+"""
 
 
 def add_parsers(commands, start: Callable[[list[str]], int]) -> None:
     """Add the planner's commands to an argparse subparsers object. `start` runs a command line to its end."""
     _add_profile(commands, start)
+    _add_plan(commands)
 
 
 # ---------------------------------------------------------------------------------------------------------------- profile
@@ -36,3 +53,106 @@ def _profile(args: argparse.Namespace, start) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command += ["-m", "smartmoe.bench.profile_cluster", "--out", str(args.out), *args.more]
     return start(command + (["--device", args.device] if args.device else []))
+
+
+# ------------------------------------------------------------------------------------------------------------------- plan
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan", help="find the fastest plan for a model on a cluster", epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Rank every legal plan that fits in memory by predicted step time. Trains nothing, needs no GPU.",
+    )  # fmt: skip
+    add_setting(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="ranks to plan for")
+    parser.add_argument("--micro-batch", type=int, default=None, help="only plans with this micro-batch")
+    parser.add_argument("--placement", choices=("identity", "balanced"), default="balanced",
+                        help="experts stay in order, or are placed online (default)")  # fmt: skip
+    parser.add_argument("--score", choices=search.SCORES, default="mean", help="rank by the mean or the 95th percentile")
+    parser.add_argument("--top", type=int, default=15, help="rows to print; default: 15")
+    parser.add_argument("--explain", nargs=2, metavar=("A", "B"), help="compare two plans, by row or by name, part by part")
+    parser.add_argument("--pruned", type=int, default=0, metavar="N", help="print N plans that do not fit, and why")
+    parser.add_argument("--out", type=Path, metavar="FILE.toml", help="write the best plan as a run for `smartmoe train`")
+    parser.set_defaults(command=_plan)
+
+
+def add_setting(parser) -> None:
+    """The options that say what is planned for: model, cluster, workload, loads."""
+    parser.add_argument("--model", required=True, help="a name in models.toml, or a run's .toml file")
+    parser.add_argument("--cluster", required=True, help="a name in clusters/, or a .toml file")
+    parser.add_argument("--configs", type=Path, default=Path("scripts"), help="where names are looked up; default: scripts")
+    parser.add_argument("--profile", type=Path, help="a measured profile (default: <cluster>.profile.json beside its file)")
+    parser.add_argument("--gate", choices=GATES, help="default: the run's, or naive")
+    parser.add_argument("--capacity", type=float, help="capacity of the gate; default: the run's, or none")
+    parser.add_argument("--batch", type=int, help="samples in a step; default: the run's, or 256 for a model by name")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or bfloat16 on cuda")
+    parser.add_argument("--dispatcher", choices=("basic", "overlapped", "padded", "direct", "auto"), help="how rows travel")
+    parser.add_argument("--trace", type=Path, help="routing to judge under: .npz, or a folder of tables")
+    parser.add_argument("--loads", choices=("prior", "uniform"), default="prior", help="without a trace")
+    parser.add_argument("--samples", type=int, default=16, help="how many loads of the distribution; default: 16")
+
+
+def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
+    """The run without its plan, and the cost model that the options describe."""
+    cluster, rates, cluster_file = inputs.read_cluster(args.cluster, args.configs)
+    config = inputs.read_model(args.model, args.configs)
+    by_name = not args.model.endswith((".toml", ".json"))
+    work, gate = config.workload, config.gate
+    work = dataclasses.replace(
+        work,
+        global_batch_size=args.batch or (256 if by_name else work.global_batch_size),
+        dtype=args.dtype or ("bfloat16" if by_name and cluster.device == "cuda" else work.dtype),
+    )
+    gate = dataclasses.replace(
+        gate, kind=args.gate or gate.kind, capacity=gate.capacity if args.capacity is None else args.capacity
+    )
+    layer = dataclasses.replace(config.layer, dispatcher=args.dispatcher or config.layer.dispatcher)
+    config = dataclasses.replace(config, workload=work, gate=gate, layer=layer)
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: at least 1")
+    primitives = inputs.read_primitives(cluster, rates, cluster_file, args.profile, work.dtype)
+    chosen = inputs.choose_loads(config.model, gate, args.trace, args.loads, args.samples)
+    return config, CostModel(config, cluster, primitives, chosen, getattr(args, "placement", "identity"))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    config, cost = setting_of(args)
+    cost.cluster = pool.cluster_of(cost.cluster, args.gpus)
+    result = search.search(cost, args.gpus, max(args.top, 1), args.score, args.micro_batch)
+    where = f"{args.gpus} of cluster {cost.cluster.name} ({cost.primitives.source})"
+    print(f"{config.model.name} on {where}: {result.num_judged} plans simulated in {time.monotonic() - start:.1f} s")
+    print(search.format_table(result, args.top))
+    print(_insensitive(cost, result, args))
+    for pruned in sorted(result.pool.pruned, key=lambda p: p.candidate.memory.total)[: args.pruned]:
+        print(f"left out: {pruned.candidate.name}: {pruned.reason}")
+    if args.explain:
+        one, other = (search.find(cost, result, word, args.gpus) for word in args.explain)
+        print("\n" + search.explain(cost, one, other))
+    if args.out:
+        args.out.write_text(run_of(cost, result.ranked[0], args.placement), encoding="utf-8")
+        print(f"wrote {args.out}: smartmoe train {args.out}")
+    return 0
+
+
+def _insensitive(cost: CostModel, result: search.Result, args) -> str:
+    """What a planner would choose that does not look at the routing, and what that choice takes under these loads."""
+    blind = search.search(search.data_insensitive(cost), args.gpus, 1, args.score, args.micro_batch).ranked[0]
+    name, best = pool.name_of(blind.plan, blind.micro_batch), result.ranked[0]
+    if not pool.fits(cost, blind.plan, blind.micro_batch):
+        return f"without looking at the loads: {name}, which does not fit in memory under them"
+    seen = cost.estimate(blind.plan, blind.micro_batch)
+    return f"without looking at the loads: {name}, {seen.mean_ms:.1f} ms under them, {seen.mean_ms / best.mean_ms:.2f} x row 1"
+
+
+def run_of(cost: CostModel, estimate: Estimate, placement: str) -> str:
+    """The TOML of the run that an estimate stands for."""
+    config = pool.config_of(cost.config, cost.cluster, estimate.plan, estimate.micro_batch)
+    moves = placement == "balanced" and estimate.plan.ep > 1
+    online = config.online
+    if moves and online.policy == "static":
+        online = OnlineConfig(policy="greedy", interval=10)
+    config = dataclasses.replace(config, online=online, system="smartmoe" if moves else "smartmoe_static")
+    comment = f"# {pool.name_of(estimate.plan, estimate.micro_batch)}: {estimate.mean_ms:.1f} ms a step predicted"
+    return f"{comment} ({cost.primitives.source} cluster {cost.cluster.name}, {cost.loads.about})\n{inputs.to_toml(config)}"

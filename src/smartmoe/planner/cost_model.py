@@ -94,6 +94,7 @@ class CostModel:
         self._layers: dict[tuple, _Layer] = {}
         self._orders: dict[int, np.ndarray | None] = {}
         self._parameters: dict[tuple, list[Parameters]] = {}
+        self._known: dict[tuple, object] = {}  # what several plans share
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -137,6 +138,10 @@ class CostModel:
         layer = self._layer(plan, micro_batch)
         forward = np.maximum(layer.times.forward_ms(), layer.times.host_forward_ms)
         return forward + np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
+
+    def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
+        """[S, L, W] token copies that each rank of an expert group computes in a micro-batch."""
+        return self._rows(self.setting(plan, micro_batch))
 
     # ------------------------------------------------------------------------------------------------------ its pieces
 
@@ -183,8 +188,16 @@ class CostModel:
             share = share[:, :, :, np.arange(setting.ep) % share.shape[3]]
         return share * setting.copies
 
+    def _once(self, key: tuple, make):
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
     def _rows(self, setting: LayerSetting) -> np.ndarray:
         """[S, L, W] rows of each rank; of the micro-batch with most rows in a sample."""
+        return self._once(("rows", setting.tokens, setting.ep), lambda: self._count_rows(setting))
+
+    def _count_rows(self, setting):
         copies, order = self._copies(setting), self._order(setting.ep)
         count = copies.sum(3) * (setting.ep if copies.shape[3] == 1 else 1)
         if order is not None:
@@ -280,8 +293,11 @@ class CostModel:
         backward = over_chunks(layer.backward) + num_dense * layer.dense_backward
         if plan.recompute:
             backward = backward + forward
-        accumulate = np.array([self._state_ms("accumulate", p) for p in self.parameters(plan)])
-        ends = self._ends(setting)
+        held = self.parameters(plan)
+        accumulate = self._once(
+            ("accumulate", num_chunks, plan.tp, plan.ep), lambda: np.array([self._state_ms("accumulate", p) for p in held])
+        )
+        ends = self._once(("ends", setting.tokens), lambda: self._ends(setting))
         for chunk, (there, back) in ((0, ends[0]), (-1, ends[1])):
             forward[:, :, chunk] += there
             backward[:, :, chunk] += back
@@ -345,10 +361,13 @@ class CostModel:
 
     def _after(self, plan: ParallelPlan) -> tuple[float, dict[str, float]]:
         """What comes after the pipeline: gradient reduction, optimizer, and the step's own small collectives."""
+        key = ("after", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
+        return self._once(key, lambda: self._make_after(plan))
+
+    def _make_after(self, plan):
         rpn, worst = self.cluster.ranks_per_node, None
-        for stage in range(plan.pp):
-            chunks = self.parameters(plan)[stage :: plan.pp]
-            mine = sum(chunks, Parameters())
+        stages = {sum(self.parameters(plan)[stage :: plan.pp], Parameters()) for stage in range(plan.pp)}
+        for mine in stages:
             reduce = 0.0
             for numel, ranks, stride in (
                 (mine.dense, plan.stage_size, 1),

@@ -152,25 +152,34 @@ def exchange_ms(primitives: Primitives, name: str, ranks: int, intra_bytes, inte
 
 
 def busiest_bytes(travel: np.ndarray, setting: LayerSetting) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of the busiest rank and direction of an exchange, (inside nodes, across nodes), each [...].
+    """Bytes of the busiest direction of an exchange, (inside nodes, across nodes), each [...].
 
-    travel: [..., S, W] rows from each source to each rank; S = 1 when all sources are alike.
+    Inside a node each rank has its own link. What leaves or enters a node goes over links that its ranks share evenly:
+    the busiest node's bytes over the group's ranks in it. travel: [..., S, W] rows from each source to each rank; S = 1
+    when all sources are alike.
     """
     node_W = np.arange(setting.ep) // setting.ranks_per_node
-    near_WW = (node_W[:, None] == node_W[None]) & ~np.eye(setting.ep, dtype=bool)
-    far_WW = node_W[:, None] != node_W[None]
+    on_node_WN = (node_W[:, None] == np.arange(node_W[-1] + 1)).astype(float)
     row_bytes = setting.model.hidden_size * setting.dtype_bytes
-    busiest = []
-    for mask_WW in (near_WW.astype(float), far_WW.astype(float)):
-        if not mask_WW.any():
-            busiest.append(np.zeros(travel.shape[:-2]))
-        elif travel.shape[-2] == 1:
-            row = travel[..., 0, :]
-            busiest.append(np.maximum((row * mask_WW.sum(0)).max(-1), (row @ mask_WW).max(-1)) * row_bytes)
-        else:
-            masked = travel * mask_WW
-            busiest.append(np.maximum(masked.sum(-2).max(-1), masked.sum(-1).max(-1)) * row_bytes)
-    return busiest[0], busiest[1]
+    alike = travel.shape[-2] == 1
+    to_WN = travel @ on_node_WN  # [..., S, N] from each source to each node
+    if alike:
+        # from one source to its own node, itself left out, and from its node's others to each rank
+        own = travel[..., 0, :]
+        same = to_WN[..., 0, node_W]
+        near = np.maximum((same - own).max(-1), (own * (on_node_WN.sum(0)[node_W] - 1)).max(-1))
+    else:
+        mine_W = np.einsum("...ww->...w", travel)
+        node_WW = (node_W[:, None] == node_W[None]).astype(float)
+        inside = travel * node_WW
+        near = np.maximum((inside.sum(-1) - mine_W).max(-1), (inside.sum(-2) - mine_W).max(-1))
+    if node_W[-1] == 0:
+        return near * row_bytes, np.zeros_like(near)
+    ranks_N = on_node_WN.sum(0)
+    between = ranks_N[:, None] * to_WN if alike else np.swapaxes(on_node_WN, 0, 1) @ to_WN  # [..., N, N]
+    stay = np.einsum("...nn->...n", between)
+    far = np.maximum((between.sum(-1) - stay) / ranks_N, (between.sum(-2) - stay) / ranks_N).max(-1)
+    return near * row_bytes, far * row_bytes
 
 
 def group_bytes(num_bytes: float, ranks: int, stride: int, ranks_per_node: int) -> tuple[float, float]:

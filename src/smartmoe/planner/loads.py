@@ -59,16 +59,19 @@ def uniform(model: ModelConfig) -> Loads:
 
 
 def zipf(model: ModelConfig, gate: GateConfig, num_samples: int = 16, seed: int = 0) -> Loads:
-    """A prior by gate type: shares ~ 1 / place^a with a of ZIPF_OF_GATE, places shuffled in each layer and sample.
+    """A prior by gate type: shares ~ 1 / place^a, places shuffled in each layer and sample; a is that of ZIPF_OF_GATE
+    times 0.6 to 1.4, evenly over the samples, because nobody knows it before training.
 
     An expert gets at most 1 / top_k of all copies: a token cannot take it twice.
     """
     exponent, num_experts = ZIPF_OF_GATE[gate.kind], model.num_experts
-    weight = np.arange(1, num_experts + 1, dtype=float) ** -exponent
-    weight = _capped(weight / weight.sum(), 1 / model.top_k)
+    spread_S = 0.6 + 0.8 * (np.arange(num_samples) + 0.5) / num_samples
+    weight_SE = np.arange(1, num_experts + 1, dtype=float) ** -(exponent * spread_S[:, None])
+    weight_SE /= weight_SE.sum(1, keepdims=True)
+    capped_SE = np.stack([_capped(weight_E, 1 / model.top_k) for weight_E in weight_SE])
     rng = np.random.default_rng(seed)
     shape = (num_samples, 1, 1, max(1, num_moe_layers(model)), num_experts)
-    share = rng.permuted(np.broadcast_to(weight, shape).copy(), axis=-1)
+    share = rng.permuted(np.broadcast_to(capped_SE[:, None, None, None], shape).copy(), axis=-1)
     return Loads(share, f"Zipf prior {exponent:g} of gate {gate.kind}").limited(gate.capacity)
 
 

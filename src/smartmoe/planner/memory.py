@@ -137,6 +137,7 @@ def estimate(
     rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
     fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
     loss_saved, loss_moment = _head(setting)
+    worst_rows = {}
     best = None
     for pp_stage in range(plan.pp):
         chunks = [pp_stage + turn * plan.pp for turn in range(plan.vpp)]
@@ -150,7 +151,10 @@ def estimate(
             if plan.recompute:
                 saved = (last - first) * token_bytes
             else:
-                rows = (rows_before[:, moe_before[last]] - rows_before[:, moe_before[first]]).max()
+                key = (moe_before[first], moe_before[last])
+                if key not in worst_rows:
+                    worst_rows[key] = (rows_before[:, key[1]] - rows_before[:, key[0]]).max()
+                rows = worst_rows[key]
                 saved = num_moe * fixed + num_dense * dense_fixed + rows * per_row
             if last == model.num_layers:
                 saved += loss_saved

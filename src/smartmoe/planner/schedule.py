@@ -155,13 +155,18 @@ def _longest(schedule: Schedule, forward, backward, hop):
     return done.max(0)
 
 
-def num_in_flight(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> list[int]:
+@functools.lru_cache(maxsize=65536)
+def num_in_flight(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> tuple[int, ...]:
     """The most forwards whose backward is still to come, by local chunk, when their sum is largest on this rank."""
     if vpp == 1:
-        return [min(num_micro_batches, pp - pp_stage)]
+        return (min(num_micro_batches, pp - pp_stage),)
+    # after the first round of backwards the number in flight only repeats itself: a few rounds tell it
+    few = min(num_micro_batches, 3 * pp)
+    if few < num_micro_batches:
+        return num_in_flight(pp_stage, pp, vpp, few)
     held, best = [0] * vpp, [0] * vpp
     for is_backward, chunk, _ in order_of_rank(pp_stage, pp, vpp, num_micro_batches):
         held[chunk // pp] += -1 if is_backward else 1
         if sum(held) > sum(best):
             best = held.copy()
-    return best
+    return tuple(best)

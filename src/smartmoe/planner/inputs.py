@@ -1,0 +1,112 @@
+"""What the planner's commands are given, by name or by file: models, clusters with a profile or rates, traces.
+
+A name is looked up in a folder laid out as scripts/ of the repository: models.toml and clusters/<name>.toml. Every function
+raises ValueError saying what is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+
+from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, RunConfig, from_dict, read_table
+from smartmoe.planner import described, loads
+from smartmoe.planner.loads import Loads
+from smartmoe.planner.primitives import Primitives, Profile
+from smartmoe.trace import ExpertTrace
+
+
+def read_model(text: str, folder: Path) -> RunConfig:
+    """A run with the model of that name in folder/models.toml, or the run that a .toml or .json file describes."""
+    if text.endswith((".toml", ".json")):
+        return from_dict(RunConfig, read_table(text), text)
+    path = folder / "models.toml"
+    tables = read_table(path)
+    if text not in tables:
+        near = difflib.get_close_matches(text, tables, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(tables)}"
+        raise ValueError(f'unknown model "{text}" in {path}{hint}')
+    return RunConfig(model=from_dict(ModelConfig, {"name": text, **tables[text]}, f"{path}: [{text}]"))
+
+
+def read_cluster(text: str, folder: Path) -> tuple[ClusterSpec, described.Rates | None, Path]:
+    """(cluster, its [rates] or None, its file) of a name in folder/clusters, or of a .toml file."""
+    path = Path(text) if text.endswith(".toml") else folder / "clusters" / f"{text}.toml"
+    if not path.exists():
+        known = sorted(p.stem for p in (folder / "clusters").glob("*.toml"))
+        near = difflib.get_close_matches(text, known, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"known in {folder}/clusters: {', '.join(known) or 'none'}"
+        raise ValueError(f'unknown cluster "{text}"; {hint}')
+    table = dict(read_table(path))
+    rates = table.pop("rates", None)
+    cluster = from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
+    return cluster, None if rates is None else from_dict(described.Rates, rates, f"{path}: rates"), path
+
+
+def profile_path(cluster_file: Path) -> Path:
+    """Where a cluster's profile is looked for: beside its file."""
+    return cluster_file.with_name(f"{cluster_file.stem}.profile.json")
+
+
+def read_primitives(
+    cluster: ClusterSpec, rates: described.Rates | None, cluster_file: Path, profile: Path | None, dtype: str
+) -> Primitives:
+    """A measured profile when one is named or lies beside the cluster's file, else the described rates.
+
+    What crosses nodes comes from the cluster's inter_node_gbytes_per_s in either case: a profile is of one node.
+    """
+    found = profile or profile_path(cluster_file)
+    if profile is None and not found.exists():
+        if rates is None:
+            raise ValueError(
+                f"cluster {cluster.name} has neither a profile nor [rates]: measure it with `smartmoe profile --ranks N "
+                f"--out {found}`, or describe it in {cluster_file}"
+            )
+        return described.describe(cluster, rates, dtype)
+    measured = Profile.load(found)
+    if measured.dtype != dtype:
+        raise ValueError(f"{found} was measured in {measured.dtype}, the plan is for {dtype}: profile with --dtype {dtype}")
+    rates = rates or described.Rates()
+    inter_ms = 1 / (cluster.inter_node_gbytes_per_s * rates.link_efficiency)
+    return Primitives.fit(measured).with_links(inter_ms, rates.inter_latency_us / 1e3)
+
+
+def read_trace(path: Path) -> ExpertTrace:
+    """A .npz trace, or a folder of text tables."""
+    return ExpertTrace.read_published(path) if path.is_dir() else ExpertTrace.load(path)
+
+
+def choose_loads(model: ModelConfig, gate: GateConfig, trace: Path | None, kind: str, num_samples: int) -> Loads:
+    """Loads for a search: of a trace, else uniform (kind "uniform") or the prior of the gate ("prior")."""
+    if trace is not None:
+        try:
+            found = loads.from_trace(read_trace(trace), model, num_samples)
+        except ValueError as error:
+            raise ValueError(f"--trace {trace}: {error}") from None
+        return found.limited(gate.capacity).mean_over_micro_batches()
+    return loads.uniform(model) if kind == "uniform" else loads.zipf(model, gate, num_samples)
+
+
+def to_toml(config: RunConfig) -> str:
+    """`config` as a TOML file that `smartmoe train` takes; empty values are left out."""
+    lines, tables = [], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            rows = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+            rows = [f"{key} = {_toml_value(v)}" for key, v in rows if v is not None and v != ()]
+            tables.append("\n".join([f"[{field.name}]", *rows]))
+        else:
+            lines.append(f"{field.name} = {_toml_value(value)}")
+    return "\n\n".join(["\n".join(lines), *tables]) + "\n"
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,146 @@
+"""Which plan is fastest: pools ranked by expected step time, with the 95th percentile beside it.
+
+A plan's busiest stage alone bounds its time from below. Plans are judged in the order of that bound and the search ends
+when no bound can reach the list any more: the list is that of judging all of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from smartmoe.planner import loads as loads_module
+from smartmoe.planner import pool as pools
+from smartmoe.planner.cost_model import CostModel, Estimate
+from smartmoe.planner.pool import Candidate, Pool
+
+SCORES = ("mean", "p95")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Best plans first. num_judged: how many of the pool's plans the bound did not settle."""
+
+    ranked: list[Estimate]
+    pool: Pool
+    num_judged: int
+    about: str
+
+
+def search(
+    cost: CostModel, num_gpus: int, top: int = 20, score: str = "mean", fixed_micro_batch: int | None = None
+) -> Result:
+    """The `top` fastest plans of `num_gpus` ranks that fit in memory.
+
+    Raises ValueError when nothing is legal or nothing fits, with the reason of the plan that comes nearest.
+    """
+    if score not in SCORES:
+        raise ValueError(f'score = "{score}" is not one of {", ".join(SCORES)}')
+    pool = pools.build(cost, num_gpus, fixed_micro_batch)
+    if not pool.fitting:
+        nearest = min(pool.pruned, key=lambda pruned: pruned.candidate.memory.total)
+        raise ValueError(
+            f"no plan of {num_gpus} GPUs fits: of {pool.num_legal} legal ones {nearest.candidate.name} comes nearest, "
+            f"but {nearest.reason}"
+        )
+    ranked, num_judged = _best(cost, pool.fitting, top, score)
+    return Result(ranked, pool, num_judged, cost.loads.about)
+
+
+def value_of(estimate: Estimate, score: str) -> float:
+    return estimate.mean_ms if score == "mean" else estimate.p95_ms
+
+
+def _best(cost: CostModel, fitting: list[Candidate], top: int, score: str) -> tuple[list[Estimate], int]:
+    # the bound is that of the mean, and no percentile above the median of a skewed distribution is taken to be below it
+    bounds = [(cost.lower_bound_ms(c.plan, c.micro_batch), place) for place, c in enumerate(fitting)]
+    heapq.heapify(bounds)
+    found: list[tuple[float, int, Estimate]] = []
+    num_judged = 0
+    while bounds:
+        bound, place = heapq.heappop(bounds)
+        if score == "mean" and len(found) >= top and bound > found[top - 1][0]:
+            break
+        candidate = fitting[place]
+        estimate = cost.estimate(candidate.plan, candidate.micro_batch, candidate.memory)
+        num_judged += 1
+        found.append((value_of(estimate, score), place, estimate))
+        found.sort(key=lambda item: item[:2])
+        del found[top:]
+    return [estimate for _, _, estimate in found], num_judged
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def format_table(result: Result, limit: int = 20) -> str:
+    """The ranked plans as a table."""
+    pool = result.pool
+    lines = [
+        f"{pool.num_legal} legal plans, {len(pool.pruned)} of them do not fit in memory; loads: {result.about}",
+        f"{'#':>3s}  {'plan':34s} {'step ms':>10s} {'p95':>10s} {'tokens/s':>11s} {'GB':>6s}  bottleneck",
+    ]
+    for place, estimate in enumerate(result.ranked[:limit], 1):
+        name = pools.name_of(estimate.plan, estimate.micro_batch)
+        share = estimate.parts[estimate.bottleneck] / estimate.mean_ms
+        lines.append(
+            f"{place:3d}  {name:34s} {estimate.mean_ms:10.1f} {estimate.p95_ms:10.1f} {estimate.tokens_per_s:11,.0f} "
+            f"{estimate.memory.total / 1e9:6.1f}  {estimate.bottleneck} {share:.0%}"
+        )
+    return "\n".join(lines)
+
+
+def find(cost: CostModel, result: Result, word: str, num_gpus: int) -> Estimate:
+    """A row by its number in the table, or any plan by its name. Raises ValueError when it is no legal plan."""
+    if word.isdigit():
+        if not 1 <= int(word) <= len(result.ranked):
+            raise ValueError(f"--explain {word}: the table has rows 1 .. {len(result.ranked)}")
+        return result.ranked[int(word) - 1]
+    plan, micro_batch = pools.parse_name(word)
+    reason = pools.why_illegal(cost.config, pools.cluster_of(cost.cluster, num_gpus), plan, micro_batch)
+    if reason is not None:
+        raise ValueError(f"--explain {word}: not a legal plan: {reason}")
+    return cost.estimate(plan, micro_batch)
+
+
+def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
+    """Why the one plan is faster than the other, part by part."""
+    names = [pools.name_of(e.plan, e.micro_batch) for e in (one, other)]
+    width = max(len(name) for name in names) + 2
+    lines = [f"{'ms of a step':24s}" + "".join(f"{name:>{width}s}" for name in names) + f"{'difference':>12s}"]
+    for part in sorted({*one.parts, *other.parts}, key=lambda p: -abs(one.parts.get(p, 0) - other.parts.get(p, 0))):
+        pair = [e.parts.get(part, 0.0) for e in (one, other)]
+        lines.append(f"{part:24s}" + "".join(f"{ms:{width}.1f}" for ms in pair) + f"{pair[1] - pair[0]:+12.1f}")
+    totals = [e.mean_ms for e in (one, other)]
+    lines.append(f"{'sum (mean)':24s}" + "".join(f"{ms:{width}.1f}" for ms in totals) + f"{totals[1] - totals[0]:+12.1f}")
+    for title, values in (
+        ("p95", [e.p95_ms for e in (one, other)]),
+        ("GB of the fullest rank", [e.memory.total / 1e9 for e in (one, other)]),
+        ("fullest rank / mean rank", [imbalance(cost, e) for e in (one, other)]),
+    ):
+        lines.append(f"{title:24s}" + "".join(f"{value:{width}.2f}" for value in values))
+    limit = cost.cluster.memory_gbytes * pools.MARGIN
+    for name, estimate in zip(names, (one, other), strict=True):
+        if estimate.memory.total / 1e9 > limit:
+            lines.append(f"{name} does not fit: {limit:.1f} GB of {cost.cluster.memory_gbytes:g} may be used")
+    faster = names[0] if totals[0] <= totals[1] else names[1]
+    gaps = {p: other.parts.get(p, 0.0) - one.parts.get(p, 0.0) for p in {*one.parts, *other.parts}}
+    sign = 1 if totals[1] >= totals[0] else -1
+    why = sorted((p for p in gaps if gaps[p] * sign > 0), key=lambda p: -abs(gaps[p]))[:2]
+    ratio = max(totals) / min(totals)
+    lines.append(f"{faster} is {ratio:.2f} times as fast" + (f", mostly by its {' and '.join(why)}" if why else ""))
+    return "\n".join(lines)
+
+
+def imbalance(cost: CostModel, estimate: Estimate) -> float:
+    """Load of the fullest rank of an expert group over the mean rank, mean over samples and layers."""
+    rows_SLW = cost.rows(estimate.plan, estimate.micro_batch)
+    mean = rows_SLW.mean(-1)
+    return float(np.where(mean > 0, rows_SLW.max(-1) / np.maximum(mean, 1e-12), 1.0).mean())
+
+
+def data_insensitive(cost: CostModel) -> CostModel:
+    """The same model with uniform loads: what a planner that does not look at the routing would use."""
+    return CostModel(cost.config, cost.cluster, cost.primitives, loads_module.uniform(cost.config.model), cost.placement)

@@ -1,0 +1,155 @@
+import dataclasses
+import itertools
+import re
+
+import pytest
+
+from smartmoe import cli
+from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check
+from smartmoe.planner import described, loads, pool, search
+from smartmoe.planner.cost_model import CostModel
+
+MODEL = ModelConfig(
+    name="m", num_layers=4, hidden_size=256, ffn_size=512, num_heads=4, seq_len=64, vocab_size=512, num_experts=8
+)
+CONFIG = RunConfig(
+    model=MODEL, gate=GateConfig(kind="naive"), workload=Workload(global_batch_size=16, dtype="bfloat16")
+)
+CLUSTER = ClusterSpec(
+    name="c", device="cuda", num_nodes=2, ranks_per_node=4, intra_node_gbytes_per_s=50.0, inter_node_gbytes_per_s=2.0,
+    tflops=50.0, memory_gbytes=1.8,
+)  # fmt: skip
+
+
+def _cost(chosen=None, cluster=CLUSTER, config=CONFIG, placement="identity"):
+    primitives = described.describe(cluster, described.Rates(), "bfloat16")
+    return CostModel(config, cluster, primitives, chosen or loads.zipf(config.model, config.gate, 6), placement)
+
+
+@pytest.mark.parametrize("placement", ["identity", "balanced"])
+def test_the_search_equals_judging_every_plan(placement):
+    cost = _cost(placement=placement)
+    found = search.search(cost, 8, top=12)
+    space = pool.build(cost, 8)
+    times = sorted(cost.estimate(c.plan, c.micro_batch).mean_ms for c in space.fitting)
+    assert [e.mean_ms for e in found.ranked] == pytest.approx(times[:12])
+    assert found.num_judged < len(space.fitting), "the bound settles some"
+    tail = search.search(cost, 8, top=5, score="p95").ranked
+    p95 = sorted(cost.estimate(c.plan, c.micro_batch).p95_ms for c in space.fitting)
+    assert [e.p95_ms for e in tail] == pytest.approx(p95[:5])
+
+
+def test_legal_is_what_the_trainers_check_accepts():
+    cost, num_gpus = _cost(), 4
+    cluster = pool.cluster_of(CLUSTER, num_gpus)
+    legal = set()
+    sizes = range(1, num_gpus + 1)
+    for pp, dp, tp, ep, vpp in itertools.product(sizes, sizes, sizes, sizes, range(1, 5)):
+        for micro_batch, recompute in itertools.product(range(1, 17), (False, True)):
+            plan = ParallelPlan(pp=pp, dp=dp, tp=tp, ep=ep, vpp=vpp, recompute=recompute)
+            try:
+                check(pool.config_of(CONFIG, cluster, plan, micro_batch))
+            except ValueError:
+                continue
+            legal.add((plan, micro_batch))
+    space = pool.build(cost, num_gpus)
+    found = [(c.plan, c.micro_batch) for c in [*space.fitting, *(p.candidate for p in space.pruned)]]
+    assert len(found) == len(set(found)) and set(found) == legal
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason():
+    cost = _cost()
+    space = pool.build(cost, 8)
+    limit = CLUSTER.memory_gbytes * 1e9 * pool.MARGIN
+    assert space.pruned and space.fitting
+    for pruned in space.pruned:
+        assert pruned.candidate.memory.total > limit
+        assert re.fullmatch(r"stage \d+ needs [\d.]+ GB, \w+ [\d.]+ of them; [\d.]+ of 1.8 GB may be used", pruned.reason)
+    assert all(c.memory.total <= limit for c in space.fitting)
+    with pytest.raises(ValueError, match="no plan of 8 GPUs fits: .* comes nearest, but stage"):
+        search.search(_cost(cluster=dataclasses.replace(CLUSTER, memory_gbytes=0.1)), 8)
+
+
+def test_what_no_plan_divides_is_said():
+    model = dataclasses.replace(MODEL, num_layers=2, num_heads=2, seq_len=62)
+    workload = dataclasses.replace(CONFIG.workload, global_batch_size=15)
+    config = dataclasses.replace(CONFIG, model=model, workload=workload)
+    cost = _cost(config=config, cluster=dataclasses.replace(CLUSTER, ranks_per_node=7))
+    with pytest.raises(ValueError, match="no plan of 7 GPUs is legal for model m: .*does not divide"):
+        search.search(cost, 7)
+    for num_gpus, message in ((0, "at least 1"), (9, "has 2 x 4 = 8 ranks"), (6, "fill no whole nodes")):
+        with pytest.raises(ValueError, match=message):
+            pool.cluster_of(CLUSTER, num_gpus)
+    assert pool.cluster_of(CLUSTER, 3).ranks_per_node == 3 and pool.cluster_of(CLUSTER, 8) == CLUSTER
+
+
+def test_names_of_plans_read_back():
+    plan = ParallelPlan(pp=2, vpp=2, dp=4, tp=2, ep=8, recompute=True)
+    assert pool.parse_name(pool.name_of(plan, 3)) == (plan, 3)
+    assert pool.parse_name("mb1") == (ParallelPlan(), 1)
+    for text in ("pp2", "xx2-mb1", "pp-mb1", "pp2-pp2-mb1", "mb0", ""):
+        with pytest.raises(ValueError, match="plan"):
+            pool.parse_name(text)
+
+
+def test_explaining_adds_up_and_names_the_reason():
+    cost = _cost()
+    result = search.search(cost, 8, top=3)
+    other = search.find(cost, result, "dp8-ep8-mb2", 8)
+    text = search.explain(cost, result.ranked[0], other)
+    assert "pp" in search.format_table(result) and "times as fast, mostly by its exchange" in text
+    rows = [line.split() for line in text.splitlines()[1:]]
+    gaps = [float(row[-1]) for row in rows if row[-1][0] in "+-" and "sum" not in row[0]]
+    total = next(float(row[-1]) for row in rows if row[0] == "sum")
+    assert sum(gaps) == pytest.approx(total, abs=0.1 * len(gaps))
+    assert search.find(cost, result, "2", 8) is result.ranked[1]
+    for word, message in (("9", "rows 1 .. 3"), ("dp8-ep3-mb2", "not a legal plan: .*ep = 3")):
+        with pytest.raises(ValueError, match=message):
+            search.find(cost, result, word, 8)
+
+
+FILES = {
+    "models.toml": '[small]\nnum_layers = 4\nhidden_size = 64\nffn_size = 64\nnum_experts = 8\n',
+    "clusters/two.toml": 'device = "cpu"\nranks_per_node = 2\nmemory_gbytes = 64.0\n[rates]\nkernel_us = 2.0\n',
+    "clusters/bare.toml": 'device = "cpu"\nranks_per_node = 2\n',
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts" / "clusters").mkdir(parents=True)
+    for name, text in FILES.items():
+        (tmp_path / "scripts" / name).write_text(text)
+    return tmp_path
+
+
+def _plan(*more, model="small", cluster="two", gpus="2"):
+    return cli.main(["plan", "--model", model, "--cluster", cluster, "--gpus", gpus, "--batch", "8", *more])
+
+
+def test_the_command_writes_a_run_that_train_reads(folder, capsys):
+    assert _plan("--out", "best.toml", "--explain", "1", "dp2-ep2-mb1", "--pruned", "3", "--samples", "4") == 0
+    text = capsys.readouterr().out
+    assert "bottleneck" in text and "without looking at the loads" in text and "is" in text
+    config = cli.read_config(folder / "best.toml", None)
+    best = next(line for line in text.splitlines() if line.startswith("  1 ")).split()[1]
+    assert pool.name_of(config.plan, config.workload.micro_batch_size) == best
+    assert config.model.name == "small" and config.cluster.num_ranks == 2
+    assert config.system == ("smartmoe" if config.plan.ep > 1 else "smartmoe_static")
+    assert cli.main(["plan", "--model", "best.toml", "--cluster", "two", "--gpus", "1", "--loads", "uniform"]) == 0
+
+
+def test_bad_input_is_named_before_anything_runs(folder, capsys):
+    for settings, message in (
+        (dict(model="smal"), 'did you mean "small"'),
+        (dict(cluster="tow"), 'did you mean "two"'),
+        (dict(cluster="bare"), "neither a profile nor [rates]"),
+        (dict(gpus="3"), "1 x 2 = 2 ranks"),
+    ):
+        assert _plan(**settings) == 2
+        assert message in capsys.readouterr().err
+    assert _plan("--trace", "nowhere.npz") == 2 and "nowhere.npz" in capsys.readouterr().err
+    assert _plan("--gate", "switch") == 2 and "top_k = 1" in capsys.readouterr().err
+    (folder / "scripts/clusters/two.toml").write_text(FILES["clusters/two.toml"] + "colour = 1\n")
+    assert _plan() == 2 and 'unknown key "colour"' in capsys.readouterr().err
