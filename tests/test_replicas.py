@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, RunConfig
 from smartmoe.ops.replica_exchange import Transfers, _batches
@@ -15,6 +16,7 @@ from tests import oracle
 from tests.dist import spawn
 from tests.test_layer import MECHANISMS, make_config, make_layer, make_tokens, run_layer
 
+EXPERT_BYTES = 4 * (2 * 16 * 24 + 16 + 24)
 NAMES = ("w1_LDF", "b1_LF", "w2_LFD", "b2_LD")
 GATES = {
     "naive": GateConfig(kind="naive"),
@@ -141,9 +143,6 @@ def check_results(results_W):
                 oracle.assert_close(grad, experts[param], torch.float32, f"{key} rank {rank} {param}")
 
 
-EXPERT_BYTES = 4 * (2 * 16 * 24 + 16 + 24)
-
-
 def check_bytes(results_W):
     """Over all ranks as much returns as was sent, one expert for each replica."""
     for key in results_W[0]:
@@ -167,9 +166,9 @@ def test_layers_travel_together_unless_one_rank_sends_much_more_than_it_holds():
 
 
 def run_interleaved(world_rank):
-    """Two micro-batches in flight, as in a pipeline: forward, forward, backward, backward; and one after the other."""
+    """Three micro-batches in flight, as in a pipeline: all forward passes, then all backward passes."""
     results = {}
-    for mechanism in ("basic", "direct", "plain"):
+    for mechanism, recompute in (("basic", False), ("basic", True), ("direct", False), ("plain", False)):
         config = make_config() if mechanism == "plain" else replicated("exact", mechanism, "naive")
         layer = make_layer(config, 3, shuffled=True)
         inputs = [make_tokens(world_rank + 3 * micro) for micro in range(3)]
@@ -177,21 +176,30 @@ def run_interleaved(world_rank):
         xs = [(x.float() + favour[micro]).requires_grad_() for micro, (x, _, _) in enumerate(inputs)]
         outputs, held = [], []
         for x, (_, _, ids) in zip(xs, inputs, strict=True):
-            outputs.append(layer(x, ids)[0])
+            outputs.append((checkpoint(layer, x, ids, use_reentrant=False) if recompute else layer(x, ids))[0])
             held.append(getattr(layer.replication, "_held", ()))
         assert len(set(held)) == (1 if mechanism == "plain" else 3)
         for y, (_, grad, _) in zip(outputs, inputs, strict=True):
             y.backward(grad.float())
         experts = experts_of(layer, [param.grad for param in layer.experts.weights()])
-        results[mechanism] = {"x": torch.stack([x.grad for x in xs]), **experts}
+        results[mechanism, recompute] = {"x": torch.stack([x.grad for x in xs]), **experts}
+        if mechanism != "plain":
+            num_copies = sum(np.count_nonzero(np.array(experts) >= 0) for experts in held)
+            results["bytes", mechanism, recompute] = (layer.replication.num_bytes, num_copies * EXPERT_BYTES)
     return results
 
 
 def test_micro_batches_in_flight_find_their_own_replicas_again():
-    for results in spawn(run_interleaved, 3):
-        for mechanism in ("basic", "direct"):
-            for key, want in results["plain"].items():
-                oracle.assert_close(results[mechanism][key], want, torch.float32, f"{mechanism} {key}")
+    results_W = spawn(run_interleaved, 3)
+    for results in results_W:
+        for case in (("basic", False), ("basic", True), ("direct", False)):
+            for key, want in results["plain", False].items():
+                oracle.assert_close(results[case][key], want, torch.float32, f"{case} {key}")
+    for recompute in (False, True):
+        sent, copies = np.sum([results["bytes", "basic", recompute] for results in results_W], axis=0)
+        passes = sent / (copies / 3)  # every rank knows of all copies
+        # Weights, what differs of them again, gradients; a recomputed pass sends all weights itself, once.
+        assert passes == 3 if recompute else 2 < passes <= 3
 
 
 def expected_of(results_W, gate):

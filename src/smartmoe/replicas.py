@@ -19,7 +19,7 @@ from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.plan import count_slots, slots_of
 from smartmoe.ops.replica_exchange import Swap, Transfers, fill, return_grads, send_weights, start_weights
-from smartmoe.placement import EMPTY, Placement, Replicas
+from smartmoe.placement import Placement, Replicas
 from smartmoe.solvers.exact_step import solve_exact_step
 
 
@@ -271,11 +271,7 @@ class ExactReplication(CollectiveReplication):
     them again, those that differ.
     """
 
-    _held: tuple[int, ...] = ()
-
-    def set_placement(self, placement: Placement) -> None:
-        super().set_placement(placement)
-        self._held = (EMPTY,) * (placement.num_ranks * self.num_replicas)
+    _held: tuple[int, ...] = ()  # what stands in the replica slots of all ranks since the last pass; nothing before it
 
     def plan(self, expert_idx_TK, token_id_T) -> Plan:
         count_E = count_slots(expert_idx_TK, self.placement.num_experts)
