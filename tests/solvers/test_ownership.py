@@ -1,4 +1,3 @@
-import builtins
 import json
 from pathlib import Path
 
@@ -158,32 +157,3 @@ def test_least_move_uses_empty_slots_and_stays_within_the_slack():
     assert sv.solve_greedy([50, 51, 50, 50], close) is close
     assert sv.solve_greedy([51, 50, 50, 49], close) is not close  # 101 -> 100: within the slack of least move
     assert sv.solve_least_move([51, 50, 50, 49], close) is close
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases(max_experts=9))
-def test_exact_is_a_lower_bound_of_the_solvers(case):
-    pytest.importorskip("scipy")
-    load_E, current = case
-    best = rank_load(load_E, sv.solve_exact(load_E, current)).max()
-    assert best >= load_E.max() - 1e-9 and best >= load_E.sum() / current.num_ranks - 1e-9
-    for solver in (sv.solve_greedy, sv.solve_least_move):
-        assert rank_load(load_E, solver(load_E, current)).max() >= best - 1e-9
-
-
-def test_exact_by_hand_and_without_scipy(monkeypatch):
-    pytest.importorskip("scipy")
-    # Greedy gives 7 + 5 + 4 = 16 against the optimum 15 = 8 + 7 = 6 + 5 + 4.
-    current = Placement(2, (0, 1, 2, EMPTY, 3, 4, EMPTY, EMPTY))
-    assert rank_load([8, 7, 6, 5, 4], sv.solve_exact([8, 7, 6, 5, 4], current)).tolist() in ([15, 15],)
-    assert rank_load([8, 7, 6, 5, 4], sv.solve_greedy([8, 7, 6, 5, 4], current)).max() > 15
-    real = builtins.__import__
-
-    def no_scipy(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_scipy)
-    with pytest.raises(ValueError, match="needs scipy"):
-        sv.solve_exact([8, 7, 6, 5, 4], current)

@@ -1,6 +1,6 @@
 """Solvers of ownership: which rank owns which expert.
 
-Layer 0: numpy only (the exact solver needs scipy). Names as in `placement`: E logical experts, W ranks, L owned slots per
+Layer 0: numpy only. Names as in `placement`: E logical experts, W ranks, L owned slots per
 rank, N = W * L slots. Loads are token copies, of any unit, as long as they add up.
 """
 
@@ -18,7 +18,8 @@ LEAST_MOVE_SLACK = 0.02
 TIE_ORDERS = ("stable", "legacy")
 
 
-def _check_solvable(load_E, current: Placement) -> np.ndarray:
+def check_solvable(load_E, current: Placement) -> np.ndarray:
+    """[E] float64, these loads; ValueError unless they and the placement are what the solvers of ownership take."""
     if sum(expert != EMPTY for expert in current.expert_of_slot) != current.num_experts:
         raise ValueError("placement: this solver places every expert once; the current placement holds replicas")
     return check_load(load_E, current)
@@ -36,7 +37,7 @@ def solve_greedy(load_E: Sequence[float] | np.ndarray, current: Placement, tie_o
         tie_order: how experts of equal load are ordered. "stable" = by number; "legacy" = as numpy <= 1.24 on a plain
             CPU left them, which the lists of placement changes that the paper's artifact published depend on.
     """
-    load_E = _check_solvable(load_E, current)
+    load_E = check_solvable(load_E, current)
     if tie_order not in TIE_ORDERS:
         raise ValueError(f'placement: tie_order = "{tie_order}" is not one of {", ".join(TIE_ORDERS)}')
     legacy = tie_order == "legacy"
@@ -116,12 +117,12 @@ def solve_least_move(load_E: Sequence[float] | np.ndarray, current: Placement) -
         load_E: [E] load per logical expert, not negative.
         current: where the experts are now, without replicas. Returned as it is when already within the slack.
     """
-    load_E = _check_solvable(load_E, current)
+    load_E = check_solvable(load_E, current)
     greedy = solve_greedy(load_E, current)
     limit = rank_load(load_E, greedy).max() * (1 + LEAST_MOVE_SLACK)
     if rank_load(load_E, current).max() <= limit:
         return current
-    found = [_search(load_E, current, limit), _relabel(greedy, current), _keep_slots(greedy.rank_of_expert(), current)]
+    found = [_search(load_E, current, limit), _relabel(greedy, current), keep_slots(greedy.rank_of_expert(), current)]
     good = [placement for placement in found if rank_load(load_E, placement).max() <= limit]
     return min(good, key=lambda placement: num_moves(current, placement))
 
@@ -147,7 +148,7 @@ def _search(load_E: np.ndarray, current: Placement, limit: float) -> Placement:
         for array in (expert_N, load_N, empty_N):
             array[pair] = array[pair[::-1]]
     found = Placement(current.num_ranks, tuple(expert_N.tolist()))
-    return _keep_slots(found.rank_of_expert(), current)  # an expert may have left and come back to another slot
+    return keep_slots(found.rank_of_expert(), current)  # an expert may have left and come back to another slot
 
 
 def _relabel(target: Placement, current: Placement) -> Placement:
@@ -159,10 +160,10 @@ def _relabel(target: Placement, current: Placement) -> Placement:
         group, ep_rank = divmod(int(pair), num_ranks)
         if rank_of_group[group] < 0 and not taken[ep_rank]:
             rank_of_group[group], taken[ep_rank] = ep_rank, True
-    return _keep_slots(rank_of_group[group_E], current)
+    return keep_slots(rank_of_group[group_E], current)
 
 
-def _keep_slots(rank_of_expert_E: np.ndarray, current: Placement) -> Placement:
+def keep_slots(rank_of_expert_E: np.ndarray, current: Placement) -> Placement:
     """Placement with these ranks: an expert that stays keeps its slot, newcomers fill what is free, in order."""
     slots_per_rank, stays_E = current.slots_per_rank, rank_of_expert_E == current.rank_of_expert()
     slots = [EMPTY] * current.num_slots
@@ -172,40 +173,3 @@ def _keep_slots(rank_of_expert_E: np.ndarray, current: Placement) -> Placement:
         start = int(rank_of_expert_E[expert]) * slots_per_rank
         slots[slots.index(EMPTY, start, start + slots_per_rank)] = expert
     return Placement(current.num_ranks, tuple(slots))
-
-
-def solve_exact(load_E: Sequence[float] | np.ndarray, current: Placement) -> Placement:
-    """A placement whose fullest rank has the least possible load, as a mixed-integer program (scipy, HiGHS).
-
-    For small sizes only: the oracle of the other solvers. Experts that stay on their rank keep their slot.
-
-    Args:
-        load_E: [E] load per logical expert, not negative.
-        current: gives ranks and slots, and which experts keep theirs; without replicas.
-    Raises ValueError when scipy is not installed or the program is not solved.
-    """
-    load_E = _check_solvable(load_E, current)
-    try:
-        from scipy.optimize import LinearConstraint, milp
-    except ImportError:
-        raise ValueError('solve_exact needs scipy: pip install "smartmoe[test]"') from None
-    num_ranks, num_experts = current.num_ranks, current.num_experts
-    num_cells, scale = num_ranks * num_experts, load_E.sum() or 1.0
-    # Variables: assign[rank, expert] in {0, 1}, then the load of the fullest rank.
-    ones_E, eye_W = np.ones((1, num_experts)), np.eye(num_ranks)
-    once = np.hstack([np.kron(np.ones((1, num_ranks)), np.eye(num_experts)), np.zeros((num_experts, 1))])
-    slots = np.hstack([np.kron(eye_W, ones_E), np.zeros((num_ranks, 1))])
-    fullest = np.hstack([np.kron(eye_W, load_E[None, :] / scale), -np.ones((num_ranks, 1))])
-    constraints = [
-        LinearConstraint(once, 1, 1),
-        LinearConstraint(slots, 0, current.slots_per_rank),
-        LinearConstraint(fullest, -np.inf, 0),
-    ]
-    objective, integral = np.zeros(num_cells + 1), np.ones(num_cells + 1)
-    objective[-1], integral[-1] = 1.0, 0.0
-    bounds = (np.zeros(num_cells + 1), np.append(np.ones(num_cells), np.inf))
-    result = milp(objective, constraints=constraints, integrality=integral, bounds=bounds, options={"mip_rel_gap": 0.0})
-    if result.x is None:
-        raise ValueError(f"solve_exact: {result.message}")
-    assign = result.x[:num_cells].reshape(num_ranks, num_experts)
-    return _keep_slots(assign.argmax(axis=0), current)

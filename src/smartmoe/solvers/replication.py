@@ -14,10 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
+from smartmoe.solvers.exact_step import solve_exact_step
 from smartmoe.solvers.ownership import solve_least_move
 
 TINY = 1e-100  # stands for the load of a layer that has none
 HALVINGS = 8  # of the interval, its ends a factor 1000 apart, in which the load that a host may have is sought
+SLACK = 0.05  # how far above the mean the fullest rank may be before the other solver is asked too
+SCALE = 1 << 24  # token copies to which counts are scaled for it
 BALANCE_STEPS = 12  # of shifting tokens between the hosts of an expert
 
 
@@ -61,8 +64,10 @@ def solve_replicas_layers(
     4. Which tokens (`local`): of an expert's tokens, those on a host's own rank stay as far as the host's part reaches, then
        those of its node; what is left goes where there is room, from all sources alike. The parts of 3 do not change.
 
-    A layer whose cost does not fall gets no replicas: cost = token copies on the fullest rank + copy_cost * the most copies
-    that one rank sends or receives. Ties go to the lowest index; the same input gives the same output.
+    Where that leaves the fullest rank more than SLACK above the mean or is not worth its copies, `solve_exact_step` is asked
+    too, and preferred where it is cheaper by more than SLACK. A layer whose cost does not fall gets no replicas:
+    cost = token copies on the fullest rank + copy_cost * the most copies that one rank sends or receives. Ties go to the
+    lowest index; the same input gives the same output.
 
     Args:
         count_YSE: [Y, W, E] token copies (any unit, not negative) of each expert on each source rank.
@@ -85,17 +90,30 @@ def solve_replicas_layers(
     share_X = hosts.balanced(load_YE)
     share_YEW = hosts.shares(share_X if local else hosts.whole_buckets(share_X) / BUCKETS)
     node_W = np.zeros(num_ranks, np.int64) if node_of_rank_W is None else np.asarray(node_of_rank_W)
-    limit_Y = hosts.fullest_owner(load_YE) - copy_cost * hosts.most_copies()
     found = []
     for layer, placement in enumerate(placements):
-        share_EW = share_YEW[layer]
+        count_SE, share_EW = count_YSE[layer], share_YEW[layer]
+        slots = tuple(replica_YWG[layer].ravel().tolist())
+        copies_cost = copy_cost * _most_copies(slots, owner_YE[layer], num_ranks)
+        cost = (load_YE[layer] @ share_EW).max() + copies_cost
+        before, mean = np.bincount(owner_YE[layer], load_YE[layer]).max(), load_YE[layer].sum() / num_ranks
+        if cost > min(before, mean * (1 + SLACK)):
+            scale = SCALE / max(mean * num_ranks, TINY)
+            whole_SE = np.rint(count_SE * scale).astype(np.int64)
+            other = solve_exact_step(whole_SE, placement, num_replica_slots, round(copy_cost * scale))
+            other_copies_cost = copy_cost * _most_copies(other.expert_of_replica, owner_YE[layer], num_ranks)
+            other_cost = other.host_load(count_SE).max() + other_copies_cost
+            if other_cost * (1 + SLACK) < cost or other_cost < before <= cost:
+                slots, share_EW = other.expert_of_replica, other.share_SEW[0]
+                cost, copies_cost = other_cost, other_copies_cost
         if local:
-            share_SEW = _prefer_near(count_YSE[layer], share_EW, num_hosts_YE[layer] > 1, node_W)
+            share_SEW = _prefer_near(count_SE, share_EW, (share_EW > 0).sum(axis=1) > 1, node_W)
         else:
             share_SEW = np.broadcast_to(share_EW, (num_ranks, *share_EW.shape))
-        replicas = Replicas(tuple(replica_YWG[layer].ravel().tolist()), share_SEW)
-        is_worth_it = replicas.host_load(count_YSE[layer]).max() < limit_Y[layer]
-        found.append(replicas if is_worth_it else Replicas.none(placement, num_replica_slots))
+        replicas = Replicas(slots, share_SEW)
+        if local:  # each source has rounded to buckets by itself
+            cost = replicas.host_load(count_SE).max() + copies_cost
+        found.append(replicas if cost < before else Replicas.none(placement, num_replica_slots))
     return found
 
 
@@ -236,14 +254,11 @@ class _Hosts:
         num_layers, num_ranks, _ = replica_YWG.shape
         self.num_layers, self.num_ranks, self.num_experts = num_layers, num_ranks, num_experts
         layer, rank, slot = np.nonzero(replica_YWG != EMPTY)
-        self.copy_expert, self.copy_rank = (
-            layer * num_experts + replica_YWG[layer, rank, slot],
-            layer * num_ranks + rank,
-        )
+        copied = layer * num_experts + replica_YWG[layer, rank, slot]
         self.owner = (np.arange(num_layers)[:, None] * num_ranks + owner_YE).ravel()
-        replicated = np.unique(self.copy_expert)
-        expert = np.concatenate([replicated, self.copy_expert])
-        rank = np.concatenate([self.owner[replicated], self.copy_rank])
+        replicated = np.unique(copied)
+        expert = np.concatenate([replicated, copied])
+        rank = np.concatenate([self.owner[replicated], layer * num_ranks + rank])
         order = np.lexsort((rank, expert))
         self.expert_X, self.rank_X = expert[order], rank[order]
         self.is_alone = np.ones(num_layers * num_experts, bool)
@@ -284,16 +299,13 @@ class _Hosts:
         flat[self.expert_X, self.rank_X % self.num_ranks] = share_X
         return share_YEW
 
-    def fullest_owner(self, load_YE: np.ndarray) -> np.ndarray:
-        """[Y] load of the fullest rank without replicas."""
-        load = np.bincount(self.owner, weights=load_YE.ravel(), minlength=self.num_layers * self.num_ranks)
-        return load.reshape(self.num_layers, self.num_ranks).max(axis=1)
 
-    def most_copies(self) -> np.ndarray:
-        """[Y] int64, the most copies that one rank sends or receives."""
-        num_cells = self.num_layers * self.num_ranks
-        sent, received = (np.bincount(r, minlength=num_cells) for r in (self.owner[self.copy_expert], self.copy_rank))
-        return np.maximum(sent, received).reshape(self.num_layers, self.num_ranks).max(axis=1)
+def _most_copies(expert_of_replica: Sequence[int], owner_E: np.ndarray, num_ranks: int) -> int:
+    """The most copies that one rank sends or receives."""
+    expert_WG = np.array(expert_of_replica).reshape(num_ranks, -1)
+    is_copy_WG = expert_WG != EMPTY
+    sent_W = np.bincount(owner_E[expert_WG[is_copy_WG]], minlength=1)
+    return int(max(sent_W.max(), is_copy_WG.sum(axis=1).max()))
 
 
 def _prefer_near(count_SE, share_EW, is_replicated_E, node_of_rank_W) -> np.ndarray:
