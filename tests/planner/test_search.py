@@ -17,7 +17,7 @@ CONFIG = RunConfig(
 )
 CLUSTER = ClusterSpec(
     name="c", device="cuda", num_nodes=2, ranks_per_node=4, intra_node_gbytes_per_s=50.0, inter_node_gbytes_per_s=2.0,
-    tflops=50.0, memory_gbytes=1.8,
+    tflops=50.0, memory_gbytes=1.67,
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_left_out_with_its_reason():
     assert space.pruned and space.fitting
     for pruned in space.pruned:
         assert pruned.candidate.memory.total > limit
-        assert re.fullmatch(r"stage \d+ needs [\d.]+ GB, \w+ [\d.]+ of them; [\d.]+ of 1.8 GB may be used", pruned.reason)
+        assert re.fullmatch(r"stage \d+ needs [\d.]+ GB, \w+ [\d.]+ of them; [\d.]+ of 1.67 GB may be used", pruned.reason)
     assert all(c.memory.total <= limit for c in space.fitting)
     with pytest.raises(ValueError, match="no plan of 8 GPUs fits: .* comes nearest, but stage"):
         search.search(_cost(cluster=dataclasses.replace(CLUSTER, memory_gbytes=0.1)), 8)
@@ -97,7 +97,7 @@ def test_explaining_adds_up_and_names_the_reason():
     result = search.search(cost, 8, top=3)
     other = search.find(cost, result, "dp8-ep8-mb2", 8)
     text = search.explain(cost, result.ranked[0], other)
-    assert "pp" in search.format_table(result) and "times as fast, mostly by its exchange" in text
+    assert "pp" in search.format_table(result) and " times as fast, mostly by its " in text.splitlines()[-1]
     rows = [line.split() for line in text.splitlines()[1:]]
     gaps = [float(row[-1]) for row in rows if row[-1][0] in "+-" and "sum" not in row[0]]
     total = next(float(row[-1]) for row in rows if row[0] == "sum")
