@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -16,15 +17,20 @@ import numpy as np
 from smartmoe import record
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
 from smartmoe.data import load_tokens
+from smartmoe.placement import Placement, rank_load
 from smartmoe.planner.commands import add_parsers
-from smartmoe.trace import ExpertTrace
+from smartmoe.solvers import solve_greedy
+from smartmoe.trace import ExpertTrace, read_trace
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRACE_HELP = "a trace (.npz), a folder of table_iter<I>_rank<R>.log files, or synthetic:KIND (see moe_trace/README.md)"
 EPILOG = """\
 examples:
   smartmoe train run.toml --ranks 4     train on 4 processes of this machine
   smartmoe train run.toml --out DIR --resume
                                         go on from the newest checkpoint in DIR
-  smartmoe trace show trace.npz         how skewed a recorded routing is
+  smartmoe trace show trace.npz         how skewed a recorded routing is, as a table and a picture
+  smartmoe trace show synthetic:bursty  the same of a synthetic one
 
 A run.toml needs nothing; each table is optional, each key has a default (all keys: src/smartmoe/config.py):
   [model]     num_layers = 4, hidden_size = 64, num_experts = 8, top_k = 2
@@ -62,9 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)
     trace = commands.add_parser("trace", help="look at expert-selection traces")
-    show = trace.add_subparsers(required=True, metavar="COMMAND").add_parser("show", help="print how skewed a trace is")
-    show.add_argument("file", type=Path, help="a trace (.npz), or a folder of table_iter<I>_rank<R>.log files")
+    trace_commands = trace.add_subparsers(required=True, metavar="COMMAND")
+    show = trace_commands.add_parser("show", help="print how skewed a trace is, and draw its load over time")
+    show.add_argument("trace", help=TRACE_HELP)
+    show.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: the trace's name in this folder)")
+    show.add_argument("--layer", type=int, help="layer of the heat maps (default: that with the busiest expert)")
+    show.add_argument("--ranks", type=int, help="ranks that experts are spread over (default: as many as in the trace)")
+    show.add_argument("--interval", type=int, default=10, help="iterations between the placements of the last map (10)")
+    show.add_argument("--text", action="store_true", help="no picture")
     show.set_defaults(command=_show)
+    save = trace_commands.add_parser("save", help="write any trace as .npz")
+    save.add_argument("trace", help=TRACE_HELP)
+    save.add_argument("out", type=Path, metavar="OUT.npz")
+    save.set_defaults(command=_save)
     add_parsers(commands, start=lambda command: _run(command)[0])
     return parser
 
@@ -138,11 +154,16 @@ def _run(command: list[str]) -> tuple[int, bool]:
 # ---------------------------------------------------------------------------------------------------------- trace show
 
 
+def _save(args: argparse.Namespace) -> int:
+    read_trace(args.trace).save(args.out)
+    return 0
+
+
 def _show(args: argparse.Namespace) -> int:
-    trace = ExpertTrace.read_published(args.file) if args.file.is_dir() else ExpertTrace.load(args.file)
+    trace = read_trace(args.trace)
     num_iterations, num_ranks, num_layers, num_micro_batches, num_experts = trace.counts.shape
     span = f"{trace.iteration[0]} .. {trace.iteration[-1]}"
-    print(f"{args.file}: {num_iterations} iterations ({span}), {num_ranks} ranks, {num_layers} layers,")
+    print(f"{args.trace}: {num_iterations} iterations ({span}), {num_ranks} ranks, {num_layers} layers,")
     print(f"{num_micro_batches} micro-batches, {num_experts} experts; means over iterations\n")
     columns = {
         "max/mean load": trace.max_over_mean().mean(axis=0),
@@ -161,7 +182,64 @@ def _show(args: argparse.Namespace) -> int:
         print(f"{layer:>5}  " + "  ".join(cells))
     for key, value in sorted(trace.meta.items()):
         print(f"{key}: {' '.join(str(value).split())[: shutil.get_terminal_size().columns]}")
+    return 0 if args.text else _draw(args, trace)
+
+
+def _draw(args: argparse.Namespace, trace: ExpertTrace) -> int:
+    """Hand the load over time to the repository's plotting, which is no part of the installed package."""
+    data = load_over_time(trace, args.layer, args.ranks, args.interval)
+    name = Path(args.trace.replace(":", "-").replace(",", "-")).name.removesuffix(".npz")
+    out = args.out or Path(f"{name}.png")
+    if not (REPOSITORY / "plotting" / "trace.py").is_file():
+        print("smartmoe: no picture: it needs the plotting/ of the repository; install with pip install -e", file=sys.stderr)
+        return 0
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-P", "-m", "plotting.trace", str(out)]
+    done = subprocess.run(command, input=json.dumps({"title": Path(args.trace).name, **data}), text=True, env=env, check=False)
+    if done.returncode:
+        raise ValueError(f"{out}: the picture could not be drawn (see above); --text leaves it out")
+    print(f"\n{out}: load over time, layer {data['maps'][0]['layer']}")
     return 0
+
+
+def load_over_time(trace: ExpertTrace, layer: int | None, num_ranks: int | None, interval: int) -> dict:
+    """What the heat maps of a trace show, JSON-ready: see plotting/trace.py.
+
+    Experts lie in order over `num_ranks` ranks, and then are placed anew by the greedy solver every `interval` training
+    iterations, from the load of the last recorded iteration before. Raises ValueError for a layer, number of ranks or
+    interval that does not exist.
+    """
+    over_mean_IL = trace.max_over_mean()
+    _, trace_ranks, num_layers, _, num_experts = trace.counts.shape
+    layer = int(over_mean_IL.mean(axis=0).argmax()) if layer is None else layer
+    num_ranks = min(trace_ranks, num_experts) if num_ranks is None else num_ranks
+    if not (0 <= layer < num_layers and 1 <= num_ranks <= num_experts and interval >= 1):
+        raise ValueError(
+            f"--layer {layer}, --ranks {num_ranks}, --interval {interval}: the trace has layers 0 .. {num_layers - 1} and "
+            f"{num_experts} experts; an interval is at least 1"
+        )
+    load_IE, iterations = trace.expert_load()[:, layer], trace.iteration.tolist()
+    in_order = placement = Placement.identity(num_experts, num_ranks)
+    moved_load, changes = [], []
+    for row, iteration in enumerate(iterations):
+        if row and (iteration - 1) // interval > (iterations[row - 1] - 1) // interval:
+            new = solve_greedy(load_IE[row - 1], placement)
+            changes += [iteration] if new != placement else []
+            placement = new
+        moved_load.append(rank_load(load_IE[row], placement).tolist())
+    shared = {"layer": layer, "expert_load": load_IE.tolist()}
+    return {
+        "note": f"ranks: {num_experts} experts over {num_ranks} ranks, tokens counted where they are computed; the second "
+        "placement is simulated: greedy, decided from the recorded iteration before",
+        "iterations": iterations,
+        "max_over_mean": over_mean_IL.T.tolist(),
+        "maps": [
+            {**shared, "series": "experts in order", "source": "recorded", "changes": {},
+             "rank_load": [rank_load(load_E, in_order).tolist() for load_E in load_IE]},
+            {**shared, "series": f"greedy, every {interval}", "source": "simulated", "changes": {"migrate": changes},
+             "rank_load": moved_load},
+        ],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
