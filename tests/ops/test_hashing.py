@@ -15,16 +15,17 @@ def test_values_are_pinned():
     assert values.flatten().tolist() == want
 
 
-def _splitmix_uniform(key, token, column):
-    """The same hash with Python's unbounded integers."""
+def splitmix(z):
+    """SplitMix64's finaliser with Python's unbounded integers."""
     mask = (1 << 64) - 1
+    z &= mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
 
-    def mix(z):
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
 
-    bits = mix((mix((token + key) & mask) + column * 0x9E3779B97F4A7C15) & mask)
+def _splitmix_uniform(key, token, column):
+    bits = splitmix(splitmix(token + key) + column * 0x9E3779B97F4A7C15)
     return ((bits >> 41) + 0.5) * 2.0**-23
 
 

@@ -13,6 +13,7 @@ namespace smartmoe::bindings {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+Tensor slots_of(const Tensor& expert_idx_TK, const Tensor& table_EB, const OptionalTensor& token_id_T);
 Tensor count_slots(const Tensor& slot_TK, int64_t num_slots);
 std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows);
 

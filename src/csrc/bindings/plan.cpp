@@ -2,6 +2,25 @@
 
 namespace smartmoe::bindings {
 
+Tensor slots_of(const Tensor& expert_idx_TK, const Tensor& table_EB, const OptionalTensor& token_id_T) {
+  check(expert_idx_TK, "expert_idx_TK", 2, at::kLong);
+  check(table_EB, "table_EB", 2, at::kLong);
+  const int64_t num_buckets = table_EB.size(1);
+  if (num_buckets > 1) {
+    TORCH_CHECK((num_buckets & (num_buckets - 1)) == 0, "table_EB: expected a power of two of buckets, got ", num_buckets);
+    TORCH_CHECK(token_id_T.has_value(), "token_id_T: needed to choose among ", num_buckets, " buckets");
+    check(*token_id_T, "token_id_T", 1, at::kLong);
+    check_size(*token_id_T, "token_id_T", {expert_idx_TK.size(0)});
+  }
+  const c10::cuda::CUDAGuard guard(expert_idx_TK.device());
+  Tensor slot_TK = at::empty(expert_idx_TK.sizes(), expert_idx_TK.options());
+  checked(smartmoe::slots_of(expert_idx_TK.const_data_ptr<int64_t>(), table_EB.const_data_ptr<int64_t>(),
+                             num_buckets > 1 ? token_id_T->const_data_ptr<int64_t>() : nullptr, expert_idx_TK.numel(),
+                             expert_idx_TK.size(1), num_buckets, slot_TK.mutable_data_ptr<int64_t>(), stream()),
+          "slots_of");
+  return slot_TK;
+}
+
 Tensor count_slots(const Tensor& slot_TK, int64_t num_slots) {
   TORCH_CHECK(slot_TK.is_cuda() && slot_TK.is_contiguous() && slot_TK.scalar_type() == at::kLong,
               "slot_TK: expected a contiguous int64 CUDA tensor");

@@ -6,6 +6,7 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace b = smartmoe::bindings;
+  m.def("slots_of", &b::slots_of);
   m.def("count_slots", &b::count_slots);
   m.def("plan_rows", &b::plan_rows);
   m.def("permute", &b::permute);

@@ -22,6 +22,11 @@ constexpr int kPieceRows = 64;
 // count_S [S] int64 += copies of each slot; slot_N [N] int64, anything outside [0, S) counts nowhere.
 cudaError_t count_slots(const int64_t* slot_N, int64_t num_copies, int num_slots, int64_t* count_S, cudaStream_t stream);
 
+// slot_N [N] int64 = table_EB[expert, bucket of (token id, k)], -1 where expert_N is negative. The bucket is SplitMix64's
+// finaliser of token_id_T[t] + (k + 1) * golden ratio, modulo num_buckets (a power of two); with 1, no id is read.
+cudaError_t slots_of(const int64_t* expert_N, const int64_t* table_EB, const int64_t* token_id_T, int64_t num_copies,
+                     int top_k, int num_buckets, int64_t* slot_N, cudaStream_t stream);
+
 // Blocks that plan_rows uses; its workspace is plan_blocks * S int32.
 int plan_blocks(int64_t num_copies, int num_slots);
 

@@ -129,6 +129,25 @@ __global__ void place_kernel(const int64_t* slot_N, const int* count_BS, PlanSiz
   }
 }
 
+__device__ __forceinline__ uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+__global__ void slots_kernel(const int64_t* expert_N, const int64_t* table_EB, const int64_t* token_id_T, int64_t num_copies,
+                             int top_k, int num_buckets, int64_t* slot_N) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= num_copies) return;
+  const int64_t expert = expert_N[i], t = i / top_k;
+  uint64_t bucket = 0;
+  if (num_buckets > 1) {
+    const uint64_t column = static_cast<uint64_t>(i - t * top_k + 1) * 0x9E3779B97F4A7C15ull;
+    bucket = mix(static_cast<uint64_t>(token_id_T[t]) + column) & (num_buckets - 1);
+  }
+  slot_N[i] = expert < 0 ? -1 : table_EB[expert * num_buckets + bucket];
+}
+
 // As many warps as the tables of all of them leave room for in 48 KB.
 int plan_warps(int num_slots) {
   int warps = 16;
@@ -154,6 +173,14 @@ cudaError_t count_slots(const int64_t* slot_N, int64_t num_copies, int num_slots
   const int64_t chunk = plan_chunk(num_copies, num_slots);
   count_slots_kernel<<<plan_blocks(num_copies, num_slots), kCountThreads, num_slots * sizeof(int), stream>>>(
       slot_N, num_copies, chunk, num_slots, reinterpret_cast<unsigned long long*>(count_S));
+  return cudaGetLastError();
+}
+
+cudaError_t slots_of(const int64_t* expert_N, const int64_t* table_EB, const int64_t* token_id_T, int64_t num_copies,
+                     int top_k, int num_buckets, int64_t* slot_N, cudaStream_t stream) {
+  if (num_copies == 0) return cudaSuccess;
+  slots_kernel<<<ceil_div(num_copies, 256), 256, 0, stream>>>(expert_N, table_EB, token_id_T, num_copies, top_k, num_buckets,
+                                                              slot_N);
   return cudaGetLastError();
 }
 

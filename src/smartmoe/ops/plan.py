@@ -48,13 +48,7 @@ def slots_of(
     replicas has each host in the share of entries that the host is to get. token_id_T: [T] int64, not read when B is 1.
     Returns [T, K] int64. A function of its arguments alone, so that recomputation and every plan see the same.
     """
-    expert_TK, num_buckets = expert_idx_TK.clamp(min=0), table_EB.shape[1]
-    if num_buckets == 1:
-        slot_TK = table_EB[:, 0][expert_TK]
-    else:
-        bucket_TK = buckets(token_id_T, expert_idx_TK.shape[1], num_buckets)
-        slot_TK = table_EB.reshape(-1)[expert_TK * num_buckets + bucket_TK]
-    return torch.where(expert_idx_TK >= 0, slot_TK, -1)
+    return _slots_of(expert_idx_TK, table_EB, token_id_T)
 
 
 def count_slots(slot_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -82,6 +76,14 @@ def make_padded_plan(slot_TK: torch.Tensor, num_slots: int, capacity: int) -> Ro
     return RoutingPlan(copy_of_row_R, row_of_copy_TK, padded=True, count_S=count_S)
 
 
+def _run_slots(expert_idx_TK, table_EB, token_id_T):
+    kernels = kernels_for(expert_idx_TK)
+    if kernels:
+        token_id_T = None if token_id_T is None else token_id_T.contiguous()
+        return kernels.slots_of(expert_idx_TK.contiguous(), table_EB.contiguous(), token_id_T)
+    return slots_reference(expert_idx_TK, table_EB, token_id_T)
+
+
 def _run_count(slot_TK, num_slots):
     kernels = kernels_for(slot_TK) if num_slots <= MAX_KERNEL_SLOTS else None
     return kernels.count_slots(slot_TK.contiguous(), num_slots) if kernels else count_slots_reference(slot_TK, num_slots)
@@ -98,6 +100,11 @@ def _fake_plan(slot_TK, num_slots, capacity, num_rows):
     return slot_TK.new_empty(num_slots), slot_TK.new_empty(num_rows), torch.empty_like(slot_TK)
 
 
+_slots_of = register(
+    "slots_of(Tensor expert_idx_TK, Tensor table_EB, Tensor? token_id_T) -> Tensor",
+    _run_slots,
+    lambda expert_idx_TK, table_EB, token_id_T: expert_idx_TK.new_empty(expert_idx_TK.shape),
+)
 _count_slots = register(
     "count_slots(Tensor slot_TK, int num_slots) -> Tensor",
     _run_count,
@@ -108,6 +115,17 @@ _routing_plan = register(
     _run_plan,
     _fake_plan,
 )
+
+
+def slots_reference(expert_idx_TK, table_EB, token_id_T=None) -> torch.Tensor:
+    """`slots_of` in plain torch."""
+    expert_TK, num_buckets = expert_idx_TK.clamp(min=0), table_EB.shape[1]
+    if num_buckets == 1:
+        slot_TK = table_EB[:, 0][expert_TK]
+    else:
+        bucket_TK = buckets(token_id_T, expert_idx_TK.shape[1], num_buckets)
+        slot_TK = table_EB.reshape(-1)[expert_TK * num_buckets + bucket_TK]
+    return torch.where(expert_idx_TK >= 0, slot_TK, -1)
 
 
 def count_slots_reference(slot_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
