@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from smartmoe import trace as tr
 from smartmoe.bench import measure, replay, replay_compare
 from smartmoe.bench.replay_compare import MODES, Schedule, Tokens, shape_of, summarise
 from smartmoe.bench.routing import capped
+from smartmoe.online import is_due
 from tests.dist import spawn
 
 SIZE = "64,16,16,8,2"
@@ -29,11 +31,24 @@ def test_a_schedule_plays_what_decisions_need_and_times_the_rest():
     assert sorted(Schedule.of(trace, 1, None, 3).timed) == [0, 1, 2]
     with pytest.raises(ValueError, match="1 .. 391 in steps of 10"):
         Schedule.of(trace, 1, 302, None)
-    # a player does 5 steps in a recorded iteration, which stands for 10 iterations of training
-    assert every.in_steps(MODES["every_100"].online, 5).interval == 50
-    assert every.in_steps(MODES["static"].online, 5) == MODES["static"].online
     with pytest.raises(ValueError, match="steps by 20"):
-        Schedule.of(trace_of([1, 21, 41]), 1, None, None).in_steps(MODES["every_10"].online, 5)
+        Schedule.of(trace_of([1, 21, 41]), 1, None, None).online(MODES["every_10"].online, 5)
+    assert every.online(MODES["static"].online, 5) == MODES["static"].online
+
+
+def test_decisions_fall_due_after_the_last_step_of_a_recorded_iteration_only():
+    sparse, dense = (Schedule.of(trace_of(range(1, 100 * stride, stride)), 1, None, None) for stride in (10, 1))
+    assert sparse.numbers(0, 1, 5) == [1, 3, 5, 7, 10] and sparse.numbers(99, 991, 3) == [991, 993, 1000]
+    assert dense.numbers(0, 1, 5) == [1, 2, 3, 4, 5] and dense.numbers(9, 10, 5) == [46, 47, 48, 49, 50]
+    for schedule, due_rows in ((sparse, {"every_10": 100, "every_100": 10, "history": 100}), (dense, {"every_10": 10})):
+        numbers = [schedule.numbers(row, 1 + row * schedule.stride, 5) for row in range(100)]
+        flat = sum(numbers, [])
+        assert flat == sorted(set(flat))
+        for mode, num_due in due_rows.items():
+            online = dataclasses.replace(schedule.online(MODES[mode].online, 5))
+            due = [[is_due(online, number) for number in row] for row in numbers]
+            assert not any(any(row[:-1]) for row in due), mode
+            assert sum(row[-1] for row in due) == num_due, mode
 
 
 def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_counts():
@@ -41,8 +56,8 @@ def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_cou
     schedule = Schedule.of(trace, 2, None, None)  # times iterations 1 and 21
 
     def seen(step, cost):
-        series = {"step_ms": step, "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "difference": [None, 1e-7]}
-        return series
+        return {"step_ms": step, "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "late": [0.0, 0.5],
+                "difference": [None, 1e-7]}  # fmt: skip
 
     balanced = seen([[1.0, 1.0], [2.0, 2.0]], [[], []])
     static, mode = seen([[2.0, 2.0], [4.0, 4.0]], [[], []]), seen([[2.0, 1.0], [2.0, 2.0]], [[], [8.0]])

@@ -1,21 +1,23 @@
 """One MoE layer replays a trace under several ways of placing experts, side by side: what each gains and costs.
 
 Rank r of the world takes the counts of rank r of the trace (starting over where the trace has fewer), micro-batch m those of
-micro-batch m, scaled to T tokens x K; tokens and weights are the same in all modes. Every recorded iteration stands for as
-many training iterations as the trace steps by. In a recorded iteration that is timed, each mode in turn does one training
-step (forward and backward of all micro-batches, and what online placement does after a step), and that --repeat times;
-the last step of a recorded iteration is the one in which a decision may fall due. So a decision knows the iterations
-before, never the one it serves, except exact replication, which decides from each micro-batch's own counts. Iterations
-between the timed ones only feed the loads to those who decide.
+micro-batch m, scaled to T tokens x K; tokens and weights are the same in all modes. A recorded iteration stands for as many
+training iterations as the trace steps by. In one that is timed, each mode in turn does one training step (forward and
+backward of all micro-batches, and what online placement does after a step), and that --repeat times; in the others those
+modes that decide do one step, untimed. A decision falls due after the last step of a recorded iteration only: it knows the
+iterations before, never the one it serves, except exact replication, which decides from each micro-batch's own counts.
 
-ms of an iteration = median of its steps without a decision + (the step with the decision - that median) / the training
-iterations from one decision to the next. Weight sends and gradient returns are inside every step. The slowest rank counts.
+ms of an iteration = median of its steps without a decision + what the decisions since the iteration timed before took /
+the training iterations since then. Weight sends and gradient returns are inside every step. The slowest rank counts.
+A GPU idles --lead-cycles before each step, so that the host is ahead of it as in training; "late" is the share of steps
+that began before the host had launched all of them, because they wait for the host or because it was too slow.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ from smartmoe.gates import Routing
 from smartmoe.layer import MoELayer
 from smartmoe.trace import ExpertTrace, read_trace
 
-NUM_LEAD_IN = 20  # recorded iterations before the first timed one from which decisions are taken
+NUM_LEAD_IN = 20  # recorded iterations before the first timed one, in which decisions are taken
 NUM_WARMUP_STEPS = 3
 NUM_SYNTHETIC = 20  # timed iterations of the cases that need no trace
 
@@ -64,10 +66,14 @@ MODES = {
     "static": Mode(about="experts in order, nothing moves"),
     "every_100": Mode(about="greedy placement every 100 iterations", online=OnlineConfig(policy="greedy", interval=100)),
     "every_10": Mode(about="greedy placement every 10 iterations", online=OnlineConfig(policy="greedy", interval=10)),
-    "history": Mode(about="copies of hot experts from history, decided anew every 10 iterations",
-                    online=OnlineConfig(replicate="history", interval=10)),
-    "exact": Mode(about="copies of hot experts for each micro-batch, from its own counts",
+    "history": Mode(about="copies of hot experts from history, decided every 10 iterations; owners stay",
+                    online=OnlineConfig(policy="auto", migrate=False, replicate="history", interval=10)),
+    "both": Mode(about="owners move and copies are made from history, whichever pays, decided every 10 iterations",
+                 online=OnlineConfig(policy="auto", replicate="history", interval=10)),
+    "exact": Mode(about="copies of hot experts for each micro-batch, from its own counts; owners stay",
                   online=OnlineConfig(replicate="exact")),
+    "both_exact": Mode(about="owners move where it pays, decided every 10 iterations; exact copies take the rest",
+                       online=OnlineConfig(policy="auto", replicate="exact", interval=10)),
     "shadowing": Mode(about="FasterMoE: overlapped exchange, hot experts' weights sent to all ranks (grouped GEMM)",
                       layer=LayerConfig(dispatcher="overlapped", shadowing=True)),
 }  # fmt: skip
@@ -97,6 +103,20 @@ class _NoInit(torch.overrides.TorchFunctionMode):
 # ------------------------------------------------------------------------------------------------------------- players
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one step left: marks before it, before the decision and after; events; whether the host was behind."""
+
+    marks: list
+    events: list[dict]
+    is_late: bool
+
+    def parts_ms(self) -> tuple[float, float]:
+        """(the work, what came after it); to be read when the device is done."""
+        work, after = (_elapsed_ms(a, b) for a, b in zip(self.marks[:-1], self.marks[1:], strict=True))
+        return work, after
+
+
 class Player:
     """One mode: a layer of its own, and how it plays an iteration."""
 
@@ -116,28 +136,24 @@ class Player:
             self.step()
         self.replayed.start_deciding()
 
-    def step(self, lead_cycles: int = 0) -> tuple[list, list[dict]]:
-        """One training step: (marks before it, before the decision and after; events). Collective."""
+    def step(self, number: int = 0, lead_cycles: int = 0) -> Step:
+        """One training step, the one numbered `number` for those who decide. Collective."""
         if lead_cycles and self.world.device.type == "cuda":
             torch.cuda._sleep(lead_cycles)
         self.world.align()
         marks = [_mark(self.world)]
         self.replayed.begin_step()
         for micro in range(self.tokens.num_micro_batches):
-            token_id_BT = self._route(micro)
+            self.replayed.layer.gate.routing = self.tokens.routing(micro, self.mode.even)
+            token_id_BT = self.tokens.token_id_BT + micro * self.tokens.token_id_BT.shape[1]
             self.result = self.replayed.work(self.tokens.x_BTD, token_id_BT, self.tokens.grad_BTD)
         self.replayed.end_step()
-        return self._decide(marks)
-
-    def feed(self) -> tuple[list, list[dict]]:
-        """Let the mode see an iteration without doing its work; the result is that of `step`. Collective."""
-        marks = [_mark(self.world)]
-        for micro in range(self.tokens.num_micro_batches):
-            token_id_BT = self._route(micro)
-            layer = self.replayed.layer
-            for observer in layer.observers:
-                observer(layer.layer_idx, layer.gate.routing, token_id_BT)
-        return self._decide(marks)
+        marks.append(_mark(self.world))
+        events = self.replayed.after_step(number)
+        marks.append(_mark(self.world))
+        is_late = self.world.device.type == "cuda" and marks[0].query()
+        self.replayed.drop_gradients()
+        return Step(marks, events, is_late)
 
     def load_max_over_mean(self) -> float:
         """Fullest rank over mean rank in the iteration at hand, with experts where they are now; mean of micro-batches."""
@@ -204,9 +220,14 @@ class Tokens:
         return Routing((self.even_M if even else self.expert_idx_M)[micro], self.weight_TK, self.zero)
 
     def _draw(self, count_E: np.ndarray, *seed: int) -> torch.Tensor:
-        rng = np.random.default_rng([self.seed, self.world.ep_rank, *seed])
-        drawn_TK = routings.assign(count_E, self.shape.num_tokens, self.shape.top_k, rng)
+        seed = (self.seed, self.world.ep_rank, *seed)
+        drawn_TK = _assign(tuple(count_E.tolist()), self.shape.num_tokens, self.shape.top_k, seed)
         return torch.from_numpy(drawn_TK).to(self.world.device)
+
+
+@functools.cache  # shapes of equal T and K share a trace
+def _assign(count_E: tuple[int, ...], num_tokens: int, top_k: int, seed: tuple[int, ...]) -> np.ndarray:
+    return routings.assign(np.array(count_E), num_tokens, top_k, np.random.default_rng(seed))
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
@@ -232,45 +253,65 @@ class Schedule:
                 raise ValueError(f"--iteration {iteration}: the trace has {span}")
         return cls(rows=tuple(range(max(0, timed[0] - NUM_LEAD_IN), timed[-1] + 1)), timed=frozenset(timed), stride=stride)
 
-    def in_steps(self, online: OnlineConfig, repeat: int) -> OnlineConfig:
-        """`online` with its interval in steps of a player. Raises ValueError when the trace steps by too much."""
-        if online.policy == "static" and online.replicate != "history":
+    def online(self, online: OnlineConfig, repeat: int) -> OnlineConfig:
+        """`online` with its interval in the numbers of steps. Raises ValueError when the trace steps by too much."""
+        if online.policy == "static":
             return online
         if online.interval % self.stride:
             raise ValueError(f"the trace steps by {self.stride} iterations: no decisions every {online.interval}")
+        if self._is_natural(repeat):
+            return online
         return dataclasses.replace(online, interval=online.interval // self.stride * repeat)
+
+    def numbers(self, row: int, iteration: int, repeat: int) -> list[int]:
+        """Of the steps of a recorded iteration: training iterations where it stands for enough of them, else steps are
+        counted. Decisions fall due at even numbers or multiples of `repeat`, and of these each row has one, its last."""
+        if self._is_natural(repeat):
+            last = -(-iteration // self.stride) * self.stride
+            return [*range(last - self.stride + 1, last - self.stride + 2 * repeat - 2, 2), last]
+        return [row * repeat + step + 1 for step in range(repeat)]
+
+    def _is_natural(self, repeat: int) -> bool:
+        return self.stride >= 2 * repeat and self.stride % 2 == 0
 
 
 def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, args, say) -> dict:
     """Play the trace with all modes, one step of each in turn: this rank's times by mode. Collective."""
     tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
-    seen = {name: {"step_ms": [], "decision_ms": [], "load": [], "num_moved": [], "difference": []} for name in players}
-    costs = {name: [] for name in players}
+    seen = {name: {"step_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
+            for name in players}  # fmt: skip
+    costs: dict[str, list] = {name: [] for name in players}
+    start = time.perf_counter()
     for row in schedule.rows:
         is_timed = row in schedule.timed
+        numbers = schedule.numbers(row, int(trace.iteration[row]), args.repeat)
         tokens.set_iteration(trace.counts[row, :, args.layer], row)
-        loads = {name: player.load_max_over_mean() for name, player in players.items()}
-        marks: dict[str, list] = {name: [] for name in players}
-        for _ in range(args.repeat):
-            for name, player in players.items():
-                marks[name].append(player.step(args.lead_cycles) if is_timed else player.feed())
+        playing = {name: player for name, player in players.items() if is_timed or player.replayed.decides}
+        loads = {name: player.load_max_over_mean() for name, player in playing.items() if is_timed}
+        steps: dict[str, list[Step]] = {name: [] for name in playing}
+        for number in numbers if is_timed else numbers[-1:]:
+            for name, player in playing.items():
+                steps[name].append(player.step(number, args.lead_cycles if is_timed else 0))
         world.synchronize()
-        for name, steps in marks.items():
-            times = [([_elapsed_ms(a, b) for a, b in zip(at[:-1], at[1:], strict=True)], events) for at, events in steps]
-            costs[name] += [(after, sum(e["num_moved"] for e in events)) for (_, after), events in times if events]
+        for name, done in steps.items():
+            costs[name] += [(step.parts_ms()[1], step.events) for step in done if step.events]
             if is_timed:
-                series = seen[name]
-                quiet = [sum(parts) for parts, events in times if not events]
-                series["step_ms"].append(quiet or [work for (work, _), _ in times])
-                series["decision_ms"].append([cost for cost, _ in costs[name]])
-                series["num_moved"].append(sum(moved for _, moved in costs[name]))
-                series["load"].append(loads[name])
-                series["difference"].append(_difference(players[name], players.get("static")))
+                _note(seen[name], done, costs[name], loads[name])
+                seen[name]["difference"].append(_difference(players[name], players.get("static")))
                 costs[name] = []
         if is_timed and (row % 10 == 0 or row == schedule.rows[-1]):
             medians = "  ".join(f"{name} {np.median(s['step_ms'][-1]):.2f}" for name, s in seen.items())
-            say(f"iteration {trace.iteration[row]}: {medians} ms, static max/mean {loads.get('static', 0):.2f}")
+            say(f"iteration {trace.iteration[row]} ({time.perf_counter() - start:.0f} s): {medians} ms")
     return seen
+
+
+def _note(series: dict, done: list[Step], costs: list, load: float) -> None:
+    quiet = [sum(step.parts_ms()) for step in done if not step.events]
+    series["step_ms"].append(quiet or [step.parts_ms()[0] for step in done])
+    series["decision_ms"].append([ms for ms, _ in costs])
+    series["num_moved"].append(sum(event["num_moved"] for _, events in costs for event in events))
+    series["late"].append(float(np.mean([step.is_late for step in done])))
+    series["load"].append(load)
 
 
 def _difference(player: Player, reference: Player | None) -> float | None:
@@ -284,8 +325,8 @@ def _difference(player: Player, reference: Player | None) -> float | None:
 def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dict[str, dict]:
     """The numbers of each mode from every rank's times; ms, the slowest rank in each step."""
     timed = sorted(schedule.timed)
-    gaps = np.diff([timed[0] - 1, *timed]) * schedule.stride  # training iterations that a timed one stands for
-    gaps[0] = schedule.stride
+    # training iterations since the one timed before, in which the decisions fell
+    gaps = np.diff([schedule.rows[0] - 1, *timed]) * schedule.stride
     rows = {}
     for name in seen_W[0]:
         step_IR = [np.max([seen[name]["step_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
@@ -300,6 +341,7 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
             "num_decisions": sum(map(len, cost_I)),
             "num_moved": sum(seen_W[0][name]["num_moved"]),
             "load_max_over_mean": spread(seen_W[0][name]["load"]),
+            "late": round(float(np.mean([seen[name]["late"] for seen in seen_W])), 3),
             "difference": max(known, default=None),
             "series": {
                 "iteration": trace.iteration[timed].tolist(),
@@ -321,7 +363,7 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
 
 COLUMNS = (
     "shape          case             mode        median ms (p10 - p90)   of balanced: mean   p10   over static  "
-    "max/mean (p90)   decision ms    n  moved  diff"
+    "max/mean (p90)   decision ms    n  moved  late  diff"
 )
 
 
@@ -337,7 +379,7 @@ def format_row(row: dict) -> str:
         + (f"{speedup['median']:13.3f}" if speedup else " " * 13)
         + f"  {load['median']:7.3f} ({load['p90']:.3f})"
         + (f"{decision['median']:14.3f}" if decision else " " * 13 + "-")
-        + f" {row['num_decisions']:4d} {row['num_moved']:6d}  "
+        + f" {row['num_decisions']:4d} {row['num_moved']:6d} {row['late']:5.0%}  "
         + ("-" if row["difference"] is None else f"{row['difference']:.0e}")
     )
 
@@ -453,4 +495,4 @@ def _player(args, name: str, schedule: Schedule, tokens: Tokens) -> Player:
         plan=ParallelPlan(dp=world.num_ranks, ep=world.num_ranks),
         cluster=ClusterSpec(device=world.device.type, ranks_per_node=world.num_ranks, memory_gbytes=1e3, **speeds),
     ), name)  # fmt: skip
-    return Player(mode, config, schedule.in_steps(online, args.repeat), tokens)
+    return Player(mode, config, schedule.online(online, args.repeat), tokens)

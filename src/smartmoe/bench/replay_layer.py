@@ -26,21 +26,19 @@ class ReplayedLayer:
         weights = list(layer.experts.parameters())
         extra = 2 if weights[0].dtype == torch.float32 else 3
         self.state = [w.data for w in weights]
-        if online.policy != "static":
+        if online.policy != "static" and online.migrate:
             self.state += [torch.zeros_like(w, dtype=torch.float32) for w in weights for _ in range(extra)]
         self._history = [layer.replication] if isinstance(layer.replication, HistoryReplication) else []
         self._owned_grads = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._history]
         self._online: OnlinePlacement | None = None
-        self.num_steps = 0
 
     @property
     def decides(self) -> bool:
         """Whether something is decided between iterations."""
-        return self.online_config.policy != "static" or bool(self._history)
+        return self.online_config.policy != "static"
 
     def start_deciding(self) -> None:
-        """From now on steps count, and placement acts after them. Before, steps warm up."""
-        self.num_steps = 0
+        """From now on placement acts after steps. Before, steps warm up."""
         self._online = OnlinePlacement(
             [self.layer], self.online_config, ep_group=self._ep_group, stage_group=self._stage_group,
             state_of=lambda _: self.state,
@@ -67,10 +65,9 @@ class ReplayedLayer:
         for param in self.layer.parameters():
             param.grad = None
 
-    def after_step(self) -> list[dict]:
-        """What placement does after a step; returns its events. Collective over the stage."""
-        self.num_steps += 1
-        return self._online.after_step(self.num_steps) if self._online else []
+    def after_step(self, number: int) -> list[dict]:
+        """What placement does after the step of this number (from 1); returns its events. Collective over the stage."""
+        return self._online.after_step(number) if self._online else []
 
     def rank_load(self, count_SE: np.ndarray) -> np.ndarray:
         """[W] float64, token copies that each rank computes when the sources hold count_SE [W, E] of a micro-batch, as
