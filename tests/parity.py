@@ -126,7 +126,7 @@ def compare(
             report = f"{where} routes tokens {flipped[:4]} otherwise, logits within {off:.1e}"
             assert off <= logit_tolerance, report
             return report
-        assert abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted), (
+        assert abs(loss - wanted) <= loss_tolerance * abs(wanted), (
             f"{label}: iteration {iteration}: {loss} not {wanted}"
         )
     return ""

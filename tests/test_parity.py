@@ -21,7 +21,7 @@ from parity import (
 )
 
 from smartmoe import systems
-from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
+from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan
 from smartmoe.placement import Placement, Replicas
 
 
@@ -310,6 +310,25 @@ def test_every_plan_on_two_gpus_follows_one_process_on_a_cpu(references):
     curves = spawn(_run_plans_on_gpus, 2, cases, backend="nccl", timeout_s=500)[0]
     for curve, (plan, gate) in zip(curves, cases, strict=True):
         print(compare(curve, references[gate, 2], f"{plan.describe()} {gate}", GPU_LOSS_TOLERANCE, GPU_LOSS_TOLERANCE))
+
+
+def _replicate_on_gpus(world_rank, cases):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    plan, curves = ParallelPlan(dp=2, ep=2), []
+    for mode, dispatcher in cases:
+        config = dataclasses.replace(replica_config(plan, mode), layer=LayerConfig(dispatcher=dispatcher))
+        curves.append(run_curve(config, before_iteration=REPLICATION[mode], device=f"cuda:{world_rank}"))
+    return curves
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_replication_on_two_gpus_follows_one_process_and_repeats_itself(references):
+    cases = [(mode, dispatcher) for mode in ("history", "exact") for dispatcher in ("basic", "direct")]
+    curves = spawn(_replicate_on_gpus, 2, [*cases, *cases], backend="nccl", timeout_s=500)[0]
+    for idx, (curve, case) in enumerate(zip(curves, cases, strict=False)):
+        print(compare(curve, references["capacity", 2], str(case), GPU_LOSS_TOLERANCE, GPU_LOSS_TOLERANCE))
+        assert curve.loss == curves[idx + len(cases)].loss, case
 
 
 def _migrate_on_gpus(world_rank, config):
