@@ -25,9 +25,11 @@ from plotting.model import (
     ScatterPanel,
     StatusMark,
 )
-from plotting.runs import Metrics, Run, Slot, read_events, read_metrics, read_predictions, read_runs, read_spans
+from plotting.runs import Metrics, Run, Slot, Spans, read_events, read_metrics, read_predictions, read_runs, read_spans
 from plotting.stats import by_group, finish_bars
 
+# figure 12: what stands beside the static run
+LAYER_SERIES = {"dynamic": "experts moved", "history": "experts copied", "both": "moved and copied"}
 WAITS = {
     "fig8": "end-to-end runs (fastmoe, deepspeed, fastermoe, smartmoe) whose run.json names a fig8 bar",
     "fig9": "Swin-MoE runs (tutel, fastmoe, smartmoe) whose run.json names a fig9 bar",
@@ -260,43 +262,47 @@ def _scatter_figure(runs: dict[Slot, Run]) -> PanelFigure:
 
 
 def _layer_figure(runs: dict[Slot, Run]) -> PanelFigure:
+    """One panel for each series beside "static", which it is compared with."""
     figure = PanelFigure("fig12", [])
-    sides: dict[str, dict[str, tuple[Slot, Run]]] = {}
+    sides: dict[str, dict[str, Run]] = {}
     for slot, run in runs.items():
-        sides.setdefault(_panel_name(slot), {})[slot.series] = (slot, run)
-    for name, pair in sorted(sides.items()):
-        spans = {series: read_spans(run) if run.status == "ok" else None for series, (_, run) in pair.items()}
-        figure.marks += [_mark(*pair[series]) for series, found in spans.items() if found is None]
-        static, dynamic = spans.get("static"), spans.get("dynamic")
-        if static is None or dynamic is None:
-            lacking = ", ".join(s for s in ("static", "dynamic") if spans.get(s) is None)
-            run = next(iter(pair.values()))[1]
-            run.folder.report(
-                "incomplete",
-                f"figure 12 {name}: needs both placements; no data of {lacking}",
-                run.where,
-                figures=("fig12",),
-            )
+        sides.setdefault(_panel_name(slot), {})[slot.series] = run
+        if run.status != "ok":
+            figure.marks.append(_mark(slot, run))
+    for name, by_series in sorted(sides.items()):
+        spans = {series: read_spans(run) for series, run in by_series.items() if run.status == "ok"}
+        figure.marks += [
+            _mark(slot, run) for slot, run in runs.items() if _panel_name(slot) == name and slot.series in spans
+            and spans[slot.series] is None
+        ]  # fmt: skip
+        maps = {series: read_loads(by_series[series], series, ("fig12",)) for series, found in spans.items() if found}
+        others = sorted(series for series, found in spans.items() if found and series != "static")
+        if not spans.get("static") or not others:
+            run = next(iter(by_series.values()))
+            lacking = "static" if not spans.get("static") else "dynamic"
+            message = f"figure 12 {name}: needs both placements; no data of {lacking}"
+            run.folder.report("incomplete", message, run.where, figures=("fig12",))
             continue
-        run = pair["static"][1]
-        if static.layers.keys() != dynamic.layers.keys():
-            run.folder.report(
-                "incomplete",
-                f"figure 12 {name}: the runs hold different layers; common ones are drawn",
-                static.where,
-                dynamic.where,
-                figures=("fig12",),
-            )
-        rows = [
-            _layer_row(k, static.layers[k], dynamic.layers[k])
-            for k in sorted(static.layers.keys() & dynamic.layers.keys())
-        ]
-        sources = {pair[s][1].source for s in ("static", "dynamic")}
-        source = sources.pop() if len(sources) == 1 else "simulated"
-        if rows:
-            maps = _busiest_layer([read_loads(pair[s][1], s, ("fig12",)) for s in ("static", "dynamic")])
-            figure.panels.append(LayerPanel(name, rows, "total", "ms", source, [static.where, dynamic.where], maps))
+        num_before = len(figure.panels)
+        for series in others:
+            title = name if len(others) == 1 else f"{name}, {LAYER_SERIES.get(series, series)}"
+            panel = _layer_panel(title, (by_series["static"], spans["static"]), (by_series[series], spans[series]))
+            if panel.rows:
+                figure.panels.append(panel)
+        if len(figure.panels) > num_before:
+            figure.panels[-1].maps = _busiest_layer([maps["static"], *(maps[series] for series in others)])
     return figure
+
+
+def _layer_panel(name: str, static: tuple[Run, Spans], other: tuple[Run, Spans]) -> LayerPanel:
+    (run, before), (other_run, after) = static, other
+    if before.layers.keys() != after.layers.keys():
+        message = f"figure 12 {name}: the runs hold different layers; common ones are drawn"
+        run.folder.report("incomplete", message, before.where, after.where, figures=("fig12",))
+    layers = sorted(before.layers.keys() & after.layers.keys())
+    rows = [_layer_row(k, before.layers[k], after.layers[k]) for k in layers]
+    source = run.source if run.source == other_run.source else "simulated"
+    return LayerPanel(name, rows, "total", "ms", source, [before.where, after.where])
 
 
 def _busiest_layer(sides: list[list[LoadMap]]) -> list[LoadMap]:

@@ -70,6 +70,10 @@ SERIES = {
     "static": ("static", "#767676"),
     "every_100": ("adaptive, every 100", "#0072B2"),
     "every_10": ("adaptive, every 10", "#D55E00"),
+    "dynamic": ("adaptive", "#D55E00"),
+    "history": ("copies from history", "#009E73"),
+    "exact": ("exact copies", "#CC79A7"),
+    "both": ("moved and copied", "#E69F00"),
 }
 OTHER_COLOURS = ("#F0E442", "#44AA99", "#999933", "#882255")
 MAX_MARKS = 7

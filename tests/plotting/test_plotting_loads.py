@@ -61,6 +61,20 @@ def test_figure_12_shows_the_layer_with_the_worst_balance(run_set):
     assert entry.main(["--logs", str(run_set.root), "--out", str(run_set.root / "out")]) == 0
 
 
+def test_figure_12_compares_every_series_with_the_static_run(run_set):
+    for series, ms in (("static", 4.0), ("dynamic", 2.0), ("history", 1.0), ("both", None)):
+        path = run_set.add(series, [run_set.bar(series, "", "fig12")], status="ok" if ms else "failed")
+        if ms:
+            spans = [{"iteration": i, "rank": 0, "layer": 0, "forward_ms": ms, "backward_ms": ms} for i in range(1, 7)]
+            run_set.lines(path / "spans.jsonl", spans)
+            run_set.lines(path / "loads.jsonl", loads(layers=1))
+    figure = read(run_set).figures["fig12"]
+    assert [panel.name for panel in figure.panels] == [", experts moved", ", experts copied"]
+    assert [panel.rows[0].total_speedup for panel in figure.panels] == [2.0, 4.0]
+    assert [mark.series for mark in figure.marks] == ["both"]
+    assert [len(panel.maps) for panel in figure.panels] == [0, 3]
+
+
 def test_the_layout_holds_with_maps(run_set):
     """matplotlib gives up on a layout with no more than a warning, and axes then overlap."""
     late = lambda lines: [{**line, "iteration": line["iteration"] + 1000} for line in lines]  # noqa: E731

@@ -146,13 +146,13 @@ def test_the_declarations_of_the_repository_expand():
     assert groups == {"4/1.2", "4/2.4", "4/4.8", "4/+inf"}
 
 
-@pytest.mark.parametrize("num_gpus,num_runs", [(1, 21), (2, 23), (4, 23), (8, 23)])
+@pytest.mark.parametrize("num_gpus,num_runs", [(1, 16), (2, 25), (4, 25), (8, 25)])
 def test_the_declared_experiments_fit_any_number_of_gpus_of_one_machine(num_gpus, num_runs):
     configs = Configs(SCRIPTS)
     cluster = ClusterSpec(name="local", device="cuda", ranks_per_node=num_gpus)
     figures = configs.select([])
     left_out = configs.left_out(figures, "local", cluster)
-    assert set(left_out) == {"fig9", "fig11"} | ({"fig10"} if num_gpus == 1 else set())
+    assert set(left_out) == {"fig9", "fig11"} | ({"fig10", "fig12", "fig13"} if num_gpus == 1 else set())
     runs = configs.expand([figure for figure in figures if figure not in left_out], "local", cluster)
     for run in runs:
         check(run.config)
