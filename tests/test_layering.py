@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
 LAYERS = {
     "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
-    "planner": 1, "mesh": 1, "systems": 1, "controller": 1,
+    "planner": 1, "mesh": 1, "systems": 1, "controller": 1, "load_map": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
@@ -19,6 +19,7 @@ LAYERS = {
 }  # fmt: skip
 TORCH_FREE = {
     "config", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner", "systems",
+    "load_map",
 }  # fmt: skip
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # Steps inside one layer, for instance placement -> solvers -> policy.

@@ -25,10 +25,11 @@ import torch.distributed as dist
 from smartmoe import record
 from smartmoe.bench.measure import run_in_world
 from smartmoe.bench.replay_compare import CASES, MODES, compare, shape_of
-from smartmoe.bench.replay_layer import ReplayedLayer, fullest_over_mean
+from smartmoe.bench.replay_layer import ReplayedLayer
 from smartmoe.bench.report import add_options, at_least, checked
 from smartmoe.config import DISPATCHERS, RunConfig, check, from_dict
 from smartmoe.layer import MoELayer
+from smartmoe.load_map import fullest_over_mean
 from smartmoe.mesh import Mesh, build_mesh
 from smartmoe.placement import Placement
 from smartmoe.trace import ExpertTrace, read_trace
@@ -187,7 +188,7 @@ class LayerBench:
         """[W] token copies that each rank of the expert group computes, of load_E [E] spread evenly over the sources."""
         num_ranks = self.config.plan.ep
         share_E, rest_E = np.divmod(load_E, num_ranks)
-        return self._replayed.rank_load(share_E + (np.arange(num_ranks)[:, None] < rest_E))
+        return self._replayed.rank_load((share_E + (np.arange(num_ranks)[:, None] < rest_E))[None])
 
     def _run(self, step: int) -> list[dict]:
         self._replayed.begin_step()

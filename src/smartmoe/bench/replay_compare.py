@@ -28,7 +28,7 @@ from torch import nn
 
 from smartmoe.bench import routing as routings
 from smartmoe.bench.measure import LeftAloneError, World, attempt, spread
-from smartmoe.bench.replay_layer import ReplayedLayer, fullest_over_mean
+from smartmoe.bench.replay_layer import ReplayedLayer
 from smartmoe.bench.report import DTYPES, Report, dtype_of
 from smartmoe.bench.shapes import Shape, parse_shape
 from smartmoe.config import (
@@ -44,6 +44,7 @@ from smartmoe.config import (
 )
 from smartmoe.gates import Routing
 from smartmoe.layer import MoELayer
+from smartmoe.load_map import fullest_over_mean
 from smartmoe.trace import ExpertTrace, read_trace
 
 NUM_LEAD_IN = 20  # recorded iterations before the first timed one, in which decisions are taken
@@ -159,7 +160,7 @@ class Player:
         """Fullest rank over mean rank in the iteration at hand, with experts where they are now; mean of micro-batches."""
         if self.mode.even:
             return 1.0
-        return float(np.mean([fullest_over_mean(self.replayed.rank_load(c)) for c in self.tokens.count_MSE]))
+        return float(np.mean([fullest_over_mean(self.replayed.rank_load(c[None])) for c in self.tokens.count_MSE]))
 
     def _route(self, micro: int) -> torch.Tensor:
         """Set the gate for a micro-batch, and return the ids of its tokens."""

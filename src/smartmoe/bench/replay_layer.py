@@ -7,9 +7,9 @@ import torch
 
 from smartmoe.config import OnlineConfig
 from smartmoe.layer import MoELayer
+from smartmoe.load_map import planned_load
 from smartmoe.online import OnlinePlacement
 from smartmoe.replicas import HistoryReplication, return_all, send_all
-from smartmoe.solvers import solve_exact_step
 
 
 class ReplayedLayer:
@@ -69,18 +69,6 @@ class ReplayedLayer:
         """What placement does after the step of this number (from 1); returns its events. Collective over the stage."""
         return self._online.after_step(number) if self._online else []
 
-    def rank_load(self, count_SE: np.ndarray) -> np.ndarray:
-        """[W] float64, token copies that each rank computes when the sources hold count_SE [W, E] of a micro-batch, as
-        planned: hashing tokens to hosts may add a little."""
-        online, placement = self.online_config, self.layer.placement
-        if online.replicate == "exact":
-            replicas = solve_exact_step(count_SE, placement, online.replica_slots)
-        else:
-            replicas = self.layer.replicas
-        return replicas.host_load(count_SE)
-
-
-def fullest_over_mean(rank_load_W: np.ndarray) -> float:
-    """1.0 is perfect balance, or no load at all."""
-    return float(rank_load_W.max() / rank_load_W.mean()) if rank_load_W.any() else 1.0
-
+    def rank_load(self, count_MSE: np.ndarray) -> np.ndarray:
+        """[W] token copies that each rank computes, as planned, when the sources hold these [M, W, E]."""
+        return planned_load(count_MSE, self.layer.placement, self.layer.replicas, self.online_config)
