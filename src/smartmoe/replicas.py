@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -106,7 +107,7 @@ class HeldExperts:
 
     def finish(self, y_TD: torch.Tensor) -> torch.Tensor:
         """To be called on the layer's output: its backward pass begins with the weights that its forward pass used."""
-        return _OnBackward.apply(y_TD, self._plan.slot_TK, lambda: self._replication.restore_weights(self._plan))
+        return _OnBackward.apply(y_TD, self._plan.slot_TK, partial(self._replication.restore_weights, self._plan))
 
 
 class _Owned(torch.autograd.Function):
