@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--repeat", type=at_least(2), default=5, metavar="N", help="steps of each mode in an iteration")
     group.add_argument("--micro-batches", type=at_least(1), default=1, metavar="M", help="in a step")
     group.add_argument("--replica-slots", type=at_least(1), default=2, metavar="G", help="room for copies on each rank")
-    group.add_argument("--lead-cycles", type=at_least(0), default=12_000_000, metavar="C",
+    group.add_argument("--lead-cycles", type=at_least(0), default=8_000_000, metavar="C",
                        help="cycles that a GPU idles before each step, so that the host is ahead as in training")  # fmt: skip
     add_options(parser, timing=False)
     args = parser.parse_args(argv)

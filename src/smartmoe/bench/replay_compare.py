@@ -95,10 +95,11 @@ class FixedGate(nn.Module):
 
 
 class _NoInit(torch.overrides.TorchFunctionMode):
-    """Leaves out the drawing of initial values: on the host it takes longer than the measurement."""
+    """Leaves out drawing initial weights on the host and bringing them over: that takes longer than the measurement."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+        is_copy = func is torch.Tensor.copy_ and args[1].is_floating_point()
+        return args[0] if is_copy or func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------------------------------------- players
@@ -281,7 +282,7 @@ def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, arg
     tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
     seen = {name: {"step_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
             for name in players}  # fmt: skip
-    costs: dict[str, list] = {name: [] for name in players}
+    deciding: dict[str, list[Step]] = {name: [] for name in players}  # steps with events since the last timed iteration
     start = time.perf_counter()
     for row in schedule.rows:
         is_timed = row in schedule.timed
@@ -293,24 +294,25 @@ def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, arg
         for number in numbers if is_timed else numbers[-1:]:
             for name, player in playing.items():
                 steps[name].append(player.step(number, args.lead_cycles if is_timed else 0))
+        for name, done in steps.items():
+            deciding[name] += [step for step in done if step.events]
+        if not is_timed:
+            continue  # without waiting for the device
         world.synchronize()
         for name, done in steps.items():
-            costs[name] += [(step.parts_ms()[1], step.events) for step in done if step.events]
-            if is_timed:
-                _note(seen[name], done, costs[name], loads[name])
-                seen[name]["difference"].append(_difference(players[name], players.get("static")))
-                costs[name] = []
-        if is_timed and (row % 10 == 0 or row == schedule.rows[-1]):
-            medians = "  ".join(f"{name} {np.median(s['step_ms'][-1]):.2f}" for name, s in seen.items())
-            say(f"iteration {trace.iteration[row]} ({time.perf_counter() - start:.0f} s): {medians} ms")
+            _note(seen[name], done, deciding[name], loads[name])
+            seen[name]["difference"].append(_difference(players[name], players.get("static")))
+            deciding[name] = []
+        medians = "  ".join(f"{name} {np.median(s['step_ms'][-1]):.2f}" for name, s in seen.items())
+        say(f"iteration {trace.iteration[row]} ({time.perf_counter() - start:.0f} s): {medians} ms")
     return seen
 
 
-def _note(series: dict, done: list[Step], costs: list, load: float) -> None:
+def _note(series: dict, done: list[Step], deciding: list[Step], load: float) -> None:
     quiet = [sum(step.parts_ms()) for step in done if not step.events]
     series["step_ms"].append(quiet or [step.parts_ms()[0] for step in done])
-    series["decision_ms"].append([ms for ms, _ in costs])
-    series["num_moved"].append(sum(event["num_moved"] for _, events in costs for event in events))
+    series["decision_ms"].append([step.parts_ms()[1] for step in deciding])
+    series["num_moved"].append(sum(event["num_moved"] for step in deciding for event in step.events))
     series["late"].append(float(np.mean([step.is_late for step in done])))
     series["load"].append(load)
 
