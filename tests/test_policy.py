@@ -49,6 +49,11 @@ def test_costs_decide():
     assert kept.kind == "keep" and "than moving costs" in kept.reason
     assert alone(two_hot, start(identity(4, 2)), dear, Rules(horizon=10_000)).kind == "migrate"
     assert alone(two_hot, start(identity(4, 2)), rules=Rules(min_gain=0.6)).kind == "keep"
+    # One expert is hotter than a rank should be: half could be gained by splitting it, a twelfth by moving the other one.
+    lumpy = counts([1000, 100, 10, 10], [1000, 100, 10, 10])
+    assert alone(lumpy, start(identity(4, 2)), rules=Rules(min_gain=0.05)).kind == "migrate"
+    kept = alone(lumpy, start(identity(4, 2)), rules=Rules(min_gain=0.2))
+    assert kept.kind == "keep" and kept.reason.endswith("min_gain is 20.0%")
     assert alone(two_hot, start(identity(4, 2)), rules=Rules(may_migrate=False)).reason == "nothing better was found"
     free = Costs(compute_ms_per_copy=0.0)
     assert alone(two_hot, start(identity(4, 2)), free).kind == "keep"

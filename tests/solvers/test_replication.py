@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas, num_moves, rank_load
-from smartmoe.solvers import solve_joint, solve_replicas, solve_replicas_layers
+from smartmoe.solvers import replication, solve_joint, solve_replicas, solve_replicas_layers
 from tests.solvers.test_exact_step import cases
 
 identity = Placement.identity
@@ -78,12 +78,33 @@ def test_tokens_prefer_their_rank_then_their_node():
 def test_balanced_loads_get_no_copies_when_copies_cost():
     count_SE = np.random.default_rng(0).multinomial(8192, [1 / 32] * 32, size=4)
     assert solve_replicas(count_SE, identity(32, 4), 2, copy_cost=500).num_copies == 0
+    before = count_SE.sum(axis=0).reshape(4, 8).sum(axis=1).max()
+    for copy_cost in range(0, 400, 10):
+        replicas = solve_replicas(count_SE, identity(32, 4), 2, copy_cost=copy_cost)
+        busiest = max(sum(e >= 0 for e in replicas.experts_of_rank(ep_rank)) for ep_rank in range(4))
+        assert replicas.host_load(count_SE).max() + copy_cost * busiest <= before
     count_SE[:, 3] += 8192
     few = solve_replicas(count_SE, identity(32, 4), 2, copy_cost=600)
     many = solve_replicas(count_SE, identity(32, 4), 2)
     assert 0 < few.num_copies < many.num_copies
     load_W = few.host_load(count_SE)
     assert load_W.max() < 1.02 * load_W.mean()
+
+
+def test_sources_round_so_that_it_evens_out():
+    # A bucket of the hot expert, on all 32 ranks, is 5 % of what a rank should compute.
+    rng = np.random.default_rng(0)
+    weight_E = np.append(0.4, 0.6 * rng.dirichlet(np.ones(31)))
+    count_SE = rng.multinomial(16384, weight_E, size=32)
+    load_W = solve_replicas(count_SE, identity(32, 32), 2).host_load(count_SE)
+    assert load_W.max() < 1.005 * load_W.mean()
+
+
+def test_all_slots_are_used_where_experts_are_equal():
+    num_hosts_YE = replication._num_hosts(
+        np.full((2, 8), 7.0), identity(8, 4).rank_of_expert()[None].repeat(2, 0), 4, 1, 0.0
+    )
+    assert (num_hosts_YE.sum(axis=1) == 12).all() and num_hosts_YE.max() == 2
 
 
 def test_equal_experts_of_the_fullest_rank_get_the_slots():
