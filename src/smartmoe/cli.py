@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)
+    export = commands.add_parser("export", help="write a checkpoint as one file of experts in plain order")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory: its newest good one")
+    export.add_argument("out", type=Path, help="file for torch.load(OUT, weights_only=True)")
+    export.add_argument("--optimizer", action="store_true", help="with both moments of Adam")
+    export.set_defaults(command=_export)
     trace = commands.add_parser("trace", help="look at expert-selection traces")
     trace_commands = trace.add_subparsers(required=True, metavar="COMMAND")
     show = trace_commands.add_parser("show", help="print how skewed a trace is, and draw its load over time")
@@ -149,6 +154,20 @@ def _run(command: list[str]) -> tuple[int, bool]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from smartmoe import checkpoint  # and torch with it, which other commands start without
+
+    path = args.checkpoint
+    if not (path / "meta.json").exists():
+        found = checkpoint.newest_good(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+        if found is None:
+            raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
+        path = found
+    facts = checkpoint.export(path, args.out, args.optimizer)
+    print(f"{path} -> {args.out}: {facts['tensors']} tensors, {facts['experts']} experts, {facts['bytes'] / 1e6:.1f} MB")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------- trace show

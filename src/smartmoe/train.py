@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from smartmoe import checkpoint, record
 from smartmoe.config import RunConfig, check, from_dict
 from smartmoe.data import load_tokens
 from smartmoe.mesh import build_mesh
+from smartmoe.online import is_due
 from smartmoe.timing import LayerTimer
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import IterationResult, Trainer
@@ -57,10 +59,12 @@ def _run(args: argparse.Namespace, world_rank: int) -> int:
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
     mesh = build_mesh(config.plan, device)
     trainer = Trainer(config, mesh, tokens)
-    found = checkpoint.latest(args.run_dir / "checkpoints") if args.resume else None
+    notes: list[str] = []
+    found = checkpoint.newest_good(args.run_dir / "checkpoints", notes.append) if args.resume else None
     if found is not None:
         trainer.resume(found)
-    interrupted = train(trainer, args.run_dir, resumed=found is not None)
+        notes.append(f"resumed from checkpoint {found.name}")
+    interrupted = train(trainer, args.run_dir, resumed=found is not None, notes=notes)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -88,10 +92,11 @@ def start_world(config: RunConfig) -> torch.device:
     return device
 
 
-def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
+def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequence[str] = ()) -> bool:
     """Run the remaining iterations, writing the run's files from world rank 0. Returns whether it was asked to stop.
 
-    SIGTERM lets the iteration in progress finish, saves a checkpoint where checkpoints are on, and stops. Collective.
+    SIGTERM lets the iteration in progress finish, saves a checkpoint where checkpoints are on, and stops. A checkpoint that
+    cannot be written is said and does not end the run. notes: for the user, printed and logged first. Collective.
     """
     config = trainer.config
     is_writer = trainer.mesh.world_rank == 0
@@ -102,6 +107,14 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
     checkpoints, interval = run_dir / "checkpoints", config.workload.checkpoint_interval
     trace_parts = _earlier_trace(run_dir / "trace.npz", trainer.iteration) if is_writer and config.record_trace else []
     progress = Progress(config, trainer.iteration)
+
+    def tell(text: str) -> None:
+        if writer:
+            writer.log(text)
+            print(text, flush=True)
+
+    for note in notes:
+        tell(note)
     try:
         while trainer.iteration < config.workload.iterations:
             result = trainer.run_iteration(stop_requested=bool(stop))
@@ -112,12 +125,16 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False) -> bool:
                 trace_parts.append((result.iteration, counts))
             if writer:
                 _write_iteration(writer, config, result, spans, events, progress)
-            is_due = interval and (result.iteration % interval == 0 or result.stop_requested)
-            if is_due:
-                path = trainer.save(checkpoints)
-                if writer:
-                    _save_trace(run_dir / "trace.npz", trace_parts, config)
-                    writer.log(f"checkpoint {path.name} written")
+            if interval and (result.iteration % interval == 0 or result.stop_requested):
+                try:
+                    path = trainer.save(checkpoints)
+                except OSError as error:
+                    good = checkpoint.latest(checkpoints)
+                    tell(f"{error}. Training goes on; the newest checkpoint is {good.name if good else 'none yet'}")
+                else:
+                    if writer:
+                        _save_trace(run_dir / "trace.npz", trace_parts, config)
+                        writer.log(f"checkpoint {path.name} written")
             if result.stop_requested:
                 return True
     finally:
@@ -198,8 +215,7 @@ def _gather_spans(timer: LayerTimer, trainer: Trainer) -> list[dict]:
 def _gather_events(events: list[dict], trainer: Trainer) -> list[dict]:
     """Placement events of all pipeline stages, on world rank 0. Collective over the world on the iterations in which
     placement is considered, free on all others."""
-    online = trainer.config.online
-    if online.policy == "static" or trainer.iteration % online.interval:
+    if not is_due(trainer.config.online, trainer.iteration):
         return []
     mine = events if trainer.mesh.stage_rank == 0 else []
     return [event for part in _gather_objects(mine, trainer) for event in part]

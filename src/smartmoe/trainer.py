@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from smartmoe import checkpoint
 from smartmoe.config import RunConfig, to_dict
+from smartmoe.controller import Sizes
 from smartmoe.data import TokenDataset
 from smartmoe.gpt import GPT, init_weights
 from smartmoe.layer import MoELayer
@@ -75,6 +76,8 @@ class Trainer:
             ep_group=mesh.ep_group,
             stage_group=mesh.stage_group,
             state_of=self._expert_state,
+            sizes=self._sizes(),
+            node_of_rank_W=self._nodes(),
         )
 
     def _build_chunks(self) -> list[GPT]:
@@ -122,6 +125,31 @@ class Trainer:
                 shares_master = state[0].data_ptr() == ref.local.data_ptr()
                 tensors += state if shares_master else [ref.local, *state]
         return tensors
+
+    def _sizes(self) -> Sizes:
+        """What online placement weighs, before it has measured how fast links are."""
+        config = self.config
+        model, cluster, element = config.model, config.cluster, self.dtype.itemsize
+        numel = sum(p[0].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
+        masters_and_moments = 8 if self.dtype == torch.float32 else 12
+        if config.online.replicate == "history":  # once a step: weights there, fp32 gradients back
+            replica_bytes = numel * (element + 4)
+        else:  # for each micro-batch: weights for the forward pass, again for the backward pass, gradients back
+            replica_bytes = 3 * numel * element * config.num_micro_batches
+        return Sizes(
+            state_bytes=numel * (element + masters_and_moments),
+            replica_bytes=replica_bytes,
+            copy_bytes=4 * model.hidden_size * element,
+            gbytes_per_s=cluster.intra_node_gbytes_per_s,
+            node_gbytes_per_s=cluster.inter_node_gbytes_per_s,
+        )
+
+    def _nodes(self) -> tuple[int, ...] | None:
+        """The node of each rank of this rank's expert group."""
+        if self.mesh.ep_group is None:
+            return None
+        ranks = dist.get_process_group_ranks(self.mesh.ep_group)
+        return tuple(rank // self.config.cluster.ranks_per_node for rank in ranks)
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's (tokens, token ids, targets) of an iteration counted from 0, each [num_micro_batches * B, T] int64."""
@@ -216,7 +244,8 @@ class Trainer:
             "config": to_dict(self.config),
             "consumed_samples": self.iteration * self.config.workload.global_batch_size,
         }
-        return checkpoint.save(folder, self.iteration, self.optimizer, placements, facts)
+        loads = self.online.saved_loads()
+        return checkpoint.save(folder, self.iteration, self.optimizer, placements, facts, loads)
 
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at `path`, written by any plan of the same model. Collective over the world.
@@ -237,3 +266,4 @@ class Trainer:
                 layer.set_placement(saved)
         checkpoint.restore(path, self.optimizer, {idx: layer.placement for idx, layer in self.layers.items()})
         self.iteration = meta["iteration"]
+        self.online.restore_loads(self.iteration, meta["loads"])
