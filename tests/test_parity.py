@@ -21,7 +21,7 @@ from parity import (
 )
 
 from smartmoe import systems
-from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, OnlineConfig, ParallelPlan
 from smartmoe.placement import Placement, Replicas
 
 
@@ -165,7 +165,8 @@ REPLICA_CASES = [
 
 def replica_config(plan, mode, gate="capacity"):
     online = OnlineConfig(replicate=mode, replica_slots=2 if mode != "never" else 0)
-    return make_config(plan, gate=GATES[gate], online=online)
+    links = ClusterSpec(name="test", ranks_per_node=plan.world_size, intra_node_gbytes_per_s=1e6)  # a copy costs nothing
+    return make_config(plan, gate=GATES[gate], online=online, cluster=links)
 
 
 def _run_replicated(world_rank, cases):

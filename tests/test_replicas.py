@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, RunConfig
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, OnlineConfig, RunConfig, Workload
 from smartmoe.ops.replica_exchange import Transfers, _batches
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import return_all, send_all
+from smartmoe.replicas import copy_cost, return_all, send_all
 from tests import oracle
 from tests.dist import spawn
-from tests.test_layer import MECHANISMS, make_config, make_layer, make_tokens, run_layer
+from tests.test_layer import MECHANISMS, MODEL, make_config, make_layer, make_tokens, run_layer
 
 EXPERT_BYTES = 4 * (2 * 16 * 24 + 16 + 24)
 NAMES = ("w1_LDF", "b1_LF", "w2_LFD", "b2_LD")
@@ -149,6 +149,48 @@ def check_bytes(results_W):
         if "bytes" in results_W[0][key]:
             sent, returned, _ = np.sum([results[key]["bytes"] for results in results_W], axis=0)
             assert sent == returned == results_W[0][key]["bytes"][2] * EXPERT_BYTES
+
+
+def test_a_copy_costs_what_is_computed_meanwhile():
+    node = ClusterSpec(tflops=700.0, intra_node_gbytes_per_s=450.0, inter_node_gbytes_per_s=50.0)
+    half = Workload(dtype="bfloat16")
+    assert copy_cost(RunConfig(cluster=node, workload=half)) == round(2 * 700e12 / (3 * 450e9))
+    assert copy_cost(RunConfig(cluster=node)) == round(4 * 700e12 / (3 * 450e9))
+    nodes = dataclasses.replace(node, num_nodes=2)
+    assert copy_cost(RunConfig(cluster=nodes, workload=half)) == round(2 * 700e12 / (3 * 50e9))
+
+
+def run_gates(world_rank):
+    """Every gate, with replicas and without."""
+    results = {}
+    for kind in ("noisy", "switch", "gshard", "swipe", "faster"):
+        model = dataclasses.replace(MODEL, top_k=1 if kind == "switch" else 2)
+        for mode in ("never", "history", "exact"):
+            config = make_config(model=model, gate=GateConfig(kind=kind, capacity=0.9))
+            if mode != "never":
+                config = dataclasses.replace(config, online=OnlineConfig(replicate=mode, replica_slots=2))
+            layer = make_layer(config, 3, shuffled=True)
+            if mode == "history":
+                layer.set_replicas(replica_tables(layer.placement)["all slots"])
+                send_all([layer.replication], layer.ep_group)
+            result = run_layer(layer, world_rank)
+            grads = [param.grad for param in layer.experts.weights()]
+            if mode == "history":
+                return_all([layer.replication], [grads], layer.ep_group)
+            result["experts"] = experts_of(layer, grads)
+            results[kind, mode] = result
+    return results
+
+
+def test_every_gate_is_served():
+    for rank, results in enumerate(spawn(run_gates, 3)):
+        for (kind, mode), result in results.items():
+            plain = results[kind, "never"]
+            assert torch.equal(result["choice"], plain["choice"]), (kind, mode)
+            for name in ("y", "x"):
+                oracle.assert_close(result[name], plain[name], torch.float32, f"{kind} {mode} rank {rank} {name}")
+            for key, grad in plain["experts"].items():
+                oracle.assert_close(result["experts"][key], grad, torch.float32, f"{kind} {mode} {key}")
 
 
 def test_layers_travel_together_unless_one_rank_sends_much_more_than_it_holds():

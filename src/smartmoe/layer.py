@@ -181,8 +181,9 @@ class MoELayer(nn.Module):
         return Replicas.none(self.placement, self.experts.num_replicas)
 
     def set_replicas(self, replicas: Replicas) -> None:
-        """Route to `replicas` from now on (online.replicate = "history"). Their weights must be sent before the next
-        forward pass (replicas.send_all, which the trainer calls before every iteration).
+        """Route to `replicas` from now on (online.replicate = "history"). Their weights must be sent before the first
+        forward pass of every step, and gradients brought to the owners before the optimizer's step: replicas.send_all and
+        return_all, which the trainer calls.
 
         Raises ValueError when they do not fit the layer's placement, replica slots or mode.
         """

@@ -77,7 +77,17 @@ def build_replication(config: RunConfig, ep_group) -> Replication | None:
     if config.layer.dispatcher in ("direct", "auto") and group_size(ep_group) > 1:
         if why_unavailable(ep_group, over_nvlink=config.layer.dispatcher == "auto") is None:
             return SymmetricReplication(ep_group, online.replica_slots)
-    return ExactReplication(ep_group, online.replica_slots)
+    return ExactReplication(ep_group, online.replica_slots, copy_cost(config))
+
+
+def copy_cost(config: RunConfig) -> int:
+    """Token copies that a rank computes while the weights of one expert travel to it and their gradients back.
+
+    Two journeys of n numbers against three passes of 2 n operations for each copy: the size n of an expert cancels out.
+    """
+    cluster, element = config.cluster, 4 if config.workload.dtype == "float32" else 2
+    gbytes = cluster.inter_node_gbytes_per_s if cluster.num_nodes > 1 else cluster.intra_node_gbytes_per_s
+    return round(2 * element / (gbytes * 1e9) / (6 / (cluster.tflops * 1e12)))
 
 
 # ---------------------------------------------------------------------------------------------------- in a pass
@@ -269,15 +279,18 @@ class ExactReplication(CollectiveReplication):
 
     A pass gathers counts (one all-gather, one host synchronisation) and sends weights, its backward pass returns
     gradients, all collective over ep_group. Where another pass has filled the slots since, the backward pass first fills
-    them again, those that differ.
+    them again, those that differ. copy_cost: see solvers.solve_exact_step.
     """
 
-    _held: tuple[int, ...] = ()  # what stands in the replica slots of all ranks since the last pass; nothing before it
+    def __init__(self, ep_group, num_replicas: int, copy_cost: int = 0):
+        super().__init__(ep_group, num_replicas)
+        self.copy_cost = copy_cost
+        self._held: tuple[int, ...] = ()  # what stands in the replica slots of all ranks; nothing before the first pass
 
     def plan(self, expert_idx_TK, token_id_T) -> Plan:
         count_E = count_slots(expert_idx_TK, self.placement.num_experts)
         count_SE = gather_all(count_E.unsqueeze(0), self.ep_group).cpu().numpy()
-        replicas = solve_exact_step(count_SE, self.placement, self.num_replicas)
+        replicas = solve_exact_step(count_SE, self.placement, self.num_replicas, self.copy_cost)
         slot_TK = slots_of(expert_idx_TK, self._table(replicas), token_id_T)
         return Plan(replicas, self._transfers(replicas), slot_TK)
 
