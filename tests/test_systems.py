@@ -38,6 +38,8 @@ def test_alpa_and_smartmoe_static_differ_in_the_plan_alone():
 
 def test_only_smartmoe_moves_experts():
     assert systems.build("smartmoe", plan=PLAN, **BASE).online == OnlineConfig(policy="greedy", interval=10)
+    auto = OnlineConfig(policy="auto", replicate="history", replica_slots=1)
+    assert systems.build("smartmoe", plan=PLAN, online=auto, **BASE).online == auto
     assert systems.build("smartmoe_static", plan=PLAN, **BASE).online.policy == "static"
     with pytest.raises(ValueError, match="smartmoe_static"):
         systems.build("smartmoe", plan=PLAN, online=OnlineConfig(policy="static"), **BASE)

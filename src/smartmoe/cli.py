@@ -36,7 +36,7 @@ A run.toml needs nothing; each table is optional, each key has a default (all ke
   [model]     num_layers = 4, hidden_size = 64, num_experts = 8, top_k = 2
   [gate]      kind = "gshard", capacity = 1.2
   [plan]      pp = 2, dp = 2, ep = 2     # without it: data and expert parallel over all ranks
-  [online]    policy = "greedy", interval = 10
+  [online]    policy = "greedy", interval = 10     # or "auto", with replicate = "history" and replica_slots = 1
   [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
 """
 
@@ -166,7 +166,9 @@ def _export(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
         path = found
     facts = checkpoint.export(path, args.out, args.optimizer)
-    print(f"{path} -> {args.out}: {facts['tensors']} tensors, {facts['experts']} experts, {facts['bytes'] / 1e6:.1f} MB")
+    print(
+        f"{path} -> {args.out}: {facts['tensors']} tensors, {facts['experts']} experts, {facts['bytes'] / 1e6:.1f} MB"
+    )
     return 0
 
 
@@ -210,11 +212,16 @@ def _draw(args: argparse.Namespace, trace: ExpertTrace) -> int:
     name = Path(args.trace.replace(":", "-").replace(",", "-")).name.removesuffix(".npz")
     out = args.out or Path(f"{name}.png")
     if not (REPOSITORY / "plotting" / "trace.py").is_file():
-        print("smartmoe: no picture: it needs the plotting/ of the repository; install with pip install -e", file=sys.stderr)
+        print(
+            "smartmoe: no picture: it needs the plotting/ of the repository; install with pip install -e",
+            file=sys.stderr,
+        )
         return 0
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-P", "-m", "plotting.trace", str(out)]
-    done = subprocess.run(command, input=json.dumps({"title": Path(args.trace).name, **data}), text=True, env=env, check=False)
+    done = subprocess.run(
+        command, input=json.dumps({"title": Path(args.trace).name, **data}), text=True, env=env, check=False
+    )
     if done.returncode:
         raise ValueError(f"{out}: the picture could not be drawn (see above); --text leaves it out")
     print(f"\n{out}: load over time, layer {data['maps'][0]['layer']}")

@@ -35,6 +35,29 @@ def is_due(online: OnlineConfig, iteration: int) -> bool:
     return policy.is_due(iteration, online.interval) if online.policy == "auto" else iteration % online.interval == 0
 
 
+def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor]) -> Sizes:
+    """What moving and copying experts of `layer` costs, for one micro-batch and the links that a device usually has.
+
+    state: all tensors [N, ...] of the layer's experts, weights first where they are no masters themselves."""
+    weights = list(layer.experts.parameters()) if hasattr(layer, "experts") else list(state)
+    numel, element = sum(weight[0].numel() for weight in weights), weights[0].element_size()
+    gbytes_per_s = 300.0 if weights[0].device.type == "cuda" else 1.0
+    return Sizes(
+        state_bytes=sum(tensor[0].nbytes for tensor in state),
+        replica_bytes=bytes_of_replica(online, numel, element, 1),
+        gbytes_per_s=gbytes_per_s,
+        node_gbytes_per_s=gbytes_per_s,
+    )
+
+
+def bytes_of_replica(online: OnlineConfig, numel: int, element: int, num_micro_batches: int) -> int:
+    """Sent and returned in an iteration for one copy of an expert of `numel` weights of `element` bytes."""
+    if online.replicate == "history":  # once a step: weights there, fp32 gradients back
+        return numel * (element + 4)
+    # for each micro-batch: weights for the forward pass, again for the backward pass, gradients back
+    return 3 * numel * element * num_micro_batches
+
+
 class OnlinePlacement:
     """Balances the experts of this pipeline stage's MoE layers while training goes on.
 
@@ -47,7 +70,7 @@ class OnlinePlacement:
         online: see OnlineConfig.
         ep_group, stage_group: ProcessGroups (ep inside stage), or None for this process alone.
         state_of: all tensors [N, ...] that belong to the experts of a layer, for `migrate`.
-        sizes: bytes and speeds for auto's first decisions; None = the state is counted, links are of 1 GB/s.
+        sizes: bytes and speeds for auto's first decisions; None = as the layer tells them, see `guessed_sizes`.
         node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
         layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
         free_bytes: for auto, the device memory that is free; None = as CUDA says, unlimited on a CPU.
@@ -77,8 +100,7 @@ class OnlinePlacement:
             layer.observers.append(self._recorder)
         self._auto = None
         if online.policy == "auto" and self._layers:
-            if sizes is None:
-                sizes = Sizes(state_bytes=sum(tensor[0].nbytes for tensor in state_of(self._layers[0])))
+            sizes = sizes or guessed_sizes(self._layers[0], online, state_of(self._layers[0]))
             self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms, free_bytes or self._free_bytes)
 
     def after_step(self, iteration: int) -> list[dict]:
@@ -179,7 +201,9 @@ class OnlinePlacement:
             self._staging.exchange(self._ep_group, self._device)
         self._wait_for_device()
         start = time.perf_counter()
-        migrate([(self._state_of(layer), layer.placement, new) for layer, new in targets], self._ep_group, self._staging)
+        migrate(
+            [(self._state_of(layer), layer.placement, new) for layer, new in targets], self._ep_group, self._staging
+        )
         for layer, new in targets:
             layer.set_placement(new)
         self._wait_for_device()
@@ -263,9 +287,7 @@ class _Auto:
             for layer, change in zip(self._layers, changes, strict=True)
             if change.placement != layer.placement
         ]
-        events = [
-            self._event(iteration, layer, change) for layer, change in zip(self._layers, changes, strict=True)
-        ]
+        events = [self._event(iteration, layer, change) for layer, change in zip(self._layers, changes, strict=True)]
         cost_ms = self._move(moving) if moving else 0.0
         for layer, change, event in zip(self._layers, changes, events, strict=True):
             if event["num_moved"]:

@@ -82,7 +82,8 @@ def build(
     """The checked RunConfig of `system`.
 
     `plan` belongs to alpa, smartmoe_static and smartmoe; the others have their own (dp = ep = all ranks). `online`
-    belongs to smartmoe (default: greedy, every 10 iterations). Raises ValueError when the system is unknown or not
+    belongs to smartmoe (default: greedy, every 10 iterations, as in the paper; policy "auto" decides by measured time and
+    cost, and with `replicate` makes copies as well). Raises ValueError when the system is unknown or not
     available, when something is missing or does not belong to it, and when sizes do not fit.
     """
     chosen = get(system)

@@ -17,7 +17,7 @@ from smartmoe.data import TokenDataset
 from smartmoe.gpt import GPT, init_weights
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh
-from smartmoe.online import OnlinePlacement
+from smartmoe.online import OnlinePlacement, bytes_of_replica
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
@@ -132,13 +132,9 @@ class Trainer:
         model, cluster, element = config.model, config.cluster, self.dtype.itemsize
         numel = sum(p[0].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
         masters_and_moments = 8 if self.dtype == torch.float32 else 12
-        if config.online.replicate == "history":  # once a step: weights there, fp32 gradients back
-            replica_bytes = numel * (element + 4)
-        else:  # for each micro-batch: weights for the forward pass, again for the backward pass, gradients back
-            replica_bytes = 3 * numel * element * config.num_micro_batches
         return Sizes(
             state_bytes=numel * (element + masters_and_moments),
-            replica_bytes=replica_bytes,
+            replica_bytes=bytes_of_replica(config.online, numel, element, config.num_micro_batches),
             copy_bytes=4 * model.hidden_size * element,
             gbytes_per_s=cluster.intra_node_gbytes_per_s,
             node_gbytes_per_s=cluster.inter_node_gbytes_per_s,
