@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, RunConfig, Workload
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, OnlineConfig, RunConfig, Workload
 from smartmoe.layer import MoELayer
-from smartmoe.placement import Placement
+from smartmoe.placement import Placement, Replicas
 from tests import oracle
 from tests.dist import spawn
 
@@ -276,6 +276,22 @@ def test_the_placement_is_no_part_of_the_state_dict():
         *("gate.weight_ED", "gate.bias_E"),
         *("experts.w1_LDF", "experts.b1_LF", "experts.w2_LFD", "experts.b2_LD"),
     }
+
+
+def test_replica_slots_lie_behind_the_parameters_and_stay_there():
+    online = OnlineConfig(replicate="history", replica_slots=2)
+    layer = MoELayer(make_config(online=online), layer_idx=0)
+    plain = MoELayer(make_config(), layer_idx=0)
+    assert set(layer.state_dict()) == set(plain.state_dict()) and plain.experts.storages == ()
+    for param, storage in zip(layer.experts.weights(), layer.experts.storages, strict=True):
+        assert param.data_ptr() == storage.data_ptr() and len(param) + 2 == len(storage) and not storage[-2:].any()
+    with pytest.raises(ValueError, match="stay as they were made"):
+        layer.to(torch.bfloat16)
+    for wrong in (Replicas.none(layer.placement, 1), Replicas.none(Placement.identity(5, 1), 2)):
+        with pytest.raises(ValueError, match="replicas"):
+            layer.set_replicas(wrong)
+    with pytest.raises(ValueError, match="history"):
+        plain.set_replicas(Replicas.none(plain.placement, 0))
 
 
 @pytest.mark.gpu

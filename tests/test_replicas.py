@@ -27,6 +27,8 @@ DISPATCH = {
     **{name: layer for name, layer in MECHANISMS.items() if name != "shadowing"},
     "direct": LayerConfig(dispatcher="direct", row_factor=4.0),
 }
+PAIRS = [(mechanism, gate) for mechanism in DISPATCH for gate in GATES if mechanism == "basic" or gate == "dropping"]
+PAIRS.append(("direct", "one expert"))
 
 
 def share_out(placement: Placement, expert_of_replica: list[int], seed: int = 0) -> Replicas:
@@ -87,15 +89,15 @@ def check_copies(layer, expert_of_replica) -> None:
 
 def run_both_modes(world_rank, num_ranks):
     results = run_history(world_rank, num_ranks)
+    for mechanism, gate in PAIRS:
+        layer = make_layer(replicated("exact", mechanism, gate), num_ranks, shuffled=True)
+        for recompute in (False, True):
+            layer.zero_grad()
+            results[gate, mechanism, "exact", recompute] = run_layer(layer, world_rank, recompute=recompute)
+            if num_ranks > 1:
+                check_copies(layer, layer.replication._held)
+                assert (np.array(layer.replication._held) >= 0).any()
     for gate in GATES:
-        for mechanism in DISPATCH:
-            layer = make_layer(replicated("exact", mechanism, gate), num_ranks, shuffled=True)
-            for recompute in (False, True):
-                layer.zero_grad()
-                results[gate, mechanism, "exact", recompute] = run_layer(layer, world_rank, recompute=recompute)
-                if num_ranks > 1:
-                    check_copies(layer, layer.replication._held)
-                    assert (np.array(layer.replication._held) >= 0).any()
         plain = make_layer(make_config(gate=GATES[gate]), num_ranks, shuffled=True)
         results[gate, "plain"] = run_layer(plain, world_rank)
     return results
@@ -103,24 +105,20 @@ def run_both_modes(world_rank, num_ranks):
 
 def run_history(world_rank, num_ranks):
     results = {}
-    for gate in GATES:
-        for mechanism in DISPATCH:
-            layer = make_layer(replicated("history", mechanism, gate), num_ranks, shuffled=True)
-            for name, replicas in replica_tables(layer.placement).items():
-                layer.zero_grad()
-                layer.set_replicas(replicas)
-                sent = send_all([layer.replication], layer.ep_group)
-                result = run_layer(layer, world_rank, recompute=name == "all slots")
-                if num_ranks > 1:
-                    check_copies(layer, replicas.expert_of_replica)
-                grads = [param.grad for param in layer.experts.weights()]
-                returned = return_all([layer.replication], [grads], layer.ep_group)
-                assert not any(grad.any() for grad in layer.replication.grads)
-                results[gate, mechanism, name] = {
-                    **result,
-                    "experts": experts_of(layer, grads),
-                    "bytes": (sent, returned, replicas.num_copies),
-                }
+    for mechanism, gate in PAIRS:
+        layer = make_layer(replicated("history", mechanism, gate), num_ranks, shuffled=True)
+        for name, replicas in replica_tables(layer.placement).items():
+            layer.zero_grad()
+            layer.set_replicas(replicas)
+            sent = send_all([layer.replication], layer.ep_group)
+            result = run_layer(layer, world_rank, recompute=name == "all slots")
+            if num_ranks > 1:
+                check_copies(layer, replicas.expert_of_replica)
+            grads = [param.grad for param in layer.experts.weights()]
+            returned = return_all([layer.replication], [grads], layer.ep_group)
+            assert not any(grad.any() for grad in layer.replication.grads)
+            result |= {"experts": experts_of(layer, grads), "bytes": (sent, returned, replicas.num_copies)}
+            results[gate, mechanism, name] = result
     return results
 
 
