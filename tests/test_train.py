@@ -50,6 +50,18 @@ def test_a_run_directory_has_everything(tmp_path):
     assert trace.counts.shape == (5, 2, 4, 2, 8)
     tokens = config.workload.global_batch_size * config.model.seq_len
     np.testing.assert_array_equal(trace.counts.sum((1, 3, 4)), tokens * config.model.top_k)
+    loads = lines(tmp_path, "loads")
+    assert [(line["iteration"], line["layer"]) for line in loads] == [(i, layer) for i in range(1, 6) for layer in range(4)]
+    counts_LE = trace.counts.sum((1, 3))
+    for line in loads:
+        assert line["expert_load"] == counts_LE[line["iteration"] - 1, line["layer"]].tolist()
+        assert sum(line["rank_load"]) == sum(line["expert_load"])
+    over_mean = [max(line["rank_load"]) / np.mean(line["rank_load"]) for line in loads]
+    moved = [e for e in events if e["kind"] == "migrate"]
+    for event in moved:  # the loads of that iteration are those before the move
+        place = [(line["iteration"], line["layer"]) for line in loads].index((event["iteration"], event["layer"]))
+        assert over_mean[place] == pytest.approx(event["max_over_mean_before"])
+    assert moved
     log = (tmp_path / "train.log").read_text()
     assert log.count("elapsed time per iteration (ms)") == 5 and "tokens/s" in output and "left" in output
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from smartmoe import checkpoint, record
 from smartmoe.config import RunConfig, check, from_dict
 from smartmoe.data import load_tokens
+from smartmoe.load_map import load_line
 from smartmoe.mesh import build_mesh
 from smartmoe.online import is_due
 from smartmoe.timing import LayerTimer
@@ -117,14 +118,16 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
         tell(note)
     try:
         while trainer.iteration < config.workload.iterations:
+            in_force = {idx: (layer.placement, layer.replicas) for idx, layer in trainer.layers.items()}
             result = trainer.run_iteration(stop_requested=bool(stop))
             spans = _gather_spans(timer, trainer) if timer else []
+            loads = _gather_loads(in_force, trainer) if config.record_spans else []
             events = _gather_events(result.events, trainer)
             counts = _gather_counts(trainer) if config.record_trace else None
             if counts is not None:
                 trace_parts.append((result.iteration, counts))
             if writer:
-                _write_iteration(writer, config, result, spans, events, progress)
+                _write_iteration(writer, config, result, spans, loads, events, progress)
             if interval and (result.iteration % interval == 0 or result.stop_requested):
                 try:
                     path = trainer.save(checkpoints)
@@ -167,6 +170,7 @@ def _write_iteration(
     config: RunConfig,
     result: IterationResult,
     spans: list[dict],
+    loads: list[dict],
     events: list[dict],
     progress: Progress,
 ) -> None:
@@ -188,6 +192,8 @@ def _write_iteration(
     writer.metric(metric)
     for span in spans:
         writer.span({"iteration": result.iteration, **span})
+    for load in loads:
+        writer.load({"iteration": result.iteration, **load})
     for event in events:
         writer.event(event)
     writer.log(record.iteration_line(metric, num_iterations=work.iterations, global_batch_size=work.global_batch_size))
@@ -210,6 +216,18 @@ def _gather_spans(timer: LayerTimer, trainer: Trainer) -> list[dict]:
         for idx, times in sorted(timer.take().items())
     ]
     return [span for part in _gather_objects(mine, trainer) for span in part]
+
+
+def _gather_loads(in_force: dict[int, tuple], trainer: Trainer) -> list[dict]:
+    """Load of experts and ranks in all MoE layers, on world rank 0. in_force: (placement, replicas) that the iteration ran
+    with, by layer. Collective over the world."""
+    count_RLME = trainer.online.gather_counts()
+    mine = [
+        load_line(idx, count_RLME[:, place], *in_force[idx], getattr(layer.replication, "copy_cost", None))
+        for place, (idx, layer) in enumerate(trainer.layers.items())
+        if trainer.mesh.stage_rank == 0
+    ]
+    return [line for part in _gather_objects(mine, trainer) for line in part]
 
 
 def _gather_events(events: list[dict], trainer: Trainer) -> list[dict]:

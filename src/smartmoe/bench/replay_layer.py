@@ -71,4 +71,5 @@ class ReplayedLayer:
 
     def rank_load(self, count_MSE: np.ndarray) -> np.ndarray:
         """[W] token copies that each rank computes, as planned, when the sources hold these [M, W, E]."""
-        return planned_load(count_MSE, self.layer.placement, self.layer.replicas, self.online_config)
+        layer = self.layer
+        return planned_load(count_MSE, layer.placement, layer.replicas, getattr(layer.replication, "copy_cost", None))
