@@ -30,7 +30,8 @@ def test_promises(case, copy_cost, local):
     if placement.num_ranks == 1 or num_replica_slots == 0 or not count_SE.any():
         assert replicas == Replicas.none(placement, num_replica_slots)
     other = solve_replicas(count_SE, placement, num_replica_slots, **options | {"local": not local})
-    if replicas.expert_of_replica == other.expert_of_replica:  # rounding may tip the choice between two solvers
+    if replicas.num_copies and other.num_copies:
+        assert replicas.expert_of_replica == other.expert_of_replica
         # Near hosts change who computes what by rounding to buckets only, less than one each.
         assert (abs(other.host_load(count_SE) - load_W) <= 2 * count_SE.sum() / BUCKETS + 1e-6).all()
     assert replicas == solve_replicas(count_SE, placement, num_replica_slots, **options)

@@ -88,6 +88,7 @@ def solve_replicas_layers(
     replica_YWG = _assign(load_YE, num_hosts_YE, owner_YE, num_ranks, num_replica_slots)
     hosts = _Hosts(replica_YWG, owner_YE, num_experts)
     share_X = hosts.balanced(load_YE)
+    fullest_Y = hosts.rank_load(load_YE, share_X).max(axis=1)
     share_YEW = hosts.shares(share_X if local else hosts.whole_buckets(share_X) / BUCKETS)
     node_W = np.zeros(num_ranks, np.int64) if node_of_rank_W is None else np.asarray(node_of_rank_W)
     found = []
@@ -95,7 +96,7 @@ def solve_replicas_layers(
         count_SE, share_EW = count_YSE[layer], share_YEW[layer]
         slots = tuple(replica_YWG[layer].ravel().tolist())
         copies_cost = copy_cost * _most_copies(slots, owner_YE[layer], num_ranks)
-        cost = (load_YE[layer] @ share_EW).max() + copies_cost
+        cost = fullest_Y[layer] + copies_cost
         before, mean = np.bincount(owner_YE[layer], load_YE[layer]).max(), load_YE[layer].sum() / num_ranks
         if cost > min(before, mean * (1 + SLACK)):
             scale = SCALE / max(mean * num_ranks, TINY)
@@ -105,14 +106,13 @@ def solve_replicas_layers(
             other_cost = other.host_load(count_SE).max() + other_copies_cost
             if other_cost * (1 + SLACK) < cost or other_cost < before <= cost:
                 slots, share_EW = other.expert_of_replica, other.share_SEW[0]
-                cost, copies_cost = other_cost, other_copies_cost
+                copies_cost = other_copies_cost
         if local:
             share_SEW = _prefer_near(count_SE, share_EW, (share_EW > 0).sum(axis=1) > 1, node_W)
         else:
             share_SEW = np.broadcast_to(share_EW, (num_ranks, *share_EW.shape))
         replicas = Replicas(slots, share_SEW)
-        if local:  # each source has rounded to buckets by itself
-            cost = replicas.host_load(count_SE).max() + copies_cost
+        cost = replicas.host_load(count_SE).max() + copies_cost  # shares are whole buckets now
         found.append(replicas if cost < before else Replicas.none(placement, num_replica_slots))
     return found
 
@@ -268,9 +268,7 @@ class _Hosts:
 
     def balanced(self, load_YE: np.ndarray) -> np.ndarray:
         """[X] float, each host's share of its expert: equal at first, then shifted from full to light ranks."""
-        num_cells, load = self.num_layers * self.num_ranks, load_YE.ravel()
-        base = np.bincount(self.owner[self.is_alone], weights=load[self.is_alone], minlength=num_cells)
-        load_X = load[self.expert_X]
+        num_cells, base, load_X = self.num_layers * self.num_ranks, self._base(load_YE), load_YE.ravel()[self.expert_X]
         mean = np.maximum(np.repeat(load_YE.sum(axis=1) / self.num_ranks, self.num_ranks), TINY)
         # A twentieth of the mean keeps a rank without load from pulling without bound.
         base, mean = base + mean / 20, mean * 1.05
@@ -281,6 +279,17 @@ class _Hosts:
             lack = mean / (base + np.bincount(self.rank_X, weights=share_X * load_X, minlength=num_cells))
             pull *= lack * np.sqrt(lack)  # the power 1.5 gets there in fewer steps than 1, and 2 overshoots
         return share_X
+
+    def rank_load(self, load_YE: np.ndarray, share_X: np.ndarray) -> np.ndarray:
+        """[Y, W] load of each rank."""
+        load_X = share_X * load_YE.ravel()[self.expert_X]
+        extra = np.bincount(self.rank_X, weights=load_X, minlength=self.num_layers * self.num_ranks)
+        return (self._base(load_YE) + extra).reshape(self.num_layers, self.num_ranks)
+
+    def _base(self, load_YE: np.ndarray) -> np.ndarray:
+        """[Y * W] load of the experts that only their owners host."""
+        load_N = load_YE.ravel()[self.is_alone]
+        return np.bincount(self.owner[self.is_alone], weights=load_N, minlength=self.num_layers * self.num_ranks)
 
     def whole_buckets(self, share_X: np.ndarray) -> np.ndarray:
         """[X] int64 that sum to BUCKETS for each expert: rounded down, and one more for the largest fractions cut off."""
