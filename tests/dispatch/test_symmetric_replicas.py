@@ -7,8 +7,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from smartmoe.config import GateConfig, LayerConfig, ModelConfig, OnlineConfig, RunConfig
 from smartmoe.dispatch.direct import DirectDispatcher
-from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
+from smartmoe.dispatch.symmetric_replicas import COPY_COST, SymmetricReplication
+from smartmoe.layer import MoELayer
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
@@ -304,6 +306,44 @@ def test_no_host_synchronisation_and_replays_of_a_graph():
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
     assert all(spawn(_captured, 2, 2, backend="nccl", timeout_s=120))
+
+
+def _moe_layer(world_rank, num_ranks):
+    """A whole MoELayer whose gate sends everything to one expert, with and without replication."""
+    device = torch.device("cuda", world_rank)
+    num_tokens = 4 * COPY_COST
+    results = {}
+    for mode, slots in (("never", 0), ("exact", 2)):
+        config = RunConfig(
+            model=ModelConfig(hidden_size=64, ffn_size=128, num_experts=2 * num_ranks, seq_len=num_tokens),
+            gate=GateConfig(kind="zero"),
+            layer=LayerConfig(dispatcher="direct", row_factor=float(num_ranks)),
+            online=OnlineConfig(replicate=mode, replica_slots=slots),
+        )
+        group = dist.group.WORLD
+        layer = MoELayer(config, layer_idx=0, ep_group=group, stage_group=group, dtype=torch.bfloat16, device=device)
+        generator = torch.Generator().manual_seed(world_rank)
+        x, grad = (torch.randn(1, num_tokens, 64, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+        token_id = torch.arange(num_tokens, device=device)[None] + world_rank * num_tokens
+        y, _ = layer(x.requires_grad_(), token_id)
+        y.backward(grad)
+        grads = [param.grad for param in layer.experts.parameters()]
+        results[mode] = [tensor.detach().float().cpu() for tensor in (y, x.grad, *grads)]
+        if mode == "exact":
+            assert isinstance(layer.replication, SymmetricReplication)
+            used = layer.replication.plan(torch.zeros(num_tokens, 2, dtype=torch.int64, device=device), token_id[0])
+            results["hosts"] = torch.bincount(used.slot_TK.flatten() // (2 + slots), minlength=num_ranks).tolist()
+    return results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_layer_replicates_on_the_device_where_it_can(num_ranks):
+    _need_gpus(num_ranks)
+    for rank, results in enumerate(spawn(_moe_layer, num_ranks, num_ranks, backend="nccl", timeout_s=120)):
+        for idx, (got, want) in enumerate(zip(results["exact"], results["never"], strict=True)):
+            oracle.assert_close(got, want, torch.bfloat16, f"rank {rank}, tensor {idx}")
+        assert min(results["hosts"]) > 0, "all tokens are for one expert, and some rank computes none of them"
 
 
 # Without a GPU.

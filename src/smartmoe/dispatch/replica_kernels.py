@@ -161,7 +161,7 @@ def pull_kernel(replica_N, primary_E, addresses_SW, words_S, first, last, me, L,
         if expert >= 0:
             source = tl.load(primary_E + expert)
             for storage in range(first, last):
-                words = tl.load(words_S + storage)
+                words = tl.multiple_of(tl.load(words_S + storage), 4)  # slots are multiples of 16 bytes
                 theirs = _peer(addresses_SW + storage * W, source // L, source % L * words * 4, tl.int32)
                 mine = _peer(addresses_SW + storage * W, me, (L + index) * words * 4, tl.int32)
                 for start in range(tl.program_id(0) * BLOCK, words, tl.num_programs(0) * BLOCK):
@@ -205,30 +205,41 @@ def _add(grad, replica_N, primary_E, peers_W, stage_offset, size, me, L, G, num_
 
 
 @triton.jit
-def return_kernel(grad_a, grad_b, replica_N, primary_E, sizes_S, peers_W, state, first, stage_a, stage_b, flag_offset,
-                  done_offset, me, L, G, num_replicas, W: tl.constexpr, HAS_B: tl.constexpr, N_PAD: tl.constexpr,
+def _await(flag, call):
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while seen - call < 0:
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def return_kernel(grad_a, grad_b, replica_N, primary_E, sizes_S, peers_W, state, first, stage_a, stage_b, staged_offset,
+                  added_offset, me, L, G, num_replicas, W: tl.constexpr, HAS_B: tl.constexpr, N_PAD: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
     """Add the gradients of replicas to those of their owners, for storage `first` and, if HAS_B, the one behind it.
 
-    grad_a, grad_b: [L + G, ...]; sizes_S: [S] int64 elements of a slot. state: [4] int32, of the stagings and of the
-    additions. A rank stages again only after all have added what was staged.
+    grad_a, grad_b: [L + G, ...]; sizes_S: [S] int64 elements of a slot. Block p of every rank has the same elements, so it
+    waits for the blocks p alone: flags [W, blocks] at staged_offset. state: [2] int32, of the additions, with flags [W] at
+    added_offset: a rank stages again only after all have added what was staged.
     """
     n = tl.arange(0, N_PAD)
     if tl.max(tl.load(replica_N + n, mask=n < num_replicas, other=-1), 0) >= 0:
-        size_a, size_b = tl.load(sizes_S + first), tl.load(sizes_S + first + HAS_B)
-        _wait(peers_W, state + 2, done_offset, me, W)
-        call = tl.load(state + 1) + 1  # the last block to arrive counts it up: no block may ask after its own arrival
+        per_16_bytes: tl.constexpr = 128 // grad_a.dtype.element_ty.primitive_bitwidth
+        size_a = tl.multiple_of(tl.load(sizes_S + first), per_16_bytes)
+        size_b = tl.multiple_of(tl.load(sizes_S + first + HAS_B), per_16_bytes)
+        _wait(peers_W, state, added_offset, me, W)
+        call = tl.load(state + 1) + 1  # the last block to finish counts it up
         _stage(grad_a, replica_N, peers_W, stage_a, size_a, me, L, G, BLOCK)
         if HAS_B:
             _stage(grad_b, replica_N, peers_W, stage_b, size_b, me, L, G, BLOCK)
-        _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
-        flags = _peer(peers_W, me, flag_offset, tl.int32)
+        tl.debug_barrier()
+        block, num_blocks = tl.program_id(0), tl.num_programs(0)
         for peer in tl.static_range(W):
-            seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
-            while seen - call < 0:
-                seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
+            flag = _peer(peers_W, peer, staged_offset, tl.int32) + me * num_blocks + block
+            tl.atomic_xchg(flag, call, sem="release", scope="sys")
+        for peer in tl.static_range(W):
+            _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * num_blocks + block, call)
         tl.debug_barrier()
         _add(grad_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
         if HAS_B:
             _add(grad_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
-        _signal(peers_W, state + 2, done_offset, me, tl.num_programs(0), W)
+        _signal(peers_W, state, added_offset, me, num_blocks, W)
