@@ -9,9 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from smartmoe.config import DTYPES, GATES, OnlineConfig, RunConfig
-from smartmoe.planner import inputs, pool, search
+from smartmoe.planner import inputs, loads, pool, search, simulate
 from smartmoe.planner.cost_model import CostModel, Estimate
+from smartmoe.record import safe_run_id
+from smartmoe.trace import synthetic
+from smartmoe.trace_synthetic import SKEWS
 
 PLAN_EPILOG = """\
 examples:
@@ -28,6 +33,7 @@ def add_parsers(commands, start: Callable[[list[str]], int]) -> None:
     """Add the planner's commands to an argparse subparsers object. `start` runs a command line to its end."""
     _add_profile(commands, start)
     _add_plan(commands)
+    _add_simulate(commands)
 
 
 # ---------------------------------------------------------------------------------------------------------------- profile
@@ -156,3 +162,78 @@ def run_of(cost: CostModel, estimate: Estimate, placement: str) -> str:
     config = dataclasses.replace(config, online=online, system="smartmoe" if moves else "smartmoe_static")
     comment = f"# {pool.name_of(estimate.plan, estimate.micro_batch)}: {estimate.mean_ms:.1f} ms a step predicted"
     return f"{comment} ({cost.primitives.source} cluster {cost.cluster.name}, {cost.loads.about})\n{inputs.to_toml(config)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- simulate
+
+
+def _add_simulate(commands) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="play a plan, a routing trace and a placement policy on a described cluster",
+        description="Predict every iteration of a training run: no GPU, no training. --out writes a run directory that "
+        "says it is simulated; the figures draw it hatched.",
+    )
+    add_setting(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--plan", required=True, metavar="NAME", help="as `smartmoe plan` names it, such as pp2-dp4-ep4-mb2")
+    parser.add_argument("--policy", choices=simulate.POLICIES, default="static", help="who moves or copies experts")
+    parser.add_argument("--interval", type=int, default=10, help="iterations between decisions; default: 10")
+    parser.add_argument("--slots", type=int, default=0, help="replica slots of a rank, for the replicate policies")
+    parser.add_argument("--iterations", type=int, default=None, help="default: those of the trace, or 200")
+    parser.add_argument("--skew", choices=tuple(SKEWS), default="zipf-strong", help="without a trace: a synthetic one")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a run directory, marked as simulated")
+    parser.add_argument("--bar", default="", metavar="FIGURE,PANEL,GROUP,SERIES", help="the place in a figure that it serves")
+    parser.set_defaults(command=_simulate)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    plan, micro_batch = pool.parse_name(args.plan)
+    config, cost = setting_of(args)
+    cluster = pool.cluster_of(cost.cluster, args.gpus)
+    trace = inputs.read_trace(args.trace) if args.trace else _synthetic(config, args)
+    try:
+        chosen = loads.from_trace(trace, config.model)
+    except ValueError as error:
+        raise ValueError(f"--trace {args.trace}: {error}") from None
+    chosen = chosen.limited(config.gate.capacity)
+    num_iterations = args.iterations or chosen.num_samples
+    if not 1 <= num_iterations <= chosen.num_samples:
+        raise ValueError(f"--iterations {num_iterations}: the trace has {chosen.num_samples}")
+    chosen = loads.Loads(chosen.share[:num_iterations], chosen.about)
+    bars = [_bar(args.bar)] if args.bar else []
+    policy = simulate.Policy(kind=args.policy, interval=args.interval, replica_slots=args.slots)
+    config = pool.config_of(config, cluster, plan, micro_batch)
+    work = dataclasses.replace(config.workload, iterations=num_iterations, warmup_iterations=0)
+    config = dataclasses.replace(config, workload=work, system="smartmoe_static" if args.policy == "static" else "smartmoe")
+    found = simulate.simulate(config, cluster, cost.primitives, chosen, policy)
+    memory = cost.memory(plan, micro_batch)
+    took = time.monotonic() - start
+    print(f"{args.plan} with {args.policy} on {args.gpus} of cluster {cluster.name} ({cost.primitives.source}), {chosen.about}")
+    print(f"{num_iterations} iterations simulated in {took:.1f} s: step median {np.median(found.step_ms):.1f} ms, "
+          f"p95 {np.percentile(found.step_ms, 95):.1f} ms; moving and copying experts {found.overhead_ms.mean():.2f} ms of it; "
+          f"max/mean load {found.max_over_mean.mean():.2f}; {len(found.events)} changes; "
+          f"{memory.total / 1e9:.1f} GB on the fullest rank")  # fmt: skip
+    if args.out:
+        if (args.out / "run.json").exists():
+            raise ValueError(f"{args.out} holds a run already: give another --out")
+        facts = {"device": f"cluster {cluster.name}", "primitives": cost.primitives.source, "loads": chosen.about}
+        simulate.write_run(args.out, safe_run_id(args.plan, args.policy), config, found, bars, facts)
+    return 0
+
+
+def _synthetic(config: RunConfig, args):
+    num_layers = max(1, loads.num_moe_layers(config.model))
+    copies = config.model.seq_len * config.model.top_k
+    return synthetic(
+        args.skew, num_iterations=args.iterations or 200, num_ranks=1, num_layers=num_layers, num_micro_batches=2,
+        num_experts=config.model.num_experts, num_copies=copies,
+    )  # fmt: skip
+
+
+def _bar(text: str) -> dict:
+    words = text.split(",")
+    if len(words) != 4:
+        raise ValueError(f'--bar "{text}": expected FIGURE,PANEL,GROUP,SERIES (a part may be empty)')
+    return dict(zip(("figure", "panel", "group", "series"), words, strict=True))

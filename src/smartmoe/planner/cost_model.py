@@ -76,6 +76,8 @@ class CostModel:
 
     config: model, gate, layer, online and workload are read; plan and cluster are not. loads: see planner.loads.
     placement: "identity", or "balanced" = as greedy places experts for each sample: what online placement keeps up.
+    expert_of_slot: [S, L, E], or host_share: [S, M or 1, L, E, W], state the placement of each sample instead; then only
+    plans with so many ranks to an expert group can be judged (see planner.simulate).
     """
 
     def __init__(
@@ -85,11 +87,14 @@ class CostModel:
         primitives: Primitives,
         loads: Loads,
         placement: str = "identity",
+        *,
+        expert_of_slot: np.ndarray | None = None,
+        host_share: np.ndarray | None = None,
     ):
         if placement not in PLACEMENTS:
             raise ValueError(f'placement = "{placement}" is not one of {", ".join(PLACEMENTS)}')
         self.config, self.cluster, self.primitives, self.loads = config, cluster, primitives, loads
-        self.placement = placement
+        self.placement, self._expert_of_slot, self._host_share = placement, expert_of_slot, host_share
         self.dtype_bytes = 4 if config.workload.dtype == "float32" else 2
         self._layers: dict[tuple, _Layer] = {}
         self._orders: dict[int, np.ndarray | None] = {}
@@ -139,6 +144,10 @@ class CostModel:
         forward = np.maximum(layer.times.forward_ms(), layer.times.host_forward_ms)
         return forward + np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
 
+    def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
+        """The MoE layer's parts, each [S, M, L] or less."""
+        return self._layer(plan, micro_batch).times
+
     def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[S, L, W] token copies that each rank of an expert group computes in a micro-batch."""
         return self._rows(self.setting(plan, micro_batch))
@@ -157,7 +166,7 @@ class CostModel:
         return LayerSetting(
             model=config.model, gate=config.gate, layer=layer, tokens=micro_batch * config.model.seq_len // plan.tp,
             ep=plan.ep, stage_size=plan.stage_size, ranks_per_node=self.cluster.ranks_per_node,
-            dtype_bytes=self.dtype_bytes,
+            dtype_bytes=self.dtype_bytes, replica_slots=config.online.replica_slots,
         )  # fmt: skip
 
     def parameters(self, plan: ParallelPlan) -> list[Parameters]:
@@ -170,6 +179,8 @@ class CostModel:
 
     def _order(self, ep: int) -> np.ndarray | None:
         """[S, M, L, E] logical expert of each slot, or None where experts stay in order."""
+        if self._expert_of_slot is not None:
+            return np.broadcast_to(self._expert_of_slot[:, None], self.loads.share.sum(2).shape)
         if ep == 1 or self.placement == "identity":
             return None
         if ep not in self._orders:
@@ -200,6 +211,8 @@ class CostModel:
     def _count_rows(self, setting):
         copies, order = self._copies(setting), self._order(setting.ep)
         count = copies.sum(3) * (setting.ep if copies.shape[3] == 1 else 1)
+        if self._host_share is not None:
+            return (count[..., None, :] @ self._host_share)[..., 0, :].max(1)
         if order is not None:
             count = np.take_along_axis(count, order, -1)
         if setting.layer.dispatcher == "padded":
@@ -216,7 +229,7 @@ class CostModel:
         return self._layers[key]
 
     def _make_layer(self, plan, micro_batch, setting) -> _Layer:
-        times = layer_times(self.primitives, setting, self._copies(setting), self._order(plan.ep))
+        times = layer_times(self.primitives, setting, self._copies(setting), self._order(plan.ep), self._host_share)
         forward, backward, host_forward, host_backward = self._attention(plan, micro_batch, setting)
         sync = float(self.primitives.ms("sync")) if setting.has_sync and self.cluster.device != "cpu" else 0.0
         block_forward = np.maximum(times.forward_ms() + forward, times.host_forward_ms + host_forward) + sync

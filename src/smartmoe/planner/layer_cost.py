@@ -31,6 +31,7 @@ class LayerSetting:
     stage_size: int
     ranks_per_node: int
     dtype_bytes: int
+    replica_slots: int = 0
 
     @property
     def copies(self) -> int:
@@ -65,13 +66,23 @@ class LayerTimes:
 
 
 def layer_times(
-    primitives: Primitives, setting: LayerSetting, copies: np.ndarray, expert_of_slot: np.ndarray | None = None
+    primitives: Primitives,
+    setting: LayerSetting,
+    copies: np.ndarray,
+    expert_of_slot: np.ndarray | None = None,
+    host_share: np.ndarray | None = None,
 ) -> LayerTimes:
     """Times of the layer.
 
     copies: [..., S, E] token copies that a source rank has for each expert. expert_of_slot: [..., E] logical expert of
-    each slot of the group in order (ranks have equally many); None = experts in order.
+    each slot of the group in order (ranks have equally many); None = experts in order. host_share: [..., E, W] in its
+    place where experts have replicas: the fraction of an expert's copies that each rank computes.
     """
+    if host_share is not None:
+        per_source = copies.sum(-2)[..., None] * host_share  # [..., E, W]
+        scale = setting.ep if copies.shape[-2] == 1 else 1
+        travel = per_source.sum(-2)[..., None, :] if scale > 1 else copies @ host_share
+        return _times(primitives, setting, travel, scale * np.swapaxes(per_source, -1, -2))
     if expert_of_slot is not None:
         order = np.broadcast_to(expert_of_slot[..., None, :], copies.shape)
         copies = np.take_along_axis(copies, order, -1)
@@ -106,7 +117,7 @@ def _times(primitives, setting, travel, count):
         rows=rows,
         padded_rows=(np.ceil(count / TILE_ROWS) * TILE_ROWS).sum(-1),
         active=(count > 0).sum(-1),
-        slots=count.shape[-1],
+        slots=min(count.shape[-1], model.num_experts // setting.ep + setting.replica_slots),
         width=model.hidden_size,
         ffn=setting.inner,
     )

@@ -164,6 +164,8 @@ def estimate(
                 saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
                 buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
             activations += flights * saved
+        # replica slots: weights, and float32 sums of their gradients
+        buffers += (bytes_ + 4) * setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
         transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * mine.largest
         if plan.recompute:
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
