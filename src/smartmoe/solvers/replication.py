@@ -95,7 +95,7 @@ def solve_replicas_layers(
     for layer, placement in enumerate(placements):
         count_SE, share_EW = count_YSE[layer], share_YEW[layer]
         slots = tuple(replica_YWG[layer].ravel().tolist())
-        copies_cost = copy_cost * _most_copies(slots, owner_YE[layer], num_ranks)
+        copies_cost = copy_cost * _most_copies(slots, owner_YE[layer], num_ranks) if copy_cost else 0.0
         cost = fullest_Y[layer] + copies_cost
         before, mean = np.bincount(owner_YE[layer], load_YE[layer]).max(), load_YE[layer].sum() / num_ranks
         if cost > min(before, mean * (1 + SLACK)):
@@ -188,13 +188,15 @@ def _num_hosts(load_YE, owner_YE, num_ranks: int, num_replica_slots: int, copy_c
     # Between the two bounds lie nearly equal experts, of which the slots suffice for some: those of full ranks first.
     fewer_YE = hosts_at(high_Y1)
     more_YE = hosts_at(low_Y1) - fewer_YE
+    layer_Y1 = np.arange(len(load_YE))[:, None]
     rank_YW = np.zeros((len(load_YE), num_ranks))
-    np.add.at(rank_YW, (np.arange(len(load_YE))[:, None], owner_YE), load_YE)
-    order_YE = np.argsort(-np.take_along_axis(rank_YW, owner_YE, 1), axis=1, kind="stable")
-    wanted_YE = np.take_along_axis(more_YE, order_YE, 1)
+    np.add.at(rank_YW, (layer_Y1, owner_YE), load_YE)
+    order_YE = np.argsort(-rank_YW[layer_Y1, owner_YE], axis=1, kind="stable")
+    wanted_YE = more_YE[layer_Y1, order_YE]
     left_Y1 = spare - (fewer_YE - 1).sum(axis=1, keepdims=True)
-    given_YE = np.maximum(np.minimum(left_Y1 - (np.cumsum(wanted_YE, axis=1) - wanted_YE), wanted_YE), 0)
-    np.put_along_axis(more_YE, order_YE, given_YE, 1)
+    more_YE[layer_Y1, order_YE] = np.maximum(
+        np.minimum(left_Y1 - (np.cumsum(wanted_YE, axis=1) - wanted_YE), wanted_YE), 0
+    )
     return (fewer_YE + more_YE).astype(np.int64)
 
 
@@ -220,7 +222,7 @@ def _assign(load_YE, num_hosts_YE, owner_YE, num_ranks: int, num_replica_slots: 
 
     # The copies of each layer in a row, hottest experts first, then -1 up to the number of slots.
     order_YE = np.argsort(-part_YE, axis=1, kind="stable")
-    num_copies_YE = np.take_along_axis(num_hosts_YE, order_YE, 1) - 1
+    num_copies_YE = num_hosts_YE[layer_Y1, order_YE] - 1
     expert_YC = np.full((num_layers, num_ranks * num_replica_slots), EMPTY)
     expert_YC[np.arange(expert_YC.shape[1]) < num_copies_YE.sum(axis=1)[:, None]] = np.repeat(
         order_YE, num_copies_YE.ravel()
