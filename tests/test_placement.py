@@ -153,6 +153,13 @@ def test_each_source_may_split_its_own_way():
     assert replicas.share_SEW[0, 0].tolist() == [1, 0] and not replicas.share_SEW.flags.writeable
 
 
+def test_most_copies():
+    owner_E = np.array([0, 0, 1, 2])
+    assert pm.most_copies((EMPTY, EMPTY, 0, 1, 0, EMPTY), owner_E, 3) == 3  # rank 0 sends three
+    assert pm.most_copies((2, 3, EMPTY, EMPTY, EMPTY, EMPTY), owner_E, 3) == 2  # rank 0 receives two
+    assert pm.most_copies((), owner_E, 3) == pm.most_copies((EMPTY,) * 3, owner_E, 3) == 0
+
+
 def test_replicas_survive_json():
     share_SEW = np.array([[[1, 0], [0, 1]], [[0.1, 0.9], [0, 1]]])
     for each in (Replicas((EMPTY, 0), share_SEW), Replicas.none(identity(5, 3), 2), Replicas.none(identity(2, 1), 0)):

@@ -315,6 +315,19 @@ class Replicas:
         return replica_EW
 
 
+def most_copies(expert_of_replica: Sequence[int], owner_E: np.ndarray, num_ranks: int) -> int:
+    """The most copies of experts that one rank sends to others' replica slots or receives in its own.
+
+    Args:
+        expert_of_replica: [W * G] as in Replicas.
+        owner_E: [E] the rank that owns each expert.
+    """
+    expert_WG = np.array(expert_of_replica, dtype=np.int64).reshape(num_ranks, -1)
+    is_copy_WG = expert_WG != EMPTY
+    sent_W = np.bincount(owner_E[expert_WG[is_copy_WG]], minlength=1)
+    return int(max(sent_W.max(), is_copy_WG.sum(axis=1).max()))
+
+
 def _distinct_rows(share_SEW: np.ndarray) -> np.ndarray:
     """[1, E, W] where the array is a broadcast, so that all sources split alike, else the whole [W, E, W]."""
     return share_SEW[:1] if share_SEW.strides[0] == 0 else share_SEW

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smartmoe.placement import Placement, Replicas, num_moves
+from smartmoe.placement import Placement, Replicas, most_copies, num_moves
 from smartmoe.solvers import solve_exact_step, solve_joint, solve_least_move, solve_replicas_layers
 
 FAST_ITERATIONS = 200
@@ -221,15 +221,11 @@ def predict_ms(
         for per_copy, group_W in ((costs.exchange_ms_per_copy, rank_W), (costs.node_exchange_ms_per_copy, node_W)):
             off_SW = flow_SW * (group_W[:, None] != group_W)
             ms += per_copy * float(max(off_SW.sum(axis=0).max(), off_SW.sum(axis=1).max()))
-    return ms + costs.replica_ms_per_copy * _busiest_with_replicas(placement, replicas)
+    return ms + costs.replica_ms_per_copy * _most_copies(placement, replicas)
 
 
-def _busiest_with_replicas(placement: Placement, replicas: Replicas) -> int:
-    expert_WG = np.array(replicas.expert_of_replica, np.int64).reshape(placement.num_ranks, -1)
-    if not expert_WG.size:
-        return 0
-    sent_W = np.bincount(placement.rank_of_expert()[expert_WG[expert_WG >= 0]], minlength=placement.num_ranks)
-    return int(max(sent_W.max(), (expert_WG >= 0).sum(axis=1).max()))
+def _most_copies(placement: Placement, replicas: Replicas) -> int:
+    return most_copies(replicas.expert_of_replica, placement.rank_of_expert(), placement.num_ranks)
 
 
 def _busiest_with_moves(old: Placement, new: Placement) -> tuple[int, int]:
@@ -332,7 +328,7 @@ def _predict(count_SE, candidate: _Candidate, costs: Costs, rules: Rules) -> _Pr
     ms = predict_ms(count_SE, candidate.placement, replicas, costs, rules.node_of_rank_W)
     load_W = replicas.host_load(count_SE)
     uneven_ms = costs.compute_ms_per_copy * float(load_W.max() - load_W.mean())
-    uneven_ms += costs.replica_ms_per_copy * _busiest_with_replicas(candidate.placement, replicas)
+    uneven_ms += costs.replica_ms_per_copy * _most_copies(candidate.placement, replicas)
     return _Prediction(ms, uneven_ms / ms if ms else 0.0)
 
 

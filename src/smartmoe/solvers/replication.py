@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
+from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas, most_copies
 from smartmoe.solvers.exact_step import solve_exact_step
 from smartmoe.solvers.ownership import solve_least_move
 
@@ -95,14 +95,14 @@ def solve_replicas_layers(
     for layer, placement in enumerate(placements):
         count_SE, share_EW = count_YSE[layer], share_YEW[layer]
         slots = tuple(replica_YWG[layer].ravel().tolist())
-        copies_cost = copy_cost * _most_copies(slots, owner_YE[layer], num_ranks) if copy_cost else 0.0
+        copies_cost = copy_cost * most_copies(slots, owner_YE[layer], num_ranks) if copy_cost else 0.0
         cost = fullest_Y[layer] + copies_cost
         before, mean = np.bincount(owner_YE[layer], load_YE[layer]).max(), load_YE[layer].sum() / num_ranks
         if cost > min(before, mean * (1 + SLACK)):
             scale = SCALE / max(mean * num_ranks, TINY)
             whole_SE = np.rint(count_SE * scale).astype(np.int64)
             other = solve_exact_step(whole_SE, placement, num_replica_slots, round(copy_cost * scale))
-            other_copies_cost = copy_cost * _most_copies(other.expert_of_replica, owner_YE[layer], num_ranks)
+            other_copies_cost = copy_cost * most_copies(other.expert_of_replica, owner_YE[layer], num_ranks)
             other_cost = other.host_load(count_SE).max() + other_copies_cost
             if other_cost * (1 + SLACK) < cost or other_cost < before <= cost:
                 slots, share_EW = other.expert_of_replica, other.share_SEW[0]
@@ -309,14 +309,6 @@ class _Hosts:
         flat[alone, self.owner[alone] % self.num_ranks] = 1.0
         flat[self.expert_X, self.rank_X % self.num_ranks] = share_X
         return share_YEW
-
-
-def _most_copies(expert_of_replica: Sequence[int], owner_E: np.ndarray, num_ranks: int) -> int:
-    """The most copies that one rank sends or receives."""
-    expert_WG = np.array(expert_of_replica).reshape(num_ranks, -1)
-    is_copy_WG = expert_WG != EMPTY
-    sent_W = np.bincount(owner_E[expert_WG[is_copy_WG]], minlength=1)
-    return int(max(sent_W.max(), is_copy_WG.sum(axis=1).max()))
 
 
 def _prefer_near(count_SE, share_EW, is_replicated_E, node_of_rank_W) -> np.ndarray:
