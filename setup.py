@@ -3,7 +3,8 @@
     pip install --no-build-isolation .        # the torch of this environment; without the flag pip hides it
     python setup.py build_ext --inplace       # beside the sources
 
-TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0, and PTX for newer ones.
+TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0, and PTX for newer ones. Built
+for 9.0a, the extension multiplies rows and experts itself on an H100 or H200; else torch's grouped product does.
 SMARTMOE_CUDA=0 leaves the extension out, SMARTMOE_CUDA=1 makes it an error when it cannot be built.
 """
 

@@ -24,7 +24,9 @@ def known_targets() -> list[str]:
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_a_kernel_file_compiles(source, tmp_path):
-    targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in known_targets()]
+    # what only one generation has is left out of the code for the others
+    special = ["90a"] if "hopper.cuh" in source.read_text() else []
+    targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in (*known_targets(), *special)]
     assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(targets)
     # code that is not optimised is assembled in a fifth of the time
     command = [NVCC, "-std=c++17", "-Xptxas=-O0", "-Werror=all-warnings", *targets, "-c", source, "-o", tmp_path / "out.o"]

@@ -137,7 +137,7 @@ def ffn_float64(rows, counts, w1, b1, w2, b2, activation):
 # rows of each slot, width, ffn
 FFN_CASES = [
     ([3, 0, 5], 16, 24), ([0, 0, 0], 16, 24), ([0, 9, 0], 16, 24), ([300, 0, 77, 64, 1], 256, 384),
-    ([32, 33, 31], 64, 768),
+    ([32, 33, 31], 64, 768), ([130, 0, 257], 136, 520),
 ]  # fmt: skip
 
 
@@ -169,6 +169,57 @@ def test_ffn_and_its_gradients_against_float64(bias, activation, dtype):
             for m in mine[1:]:
                 if m is not None:
                     m.grad = None
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "identity"])
+@pytest.mark.parametrize("sizes", [(16, 1024, 1536, 3072), (5, 700, 328, 1032), (64, 130, 256, 768)], ids=str)
+def test_products_of_many_tiles_a_block_end_and_are_right(sizes, activation):
+    """Counts of all remainders, so that warpgroups without rows stand beside busy ones; rows behind the last hold NaN."""
+    num_slots, mean, width, ffn = sizes
+    torch.manual_seed(2)
+    count = (torch.rand(num_slots) * 2 * mean).long()
+    count[1] = 0
+    num_rows, end = int(count.sum()), count.cumsum(0).int().cuda()
+    rows, hidden = (torch.randn(num_rows + 77, size, device="cuda").bfloat16() for size in (width, ffn))
+    rows[num_rows:], hidden[num_rows:] = float("nan"), float("nan")
+    weight = (torch.randn(num_slots, width, ffn, device="cuda") / width**0.5).bfloat16()
+    if extension.products_for(rows, weight) is None:
+        pytest.skip("the extension was not built for 9.0a, or this is another GPU")
+    kernels, back = extension._C, weight.transpose(1, 2).contiguous()
+    want, parts = torch.empty(num_rows, ffn, device="cuda"), []
+    for slot, (start, stop) in enumerate(zip([0, *end.tolist()], end.tolist(), strict=False)):
+        want[start:stop] = rows[start:stop].float() @ weight[slot].float()
+        parts.append(rows[start:stop].float().T @ hidden[start:stop].float())
+    close_in_norm(kernels.multiply_slots(rows, hidden, end), torch.stack(parts).double(), torch.bfloat16, "weights")
+    for _ in range(20):
+        plain = kernels.multiply_rows(rows, weight, end, False)
+        assert torch.equal(plain[:num_rows], kernels.multiply_rows(rows, back, end, True)[:num_rows])
+        if activation == "identity":
+            continue
+        first, act = kernels.multiply_activate(rows, weight, end, activation)
+        assert torch.equal(first[:num_rows], plain[:num_rows])
+        place = hidden.clone()
+        grad, again = kernels.multiply_slope(rows, back, end, place, activation, True)
+        assert grad.data_ptr() == place.data_ptr() and grad[num_rows:].isnan().all()
+    close_in_norm(plain[:num_rows], want.double(), torch.bfloat16, "rows")
+    if activation != "identity":
+        function = (lambda x: torch.nn.functional.gelu(x, approximate="tanh")) if activation == "gelu" else torch.relu
+        argument = hidden[:num_rows].double().requires_grad_()
+        value = function(argument)
+        value.backward(want.double())
+        close_in_norm(act[:num_rows], function(plain[:num_rows].double()), torch.bfloat16, "activation")
+        close_in_norm(grad[:num_rows], argument.grad, torch.bfloat16, "gradient of hidden")
+        close_in_norm(again[:num_rows], value.detach(), torch.bfloat16, "activation of hidden")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_second_backward_pass_is_refused_where_the_first_used_the_memory_again(dtype):
+    weights = [torch.randn(2, 16, 16, device="cuda", dtype=dtype).requires_grad_() for _ in range(2)]
+    rows, count = torch.randn(8, 16, device="cuda", dtype=dtype, requires_grad=True), torch.tensor([5, 3], device="cuda")
+    y = expert_ffn(rows, count, weights[0], None, weights[1], None, activation="gelu", impl="grouped").sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_the_plain_form_works_on_a_gpu_too(monkeypatch):

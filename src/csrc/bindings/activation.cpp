@@ -3,13 +3,6 @@
 namespace smartmoe::bindings {
 namespace {
 
-int activation_of(const std::string& name) {
-  if (name == "gelu") return kGelu;
-  if (name == "relu") return kRelu;
-  if (name == "swiglu") return kSwiglu;
-  TORCH_CHECK(false, "activation = \"", name, "\" is not one of gelu, relu, swiglu");
-}
-
 int64_t width_of(const Tensor& hidden_RF, int activation) {
   return activation == kSwiglu ? hidden_RF.size(1) / 2 : hidden_RF.size(1);
 }
@@ -52,13 +45,14 @@ Tensor activate(const Tensor& hidden_RF, const OptionalTensor& bias_LF, const Te
 
 std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& hidden_RF, const OptionalTensor& bias_LF,
                                                      const Tensor& grad_out_RF, const Tensor& end_L,
-                                                     const std::string& activation) {
+                                                     const std::string& activation, bool reuse) {
   check_slots(hidden_RF, bias_LF, end_L);
   check(grad_out_RF, "grad_out_RF", 2, hidden_RF.scalar_type());
   const c10::cuda::CUDAGuard guard(hidden_RF.device());
   const int kind = activation_of(activation);
   check_size(grad_out_RF, "grad_out_RF", {hidden_RF.size(0), width_of(hidden_RF, kind)});
-  Tensor out_RF = at::empty(grad_out_RF.sizes(), hidden_RF.options());
+  TORCH_CHECK(!reuse || kind != kSwiglu, "reuse: the activation is narrower than hidden for swiglu");
+  Tensor out_RF = reuse ? hidden_RF : at::empty(grad_out_RF.sizes(), hidden_RF.options());
   Tensor grad_hidden_RF = kind == kSwiglu ? at::empty(hidden_RF.sizes(), hidden_RF.options()) : grad_out_RF;
   Tensor partial = bias_LF ? empty_pieces(hidden_RF, end_L) : at::empty({0}, hidden_RF.options().dtype(at::kFloat));
   checked(smartmoe::activate_backward(hidden_RF.const_data_ptr(), data_or_null(bias_LF), grad_out_RF.const_data_ptr(),

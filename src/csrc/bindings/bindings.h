@@ -24,11 +24,24 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_TD, const Tensor&
                                             bool need_weight);
 
 Tensor activate(const Tensor& hidden_RF, const OptionalTensor& bias_LF, const Tensor& end_L, const std::string& activation);
-// Returns grad_hidden (in the memory of grad_out but for swiglu), out and the gradient of the bias (empty without one).
+// Returns grad_hidden (in the memory of grad_out but for swiglu), out (in that of hidden with `reuse`, not for swiglu) and
+// the gradient of the bias (empty without one).
 std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& hidden_RF, const OptionalTensor& bias_LF,
                                                      const Tensor& grad_out_RF, const Tensor& end_L,
-                                                     const std::string& activation);
+                                                     const std::string& activation, bool reuse);
 void add_bias_(const Tensor& rows_RD, const Tensor& bias_LD, const Tensor& end_L);
 Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L);
+
+// Products on compute capability 9.0, bfloat16. can_multiply: a bool for the device of `like`, said by the host.
+Tensor can_multiply(const Tensor& like);
+Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Tensor& end_L, bool transposed);
+// Returns hidden = rows weight and its activation (relu, gelu).
+std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const Tensor& end_L,
+                                             const std::string& activation);
+// Returns the gradient of hidden (in its memory with `reuse`) from that of the rows behind the second matrix, and the
+// activation of hidden.
+std::tuple<Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD, const Tensor& end_L,
+                                          const Tensor& hidden_RF, const std::string& activation, bool reuse);
+Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L);
 
 }  // namespace smartmoe::bindings

@@ -24,6 +24,14 @@ inline int dtype_of(const Tensor& tensor) {
   }
 }
 
+inline int activation_of(const std::string& name) {
+  if (name == "gelu") return kGelu;
+  if (name == "relu") return kRelu;
+  if (name == "swiglu") return kSwiglu;
+  if (name == "identity") return kIdentity;
+  TORCH_CHECK(false, "activation = \"", name, "\" is not one of gelu, relu, swiglu, identity");
+}
+
 inline void check(const Tensor& tensor, const char* name, int64_t dims, at::ScalarType type) {
   TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous(), name, ": expected a contiguous CUDA tensor");
   TORCH_CHECK(tensor.dim() == dims, name, ": expected ", dims, " dimensions, got ", tensor.dim());

@@ -16,4 +16,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("activate_backward", &b::activate_backward);
   m.def("add_bias_", &b::add_bias_);
   m.def("sum_slots", &b::sum_slots);
+  m.def("can_multiply", &b::can_multiply);
+  m.def("multiply_rows", &b::multiply_rows);
+  m.def("multiply_activate", &b::multiply_activate);
+  m.def("multiply_slope", &b::multiply_slope);
+  m.def("multiply_slots", &b::multiply_slots);
 }

@@ -1,4 +1,5 @@
 // Bias and activation of rows sorted by slot, forward and backward, in one pass each.
+#include "act.cuh"
 #include "pieces.cuh"
 
 namespace smartmoe {
@@ -7,37 +8,6 @@ namespace {
 // Rows of a thread that are under way together. Behind the last row the last is loaded again, so that no branch stands
 // between the loads.
 constexpr int kTurns = 4;
-
-// In 16-bit types the error of the fast functions is far below the rounding of the result.
-template <bool FAST>
-__device__ __forceinline__ float sigmoid(float x) {
-  return FAST ? __fdividef(1.f, 1.f + __expf(-x)) : 1.f / (1.f + expf(-x));
-}
-
-constexpr float kGeluScale = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
-constexpr float kGeluCube = 0.044715f;
-
-// The value and, unless null, the slope. Gelu in its tanh form is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
-template <int ACT, bool FAST>
-__device__ __forceinline__ float act(float x, float* slope) {
-  if constexpr (ACT == kRelu) {
-    // as max(x, 0) does, let NaN through
-    if (slope) *slope = x > 0.f ? 1.f : 0.f;
-    return x < 0.f ? 0.f : x;
-  } else if constexpr (ACT == kGelu) {
-    const float square = x * x;
-    const float gate = sigmoid<FAST>(kGeluScale * x * fmaf(kGeluCube, square, 1.f));
-    if (slope) *slope = fmaf(x * gate * (1.f - gate), kGeluScale * fmaf(3.f * kGeluCube, square, 1.f), gate);
-    return x * gate;
-  } else if constexpr (ACT == kSwiglu) {
-    const float gate = sigmoid<FAST>(x);
-    if (slope) *slope = fmaf(x * gate, 1.f - gate, gate);
-    return x * gate;
-  } else {
-    if (slope) *slope = 1.f;
-    return x;
-  }
-}
 
 // Kept as it is stored: half the registers of float32.
 template <typename T, int N>
@@ -85,11 +55,12 @@ __global__ void __launch_bounds__(256) activate_kernel(const T* hidden_RF, const
   }
 }
 
-// grad_out and grad_hidden may be the same memory, hence no __restrict__ on them.
+// grad_out and grad_hidden may be the same memory, and so may hidden and out, hence no __restrict__ on them. A row behind
+// the last one is read as the last again, perhaps after that was overwritten, and not used.
 template <typename T, int N, int ACT>
 __global__ void __launch_bounds__(256, 3)
-    activate_backward_kernel(const T* __restrict__ hidden_RF, const T* __restrict__ bias_LF, const T* grad_out_RF,
-                             const int* __restrict__ end_L, int num_slots, T* grad_hidden_RF, T* __restrict__ out_RF,
+    activate_backward_kernel(const T* hidden_RF, const T* __restrict__ bias_LF, const T* grad_out_RF,
+                             const int* __restrict__ end_L, int num_slots, T* grad_hidden_RF, T* out_RF,
                              float* __restrict__ partial_PF, int64_t num_rows, int width, int num_chunks) {
   constexpr bool kGated = ACT == kSwiglu, kFast = sizeof(T) == 2;
   constexpr int kLoads = kGated ? 2 : kTurns;

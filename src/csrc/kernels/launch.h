@@ -63,8 +63,8 @@ int64_t num_pieces(int64_t num_rows, int num_slots);
 cudaError_t activate(const void* hidden_RF, const void* bias_LF, const int* end_L, int num_slots, void* out_RF,
                      int64_t num_rows, int width, int activation, int dtype, cudaStream_t stream);
 
-// From the gradient of out: grad_hidden (may be grad_out itself but for swiglu), out once more, and partial sums of
-// grad_hidden over each piece, [pieces, width of hidden] float32 (null = not wanted).
+// From the gradient of out: grad_hidden (may be grad_out itself but for swiglu), out once more (may be hidden itself but for
+// swiglu), and partial sums of grad_hidden over each piece, [pieces, width of hidden] float32 (null = not wanted).
 cudaError_t activate_backward(const void* hidden_RF, const void* bias_LF, const void* grad_out_RF, const int* end_L,
                               int num_slots, void* grad_hidden_RF, void* out_RF, float* partial_PF, int64_t num_rows,
                               int width, int activation, int dtype, cudaStream_t stream);
@@ -76,5 +76,21 @@ cudaError_t sum_pieces(const void* rows_RD, const int* end_L, int num_slots, flo
 // sum[l] = the sum of slot l's pieces in a fixed order, 0 for an empty slot: [L, width] of dtype.
 cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, void* sum_LD, int64_t num_rows, int width,
                       int dtype, cudaStream_t stream);
+
+// Whether the products below run on the current device: compute capability 9.0, and compiled for sm_90a.
+bool can_multiply();
+
+// out[r] = rows[r] times the matrix of r's slot, for the rows before end_L[L - 1]; all bfloat16 and 16-byte aligned, depth
+// and columns multiples of 8. weight: [L, depth, columns], or [L, columns, depth] when transposed. activation (relu, gelu):
+// not transposed, act becomes the activation of out as well; transposed, the products are gradients of the activation of
+// hidden, out becomes the gradient of hidden (and may be hidden itself), and act its activation. identity: act and hidden
+// are not used.
+cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const int* end_L, int num_slots, void* out_RY,
+                          void* act_RY, const void* hidden_RY, int64_t num_rows, int depth, int columns, bool transposed,
+                          int activation, cudaStream_t stream);
+
+// out[l] = the sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot: [L, rows, columns]; as above.
+cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
+                           int64_t num_rows, int rows, int columns, cudaStream_t stream);
 
 }  // namespace smartmoe

@@ -41,15 +41,19 @@ def activate_rows(hidden_RF, bias_LF, end_L, activation: str) -> torch.Tensor:
     return activate(_biased(hidden_RF, bias_LF, end_L), activation)
 
 
-def activate_rows_backward(hidden_RF, bias_LF, grad_RF, end_L, activation: str):
+def activate_rows_backward(hidden_RF, bias_LF, grad_RF, end_L, activation: str, reuse: bool = False):
     """The gradients of hidden and bias (None without one), and activate_rows(...) once more: one pass.
 
-    grad_RF: the gradient of activate_rows(...); its memory may be reused. Returns (grad_hidden, out, grad_bias_LF), the
-    bias gradient summed in float32 in an order that depends on the slot's own rows only.
+    grad_RF: the gradient of activate_rows(...); its memory may be reused, and with `reuse` that of hidden, too. Returns
+    (grad_hidden, out, grad_bias_LF), the bias gradient summed in float32 in an order that depends on the slot's own rows
+    only.
     """
     kernels = kernels_for(hidden_RF)
     if kernels:
-        grad_hidden, out, grad_bias = kernels.activate_backward(hidden_RF, bias_LF, grad_RF, end_L, activation)
+        reuse = reuse and widening(activation) == 1
+        grad_hidden, out, grad_bias = kernels.activate_backward(hidden_RF, bias_LF, grad_RF, end_L, activation, reuse)
+        if reuse:
+            torch.autograd.graph.increment_version(hidden_RF)
     else:
         hidden_RF = _biased(hidden_RF, bias_LF, end_L)
         out, grad_hidden = activate(hidden_RF, activation), _slope(hidden_RF, grad_RF, activation)

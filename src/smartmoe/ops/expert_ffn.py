@@ -1,23 +1,36 @@
 """The feed-forward network of many experts at once, on rows sorted by expert.
 
-Three forms with one result. On CUDA, impl "grouped" is two operations with their own backward: the first product, and
-everything behind it. They keep the rows and the pre-activation, recompute the activation, and sum the gradient of the
-first bias in the pass that makes its addends; that they are two lets go of the pre-activation before the gradients of the
-first product are made. On a CPU, "grouped" is the composition that autograd differentiates. "loop" is that of FastMoE
-everywhere.
+Three forms with one result. On CUDA, impl "grouped" is two operations with their own backward: the first product with
+the activation, and the second product. They keep the rows and the pre-activation, recompute the activation, and sum the
+gradient of the first bias in the pass that makes its addends; that they are two lets go of the pre-activation before the
+gradients of the first product are made. Backward uses the memory of the pre-activation again (outside of torch.compile,
+with the extension, not for swiglu): a second backward pass through one graph (retain_graph) is then torch's error about a
+tensor modified in place. Where the extension has products of its own, and without a first bias, the activation and its
+slope are applied as the product is written. On a CPU, "grouped" is the composition that autograd differentiates. "loop"
+is that of FastMoE everywhere.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from smartmoe.ops.activation import activate, activate_rows, activate_rows_backward, add_bias_rows, sum_rows
-from smartmoe.ops.extension import path_for
+from smartmoe.ops.activation import (
+    activate,
+    activate_rows,
+    activate_rows_backward,
+    add_bias_rows,
+    sum_rows,
+    widening,
+)
+from smartmoe.ops.extension import path_for, products_for
 from smartmoe.ops.library import register
 
 _ONES_WIDTH = 8
 _NAMES = ("gelu", "relu", "swiglu")
+_FUSED_NAMES = ("gelu", "relu")
 
 
 def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, impl: str) -> torch.Tensor:
@@ -57,8 +70,8 @@ def _check_strides(rows_RD, w1_LDF, w2_LFD):
 def fused_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str) -> torch.Tensor:
     """`expert_ffn` as on CUDA. What the extension does is plain torch where it is missing, so it runs on a CPU, too."""
     end_L = count_L.cumsum(0, dtype=torch.int32)
-    hidden_RF = _grouped_matmul(rows_RD, end_L, w1_LDF)
-    return _activate_matmul(hidden_RF, end_L, b1_LF, w2_LFD, b2_LD, activation)
+    hidden_RF, act_RF = _matmul_activate(rows_RD, end_L, w1_LDF, b1_LF, activation)
+    return _activated_matmul(hidden_RF, act_RF, end_L, b1_LF, w2_LFD, b2_LD, activation)
 
 
 def _bounds(end_L):
@@ -67,10 +80,14 @@ def _bounds(end_L):
     return zip(range(len(ends)), [0, *ends], ends, strict=False)
 
 
-def _times_weights(rows, weight_LXY, end_L):
-    """Each row times its slot's matrix."""
+def _times_weights(rows, weight, end_L, transposed=False):
+    """Each row times its slot's matrix: weight [L, X, Y], or [L, Y, X] when transposed."""
+    weight_LXY = weight.transpose(1, 2) if transposed else weight
     if not rows.shape[0]:
         return rows.new_empty(0, weight_LXY.shape[2])
+    kernels = products_for(rows, weight)
+    if kernels:
+        return kernels.multiply_rows(rows, weight, end_L, transposed)
     if path_for(rows).gemm == "grouped":
         return F.grouped_mm(rows, weight_LXY, offs=end_L)
     out = rows.new_empty(rows.shape[0], weight_LXY.shape[2])
@@ -84,6 +101,9 @@ def _weight_gradient(rows, grad, end_L):
     shape = (end_L.shape[0], rows.shape[1], grad.shape[1])
     if not rows.shape[0]:
         return rows.new_zeros(shape)
+    kernels = products_for(rows, grad)
+    if kernels:
+        return kernels.multiply_slots(rows, grad, end_L)
     if path_for(rows).gemm == "grouped":
         return F.grouped_mm(rows.t(), grad, offs=end_L)
     out = rows.new_empty(shape)
@@ -92,56 +112,80 @@ def _weight_gradient(rows, grad, end_L):
     return out
 
 
-def _run_matmul(rows, end_L, weight):
-    return _times_weights(rows.contiguous(), weight, end_L)
+def _fused_products(rows, weight, b1, activation):
+    """The extension when it can apply the activation as it writes the product."""
+    return products_for(rows, weight) if rows.shape[0] and b1 is None and activation in _FUSED_NAMES else None
+
+
+def _run_matmul_activate(rows, end_L, weight, b1, activation):
+    rows = rows.contiguous()
+    kernels = _fused_products(rows, weight, b1, activation)
+    if kernels:
+        return kernels.multiply_activate(rows, weight, end_L, activation)
+    hidden = _times_weights(rows, weight, end_L)
+    return hidden, activate_rows(hidden, b1, end_L, activation)
 
 
 def _run_matmul_backward(grad, rows, end_L, weight):
     grad = grad.contiguous()
-    return _times_weights(grad, weight.transpose(1, 2), end_L), _weight_gradient(rows.contiguous(), grad, end_L)
+    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows.contiguous(), grad, end_L)
 
 
-def _run_activate_matmul(hidden, end_L, b1, w2, b2, activation):
-    out = _times_weights(activate_rows(hidden, b1, end_L, activation), w2, end_L)
+def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):
+    out = _times_weights(act, w2, end_L)
     return out if b2 is None else add_bias_rows(out, b2, end_L)
 
 
-def _run_activate_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2):
+def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False):
     grad = grad.contiguous()
     none = grad.new_empty(0)
     grad_b2 = sum_rows(grad, end_L) if has_b2 else none
-    grad_act = _times_weights(grad, w2.transpose(1, 2), end_L)
-    grad_hidden, act, grad_b1 = activate_rows_backward(hidden, b1, grad_act, end_L, activation)
-    del grad_act
+    kernels = _fused_products(grad, w2, b1, activation)
+    if kernels:
+        grad_hidden, act = kernels.multiply_slope(grad, w2, end_L, hidden, activation, reuse)
+        grad_b1 = None
+        if reuse:
+            torch.autograd.graph.increment_version(hidden)
+    else:
+        grad_act = _times_weights(grad, w2, end_L, transposed=True)
+        grad_hidden, act, grad_b1 = activate_rows_backward(hidden, b1, grad_act, end_L, activation, reuse)
+        del grad_act
     return grad_hidden, none if grad_b1 is None else grad_b1, _weight_gradient(act, grad, end_L), grad_b2
 
 
-def _setup_matmul(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _setup_matmul_activate(ctx, inputs, output):
+    # the activation gets no gradient: that of the pre-activation holds it
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
 
 
-def _matmul_backward(ctx, grad):
-    grad_rows, grad_weight = _grouped_matmul_backward(grad, *ctx.saved_tensors)
-    return grad_rows, None, grad_weight
+def _matmul_activate_gradients(ctx, grad_hidden, _):
+    grad_rows, grad_weight = _grouped_matmul_backward(grad_hidden, *ctx.saved_tensors)
+    return grad_rows, None, grad_weight, None, None
 
 
-def _setup_activate_matmul(ctx, inputs, output):
-    hidden, end_L, b1, w2, b2, ctx.activation = inputs
+def _setup_activated_matmul(ctx, inputs, output):
+    hidden, _, end_L, b1, w2, b2, ctx.activation = inputs
     ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
     ctx.save_for_backward(hidden, end_L, b1, w2)
 
 
-def _activate_matmul_gradients(ctx, grad):
-    grads = _activate_matmul_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
+def _activated_matmul_gradients(ctx, grad):
+    grads = _activated_matmul_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
     grad_hidden, grad_b1, grad_w2, grad_b2 = grads
-    return grad_hidden, None, grad_b1 if ctx.has_b1 else None, grad_w2, grad_b2 if ctx.has_b2 else None, None
+    return grad_hidden, None, None, grad_b1 if ctx.has_b1 else None, grad_w2, grad_b2 if ctx.has_b2 else None, None
 
 
 def _fake_like(tensor):
     return tensor.new_empty(tensor.shape)
 
 
-def _fake_activate_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2):
+def _fake_matmul_activate(rows, end_L, weight, b1, activation):
+    width = weight.shape[2]
+    return rows.new_empty(rows.shape[0], width), rows.new_empty(rows.shape[0], width // widening(activation))
+
+
+def _fake_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2):
     grad_b1 = grad.new_empty(0) if b1 is None else _fake_like(b1)
     grad_b2 = grad.new_empty((w2.shape[0], w2.shape[2]) if has_b2 else (0,))
     return _fake_like(hidden), grad_b1, _fake_like(w2), grad_b2
@@ -152,25 +196,26 @@ _grouped_matmul_backward = register(
     _run_matmul_backward,
     lambda grad, rows, end_L, weight: (_fake_like(rows), _fake_like(weight)),
 )
-_grouped_matmul = register(
-    "grouped_matmul(Tensor rows, Tensor end_L, Tensor weight) -> Tensor",
-    _run_matmul,
-    lambda rows, end_L, weight: rows.new_empty(rows.shape[0], weight.shape[2]),
-    backward=_matmul_backward,
-    setup=_setup_matmul,
+_matmul_activate = register(
+    "matmul_activate(Tensor rows, Tensor end_L, Tensor weight, Tensor? b1, str activation) -> (Tensor, Tensor)",
+    _run_matmul_activate,
+    _fake_matmul_activate,
+    backward=_matmul_activate_gradients,
+    setup=_setup_matmul_activate,
 )
-_activate_matmul_backward = register(
-    "activate_matmul_backward(Tensor grad, Tensor hidden, Tensor end_L, Tensor? b1, Tensor w2, str activation, bool has_b2) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _run_activate_matmul_backward,
-    _fake_activate_matmul_backward,
+_activated_matmul_backward = register(
+    "activated_matmul_backward(Tensor grad, Tensor hidden, Tensor end_L, Tensor? b1, Tensor w2, str activation, "
+    "bool has_b2) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_activated_matmul_backward,
+    _fake_activated_matmul_backward,
+    eager=partial(_run_activated_matmul_backward, reuse=True),
 )
-_activate_matmul = register(
-    "activate_matmul(Tensor hidden, Tensor end_L, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> Tensor",
-    _run_activate_matmul,
-    lambda hidden, end_L, b1, w2, b2, activation: hidden.new_empty(hidden.shape[0], w2.shape[2]),
-    backward=_activate_matmul_gradients,
-    setup=_setup_activate_matmul,
+_activated_matmul = register(
+    "activated_matmul(Tensor hidden, Tensor act, Tensor end_L, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> Tensor",
+    _run_activated_matmul,
+    lambda hidden, act, end_L, b1, w2, b2, activation: hidden.new_empty(hidden.shape[0], w2.shape[2]),
+    backward=_activated_matmul_gradients,
+    setup=_setup_activated_matmul,
 )
 
 

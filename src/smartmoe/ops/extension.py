@@ -75,6 +75,29 @@ def path_for(tensor: torch.Tensor) -> Path:
     return _path_of(tensor.device, tensor.dtype)
 
 
+@functools.cache
+def _can_multiply(device: torch.device) -> bool:
+    kernels = _C
+    # an extension that was built before it had products has no such question
+    found = hasattr(kernels, "can_multiply") and bool(kernels.can_multiply(torch.empty(0, device=device)))
+    if found:
+        _logger.info("bfloat16 products of experts on %s: the extension's own", device)
+    return found
+
+
+def products_for(*factors: torch.Tensor) -> ModuleType | None:
+    """The extension when it can multiply these: bfloat16, contiguous, in rows of whole 16 bytes, on a GPU of compute
+    capability 9.0 that it was built for as 9.0a; else None."""
+    first = factors[0]
+    if not first.is_cuda or kernels_for(first) is None or not _can_multiply(first.device):
+        return None
+    fits = all(
+        t.dtype == torch.bfloat16 and t.is_contiguous() and t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0
+        for t in factors
+    )
+    return _C if fits else None
+
+
 def kernels_for(tensor: torch.Tensor, weight: torch.Tensor | None = None) -> ModuleType | None:
     """The extension when it can work on these: on CUDA, rows of a type it knows, combine weights float32; else None."""
     if _C is None or not tensor.is_cuda or tensor.dtype not in (*KERNEL_DTYPES, torch.int64):

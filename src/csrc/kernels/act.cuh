@@ -1,0 +1,41 @@
+// Activations and their slopes, one value at a time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+namespace smartmoe {
+
+// In 16-bit types the error of the fast functions is far below the rounding of the result.
+template <bool FAST>
+__device__ __forceinline__ float sigmoid(float x) {
+  return FAST ? __fdividef(1.f, 1.f + __expf(-x)) : 1.f / (1.f + expf(-x));
+}
+
+constexpr float kGeluScale = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+constexpr float kGeluCube = 0.044715f;
+
+// The value and, unless null, the slope. Gelu in its tanh form is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+template <int ACT, bool FAST>
+__device__ __forceinline__ float act(float x, float* slope) {
+  if constexpr (ACT == kRelu) {
+    // as max(x, 0) does, let NaN through
+    if (slope) *slope = x > 0.f ? 1.f : 0.f;
+    return x < 0.f ? 0.f : x;
+  } else if constexpr (ACT == kGelu) {
+    const float square = x * x;
+    const float gate = sigmoid<FAST>(kGeluScale * x * fmaf(kGeluCube, square, 1.f));
+    if (slope) *slope = fmaf(x * gate * (1.f - gate), kGeluScale * fmaf(3.f * kGeluCube, square, 1.f), gate);
+    return x * gate;
+  } else if constexpr (ACT == kSwiglu) {
+    const float gate = sigmoid<FAST>(x);
+    if (slope) *slope = fmaf(x * gate, 1.f - gate, gate);
+    return x * gate;
+  } else {
+    if (slope) *slope = 1.f;
+    return x;
+  }
+}
+
+}  // namespace smartmoe
