@@ -32,8 +32,8 @@ def solve_exact_step(
     5. Otherwise copy: expert_of_replica[w * G + used[w]] = e; used[w] += 1; move b buckets of e from a to w, and
        b * load[e] of weight from R[a] to R[w].
 
-    Floor division in 4 is of a possibly negative number in no case that matters: T - R[w] < 0 gives b <= 0 with floor or
-    truncation alike. Ties go to the lowest index everywhere.
+    Ties go to the lowest index everywhere. T - R[w] in 4 may be negative: b is at most 0 then, whichever way the division
+    rounds.
 
     The first pass has T = ceil(sum of R / W). If its fullest rank M ends above T + T // NEAR, a second pass has
     T + (M - T) // 2 as its target, which leaves slots to ranks that the first pass could not help; the pass with the
