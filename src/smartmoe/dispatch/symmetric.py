@@ -185,9 +185,11 @@ class SymmetricTransport:
         )  # fmt: skip
         return rows_RD
 
-    def weigh(self, grad_ND, rows_RD, plan: LocalPlan) -> torch.Tensor:
+    def weigh(self, grad_ND, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
         """As CollectiveTransport.weigh; rows that are not in use are not written."""
-        grad_RD = torch.empty_like(rows_RD)
+        grad_RD = rows_RD if reuse else torch.empty_like(rows_RD)
+        if reuse:
+            torch.autograd.graph.increment_version(rows_RD)
         self._kernels.weigh_kernel[self._grid(max(rows_RD.shape[0], 1))](
             grad_ND, rows_RD, grad_RD, plan.copy_R, plan.weight_NK, plan.num_rows, self.peers_W, self.state, self.ep_rank,
             self.capacity, self.width, self.offset["grads"], self.offset["flags"], K=self.top_k, W=self.num_ranks,

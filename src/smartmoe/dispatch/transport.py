@@ -95,8 +95,9 @@ class CollectiveTransport:
         """The rows of the plan: [R, D], NaN beyond the rows in use."""
         return self._poison_tail(tokens_ND[plan.copy_R // plan.weight_NK.shape[1]], plan)
 
-    def weigh(self, grad_ND, rows_RD, plan: LocalPlan) -> torch.Tensor:
-        """The gradient of `sum_back` with weights, of the shape of rows_RD; the weights' gradients go to their source."""
+    def weigh(self, grad_ND, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
+        """The gradient of `sum_back` with weights, of the shape of rows_RD; the weights' gradients go to their source.
+        reuse: it may take the place of rows_RD."""
         copy_R = plan.copy_R[: rows_RD.shape[0]]
         grad_RD = grad_ND[copy_R // plan.weight_NK.shape[1]].float()
         dot_R = (rows_RD.float() * grad_RD).sum(1)
