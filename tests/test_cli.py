@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from smartmoe import cli, config, record, trace
@@ -106,26 +105,10 @@ def test_trace_show_is_a_table_of_layers_and_a_picture(folder, capfd):
     text = capfd.readouterr().out
     row = text[text.index("layer  max") :].splitlines()[2]
     assert row.split() == ["1", "8.000", "7.000", "1.000", "1.000", "1.000"]
+    assert "experts in order          2.000  recorded" in text and "exact copies              1.000  simulated" in text
     assert "3 iterations (1 .. 3), 2 ranks, 2 layers" in text and "kind: one-hot" in text
     assert Path("t.png").read_bytes().startswith(b"\x89PNG") and "t.png: load over time" in text
     assert cli.main(["trace", "show", "synthetic:bursty,iterations=4,copies=64,layers=2", "--text"]) == 0
     assert "4 iterations" in capfd.readouterr().out and len(list(Path().glob("*.png"))) == 1
     assert cli.main(["trace", "save", "synthetic:bursty,iterations=4", "saved.npz"]) == 0
     assert trace.ExpertTrace.load("saved.npz").meta["kind"] == "bursty"
-
-
-def test_load_over_time_knows_no_future():
-    counts = np.zeros((40, 1, 1, 1, 4), np.int32)
-    counts[:20, ..., :] = [8, 8, 1, 1]  # both heavy experts on the first of two ranks
-    counts[20:, ..., :] = [8, 1, 8, 1]
-    data = cli.load_over_time(trace.ExpertTrace(counts, np.arange(1, 41)), None, 2, 10)
-    in_order, moved = (np.array(each["rank_load"]).max(1) for each in data["maps"])
-    assert in_order[:20].tolist() == [16] * 20 and moved[:10].tolist() == [16] * 10
-    assert moved[10:20].tolist() == [9] * 10 and data["maps"][1]["changes"]["migrate"][0] == 11
-    worse = moved[20:30].tolist()
-    assert worse == [worse[0]] * 10 and moved[30:].tolist() == [9] * 10
-    strided = cli.load_over_time(trace.ExpertTrace(counts, 1 + 10 * np.arange(40)), 0, 2, 100)
-    assert strided["maps"][1]["changes"]["migrate"][0] == 101
-    for bad in ((1, 2, 10), (0, 5, 10), (0, 0, 10), (0, 2, 0)):
-        with pytest.raises(ValueError, match="layers 0 .. 0"):
-            cli.load_over_time(trace.ExpertTrace(counts, np.arange(1, 41)), *bad)

@@ -17,10 +17,9 @@ import numpy as np
 from smartmoe import record
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
 from smartmoe.data import load_tokens
-from smartmoe.placement import Placement, rank_load
+from smartmoe.load_map import fullest_over_mean, load_over_time
 from smartmoe.planner.commands import add_parsers
-from smartmoe.solvers import solve_greedy
-from smartmoe.trace import ExpertTrace, read_trace
+from smartmoe.trace import read_trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACE_HELP = "a trace (.npz), a folder of table_iter<I>_rank<R>.log files, or synthetic:KIND (see moe_trace/README.md)"
@@ -79,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: the trace's name in this folder)")
     show.add_argument("--layer", type=int, help="layer of the heat maps (default: that with the busiest expert)")
     show.add_argument("--ranks", type=int, help="ranks that experts are spread over (default: as many as in the trace)")
-    show.add_argument("--interval", type=int, default=10, help="iterations between the placements of the last map (10)")
+    show.add_argument("--interval", type=int, default=10, help="iterations between decisions (10)")
+    show.add_argument("--replica-slots", type=int, default=2, help="copies of experts that a rank has room for (2)")
     show.add_argument("--text", action="store_true", help="no picture")
     show.set_defaults(command=_show)
     save = trace_commands.add_parser("save", help="write any trace as .npz")
@@ -203,12 +203,16 @@ def _show(args: argparse.Namespace) -> int:
         print(f"{layer:>5}  " + "  ".join(cells))
     for key, value in sorted(trace.meta.items()):
         print(f"{key}: {' '.join(str(value).split())[: shutil.get_terminal_size().columns]}")
-    return 0 if args.text else _draw(args, trace)
+    data = load_over_time(trace, args.layer, args.ranks, args.interval, args.replica_slots)
+    print(f"\nfullest rank over the mean, layer {data['maps'][0]['layer']}, mean of the iterations; {data['note']}:")
+    for load_map in data["maps"]:
+        over_mean = np.mean([fullest_over_mean(np.array(load_W)) for load_W in load_map["rank_load"]])
+        print(f"  {load_map['series']:24s} {over_mean:6.3f}  {load_map['source']}")
+    return 0 if args.text else _draw(args, data)
 
 
-def _draw(args: argparse.Namespace, trace: ExpertTrace) -> int:
+def _draw(args: argparse.Namespace, data: dict) -> int:
     """Hand the load over time to the repository's plotting, which is no part of the installed package."""
-    data = load_over_time(trace, args.layer, args.ranks, args.interval)
     name = Path(args.trace.replace(":", "-").replace(",", "-")).name.removesuffix(".npz")
     out = args.out or Path(f"{name}.png")
     if not (REPOSITORY / "plotting" / "trace.py").is_file():
@@ -226,47 +230,6 @@ def _draw(args: argparse.Namespace, trace: ExpertTrace) -> int:
         raise ValueError(f"{out}: the picture could not be drawn (see above); --text leaves it out")
     print(f"\n{out}: load over time, layer {data['maps'][0]['layer']}")
     return 0
-
-
-def load_over_time(trace: ExpertTrace, layer: int | None, num_ranks: int | None, interval: int) -> dict:
-    """What the heat maps of a trace show, JSON-ready: see plotting/trace.py.
-
-    Experts lie in order over `num_ranks` ranks, and then are placed anew by the greedy solver every `interval` training
-    iterations, from the load of the last recorded iteration before. Raises ValueError for a layer, number of ranks or
-    interval that does not exist.
-    """
-    over_mean_IL = trace.max_over_mean()
-    _, trace_ranks, num_layers, _, num_experts = trace.counts.shape
-    layer = int(over_mean_IL.mean(axis=0).argmax()) if layer is None else layer
-    num_ranks = min(trace_ranks, num_experts) if num_ranks is None else num_ranks
-    if not (0 <= layer < num_layers and 1 <= num_ranks <= num_experts and interval >= 1):
-        raise ValueError(
-            f"--layer {layer}, --ranks {num_ranks}, --interval {interval}: the trace has layers 0 .. {num_layers - 1} and "
-            f"{num_experts} experts; an interval is at least 1"
-        )
-    load_IE, iterations = trace.expert_load()[:, layer], trace.iteration.tolist()
-    in_order = placement = Placement.identity(num_experts, num_ranks)
-    moved_load, changes = [], []
-    for row, iteration in enumerate(iterations):
-        if row and (iteration - 1) // interval > (iterations[row - 1] - 1) // interval:
-            new = solve_greedy(load_IE[row - 1], placement)
-            changes += [iteration] if new != placement else []
-            placement = new
-        moved_load.append(rank_load(load_IE[row], placement).tolist())
-    shared = {"layer": layer, "expert_load": load_IE.tolist()}
-    return {
-        "note": f"ranks: {num_experts} experts over {num_ranks} ranks, tokens counted where they are computed; the second "
-        "placement is simulated: greedy, decided from the recorded iteration before",
-        "iterations": iterations,
-        "max_over_mean": over_mean_IL.T.tolist(),
-        "maps": [
-            {**shared, "series": "experts in order", "source": "recorded", "changes": {},
-             "rank_load": [rank_load(load_E, in_order).tolist() for load_E in load_IE]},
-            {**shared, "series": f"greedy, every {interval}", "source": "simulated", "changes": {"migrate": changes},
-             "rank_load": moved_load},
-        ],
-    }  # fmt: skip
-
 
 if __name__ == "__main__":
     sys.exit(main())
