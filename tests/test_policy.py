@@ -42,6 +42,13 @@ def test_each_kind_is_taken_where_it_is_best():
     assert abs(both.replicas.host_load(np.array([[1000] * 5 + [0] * 5] * 2)) - 5000).max() < 10
 
 
+def test_moves_are_not_searched_where_replicas_leave_nothing_to_gain(monkeypatch):
+    hot, rules = counts([3000, 10, 10, 10], [3000, 10, 10, 10]), Rules(num_replica_slots=1, min_gain=0.05)
+    assert alone(hot, start(identity(4, 2), 1), rules=rules).kind == "replicate"
+    monkeypatch.setattr(policy, "_migrations", None)
+    assert alone(hot, start(identity(4, 2), 1), rules=rules).kind == "replicate"
+
+
 def test_costs_decide():
     two_hot = counts([1000, 1000, 10, 10], [1000, 1000, 10, 10])
     dear = Costs(compute_ms_per_copy=1e-3, move_ms_per_expert=1000)

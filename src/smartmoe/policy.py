@@ -245,8 +245,9 @@ def decide(
     """Decide for every layer what to do between this iteration and the next.
 
     A layer whose fullest rank and replicas cost at most min_gain more than a perfectly even load is kept, and nothing is
-    searched. For the others there are up to four candidates: what is in force; new replicas; new owners (least move) without
-    replicas; owners placed for replicas to take the rest. The one with the least (ms * horizon + cost of moving) is taken
+    searched. For the others there are up to four candidates: what is in force; new replicas; and, unless those leave no
+    more than min_gain to gain, new owners (least move) without replicas, and owners placed for replicas to take the rest.
+    The one with the least (ms * horizon + cost of moving) is taken
     if its ms are lower by more than min_gain and it gains its cost within the horizon; of equals, the smaller change. A
     migration is refused, with the reason, when its buffers do not fit the free memory, when it brings an expert back to a
     rank that it left less than a horizon ago, or when a review rolled the same placement back less than a horizon ago.
@@ -288,18 +289,21 @@ def decide(
 
 
 def _decide_layer(count_SE, state: LayerState, before, fresh, costs: Costs, rules: Rules, iteration: int) -> Decision:
-    candidates, refusals = [], []
+    candidates: list[tuple[_Candidate, float]] = []
+    refusals, is_even = [], False
     if fresh is not None and fresh != state.replicas:
-        candidates.append(_Candidate("replicate", state.placement, fresh))
-    for candidate in _migrations(count_SE, state, costs, rules):
+        candidate = _Candidate("replicate", state.placement, fresh)
+        predicted = _predict(count_SE, candidate, costs, rules)
+        candidates.append((candidate, predicted.ms))
+        is_even = predicted.to_gain <= rules.min_gain
+    for candidate in [] if is_even else _migrations(count_SE, state, fresh, costs, rules):
         refusal = _refusal(candidate.placement, state, rules, iteration)
         if refusal:
             refusals.append(f"{candidate.kind} refused: {refusal}")
         else:
-            candidates.append(candidate)
+            candidates.append((candidate, _predict(count_SE, candidate, costs, rules).ms))
     best, best_ms, best_total, best_gain = None, before.ms, before.ms * rules.horizon, 0.0
-    for candidate in candidates:
-        ms = _predict(count_SE, candidate, costs, rules).ms
+    for candidate, ms in candidates:
         cost_ms = costs.move_ms_per_expert * _busiest_with_moves(state.placement, candidate.placement)[0]
         gain = 1 - ms / before.ms
         best_gain = max(best_gain, gain)
@@ -332,7 +336,7 @@ def _predict(count_SE, candidate: _Candidate, costs: Costs, rules: Rules) -> _Pr
     return _Prediction(ms, uneven_ms / ms if ms else 0.0)
 
 
-def _migrations(count_SE, state: LayerState, costs: Costs, rules: Rules) -> list[_Candidate]:
+def _migrations(count_SE, state: LayerState, fresh, costs: Costs, rules: Rules) -> list[_Candidate]:
     if not rules.may_migrate or state.placement.num_ranks == 1:
         return []
     none = Replicas.none
@@ -340,7 +344,7 @@ def _migrations(count_SE, state: LayerState, costs: Costs, rules: Rules) -> list
     found = [_Candidate("migrate", new, none(new, rules.num_replica_slots)) for new in moved]
     if rules.replicate != "never" and rules.num_replica_slots:
         options = {"copy_cost": costs.copy_cost, "node_of_rank_W": rules.node_of_rank_W}
-        new, replicas = solve_joint(count_SE, state.placement, rules.num_replica_slots, **options)
+        new, replicas = solve_joint(count_SE, state.placement, rules.num_replica_slots, stay=fresh, **options)
         if rules.replicate == "exact" or not replicas.num_copies:
             found.append(_Candidate("migrate", new, none(new, rules.num_replica_slots)))
         else:
@@ -363,7 +367,7 @@ def _refusal(new: Placement, state: LayerState, rules: Rules, iteration: int) ->
     return ""
 
 
-def _why_keep(candidates: list[_Candidate], best_gain: float, rules: Rules) -> str:
+def _why_keep(candidates: list[tuple[_Candidate, float]], best_gain: float, rules: Rules) -> str:
     if not candidates:
         return "nothing better was found"
     if best_gain > rules.min_gain:

@@ -132,6 +132,7 @@ def test_joint_is_never_worse_than_replicas_alone(case):
     placement, replicas = solve_joint(count_SE, current, num_replica_slots, local=False)
     replicas.check(placement)
     alone = solve_replicas(count_SE, current, num_replica_slots, local=False)
+    assert solve_joint(count_SE, current, num_replica_slots, local=False, stay=alone) == (placement, replicas)
     assert replicas.host_load(count_SE).max() <= alone.host_load(count_SE).max() + 1e-6
 
 

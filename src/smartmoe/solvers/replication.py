@@ -125,15 +125,17 @@ def solve_joint(
     copy_cost: float = 0.0,
     node_of_rank_W: Sequence[int] | None = None,
     local: bool = True,
+    stay: Replicas | None = None,
 ) -> tuple[Placement, Replicas]:
     """Place owners knowing that replicas take the heat: few moves, then replicas on the new owners.
 
     Owners are placed by `solve_least_move` for what stays with them: each expert's load divided by its number of hosts.
-    Arguments as in `solve_replicas`. Returns (placement, replicas); the placement given when moving does not make the
-    fullest rank lighter than replicas alone.
+    Arguments as in `solve_replicas`; `stay` is what that returns for them, where it is known already. Returns (placement,
+    replicas); the placement given when moving does not make the fullest rank lighter than replicas alone.
     """
     options = {"copy_cost": copy_cost, "node_of_rank_W": node_of_rank_W, "local": local}
-    stay = solve_replicas(count_SE, placement, num_replica_slots, **options)
+    if stay is None:
+        stay = solve_replicas(count_SE, placement, num_replica_slots, **options)
     load_E = np.asarray(count_SE, np.float64).sum(axis=0)
     if placement.num_ranks > 1 and num_replica_slots > 0:
         owner_YE = placement.rank_of_expert()[None]
