@@ -183,8 +183,8 @@ AUTO = [
 ]
 
 
-def train_with_auto(online, num_iterations):
-    trainer = make_trainer(make_config(PLAN, gate=GATE, online=online))
+def train_with_auto(online, num_iterations, device="cpu"):
+    trainer = make_trainer(make_config(PLAN, gate=GATE, online=online), device)
     results = [trainer.run_iteration() for _ in range(num_iterations)]
     return [result.lm_loss for result in results], [event for result in results for event in result.events]
 
@@ -206,3 +206,20 @@ def test_twenty_migrations_and_auto_change_no_bit_of_any_expert():
         assert [{k: v for k, v in e.items() if k not in drop} for e in events] == [
             {k: v for k, v in e.items() if k not in drop} for e in there
         ]
+
+
+def train_on_gpus(world_rank):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return [train_with_auto(online, 20, f"cuda:{world_rank}") for online in (OnlineConfig(), *AUTO)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_auto_on_two_gpus_keeps_the_losses_and_decides_alike():
+    first, second = spawn(train_on_gpus, 2, backend="nccl")
+    for (losses, events), (_, there) in zip(first, second, strict=True):
+        np.testing.assert_allclose(losses, first[0][0], rtol=1e-4)
+        assert [(e["iteration"], e["layer"], e["kind"], e["reason"]) for e in events] == [
+            (e["iteration"], e["layer"], e["kind"], e["reason"]) for e in there
+        ]
+    assert all(events for _, events in first[1:])

@@ -254,7 +254,7 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
         layer_ms=layer_ms,
         free_bytes=lambda: None if free_bytes is None else free_bytes + world_rank,
     )
-    log, loads = [], []
+    log, loads, before = [], [], {}
     for iteration in range(1, 21):
         expected = np.zeros((2, ep, num_experts), np.int64)
         for place, layer in enumerate(layers):
@@ -276,6 +276,10 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
         loads.append((placer.load_max_over_mean(), [layer.replicas.to_dict() for layer in layers]))
         if iteration == 1:
             first = expected
+        if iteration == 4 and not any(event["kind"] != "keep" for event in log):  # rank 0 is the slowest, everybody knows
+            slowest = [0.1 + 1e-3 * load for load in before.values()]
+            assert [ms[-1] for ms in placer._auto.controller._ms_Y] == pytest.approx(slowest)
+        before = dict(seen)
         if iteration == 2:  # what came from iteration 1, which no rank knew whole when it ended
             assert np.array_equal(placer._auto.controller.history_YWE, first)
     assert placer.gather_counts().sum() == 2 * world_size * 4000

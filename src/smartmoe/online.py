@@ -257,8 +257,9 @@ class _Auto:
         counts_LWE = sums_LE.new_zeros(len(sums_LE), num_ranks, sums_LE.shape[1])
         counts_LWE[:, ep_rank] = sums_LE
         ms = self._layer_ms()
-        free = None if self._has_room else self._free_bytes()
-        # maxima over the ranks; of free memory the least counts
+        # asked for where the answer is needed; maxima over the ranks, so of free memory the least counts
+        asks = self._config.migrate and not self._has_room and is_due(self._config, iteration + 1)
+        free = self._free_bytes() if asks else None
         values = [ms.get(layer.layer_idx, 0.0) for layer in self._layers]
         values += [self._move_ms, -np.inf if free is None else -float(free)]
         self._sent = _Sent(iteration, StageView(counts_LWE, values, group, self._stream), self._num_moved)
