@@ -32,7 +32,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
             [], [], linestyle="", marker="D", markersize=3, color="black", markerfacecolor="white", markeredgewidth=0.6
         )
         style.add_legend(figure, [bar, diamond], [NAMES[headline], NAMES[other]])
-    style.add_notes(figure, [source], width)
+    style.add_notes(figure, [heatmap.note(data, source)], width)
     return figure
 
 

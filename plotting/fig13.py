@@ -1,5 +1,6 @@
 """Figure 13: time of one MoE layer along a trace, static and adaptive, with a star where the placement changed."""
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,26 +21,29 @@ def draw(data: PanelFigure, source: str) -> Figure:
             axes.set_xlim(heatmap.span(panel.maps))
     if below is not None:
         style.write_marks(below, data.marks)
-    style.add_notes(figure, [source], style.WIDE_INCH)
+    style.add_notes(figure, [heatmap.note(data, source)], style.WIDE_INCH)
     return figure
 
 
 def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
     curves = [curve for curve in panel.curves if curve.drawn]
+    top = _top(curves)
     handles, labels = [], []
     for curve in curves:
         tint = style.colour(curve.series)
         dashes = "--" if curve.source == "simulated" else "-"
-        axes.plot(curve.iterations, curve.times_ms, color=tint, linestyle=dashes, linewidth=0.8)
-        stars = [(i, _time_at(curve, i)) for i in curve.changes]
+        axes.plot(curve.iterations, np.minimum(curve.times_ms, top), color=tint, linestyle=dashes, linewidth=0.8)
+        stars = [(i, min(_time_at(curve, i), top)) for i in curve.changes]
         axes.plot([i for i, _ in stars], [t for _, t in stars], linestyle="", color=tint, zorder=3, **STAR)
         changes = f", {len(stars)} changes" if stars or curve.series.startswith("every") else ""
         simulated = ", simulated" if curve.source == "simulated" else ""
         handles.append(Line2D([], [], color=tint, linestyle=dashes, **(STAR if stars else {})))
-        labels.append(f"{style.label(curve.series)} (mean {curve.mean_ms:.4g} ms{changes}{simulated})")
+        num_above = sum(time > top for time in curve.times_ms)
+        above = f", {num_above} cut" if num_above else ""
+        labels.append(f"{style.label(curve.series)} (mean {curve.mean_ms:.4g} ms{changes}{above}{simulated})")
     num_columns = min(len(labels), 2 if panel.maps else 3)
     num_lines = -(-len(labels) // num_columns)
-    axes.set_ylim(0, max(max(c.times_ms) for c in curves) * (1.08 + 0.14 * num_lines))
+    axes.set_ylim(0, top * (1.08 + 0.14 * num_lines))
     axes.set_xlabel("training iteration of the trace", labelpad=1)
     axes.set_ylabel("layer time (ms)")
     if panel.name:
@@ -47,6 +51,13 @@ def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
     axes.margins(x=0.01)
     axes.legend(handles, labels, loc="upper center", ncols=num_columns, borderaxespad=0.1)
     style.light_grid(axes)
+
+
+def _top(curves: list) -> float:
+    """The highest time that is drawn, at which others are cut: the highest of all, unless a few would leave no room."""
+    times = [time for curve in curves for time in curve.times_ms]
+    usual = 1.5 * float(np.percentile(times, 98))
+    return usual if max(times) > 2 * usual else max(times)
 
 
 def _time_at(curve, iteration: int) -> float:

@@ -46,6 +46,12 @@ def stack(data: PanelFigure, panel_inch: float, width: float, head_inch: float):
     return figure, tops, figure.add_subplot(grid[row, 0]) if data.marks else None
 
 
+def note(data: PanelFigure, source: str) -> str:
+    """`source` with what the heat maps show, where there are any."""
+    shows = "; heat maps: token copies in each iteration, as the placement in force spreads them over the ranks"
+    return source + shows if any(panel.maps for panel in data.panels) else source
+
+
 def heights(maps: list[LoadMap]) -> list[float]:
     """Of the rows that `draw_maps` fills: the experts, then one strip for each map; with their titles and labels."""
     return [EXPERT_INCH, *[STRIP_INCH] * (len(maps) - 1), STRIP_INCH + 0.15] if maps else []
