@@ -96,15 +96,17 @@ def start_world(config: RunConfig) -> torch.device:
 def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequence[str] = ()) -> bool:
     """Run the remaining iterations, writing the run's files from world rank 0. Returns whether it was asked to stop.
 
-    SIGTERM lets the iteration in progress finish, saves a checkpoint where checkpoints are on, and stops. A checkpoint that
-    cannot be written is said and does not end the run. notes: for the user, printed and logged first. Collective.
+    SIGTERM, or SIGUSR1 (how Slurm says that time is nearly up), lets the iteration in progress finish, saves a checkpoint
+    and stops. A checkpoint that cannot be written is said and does not end the run. notes: for the user, printed and
+    logged first. Collective.
     """
     config = trainer.config
     is_writer = trainer.mesh.world_rank == 0
     writer = record.RunWriter(run_dir, keep_through=trainer.iteration if resumed else None) if is_writer else None
     timer = LayerTimer(trainer.layers, trainer.mesh.device) if config.record_spans else None
     stop: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda signum, frame: stop.append(signum))
+    asks = (signal.SIGTERM, signal.SIGUSR1)
+    previous = [signal.signal(number, lambda signum, frame: stop.append(signum)) for number in asks]
     checkpoints, interval = run_dir / "checkpoints", config.workload.checkpoint_interval
     trace_parts = _earlier_trace(run_dir / "trace.npz", trainer.iteration) if is_writer and config.record_trace else []
     progress = Progress(config, trainer.iteration)
@@ -128,7 +130,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
                 trace_parts.append((result.iteration, counts))
             if writer:
                 _write_iteration(writer, config, result, spans, loads, events, progress)
-            if interval and (result.iteration % interval == 0 or result.stop_requested):
+            if result.stop_requested or (interval and result.iteration % interval == 0):
                 try:
                     path = trainer.save(checkpoints)
                 except OSError as error:
@@ -141,7 +143,8 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
             if result.stop_requested:
                 return True
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(asks, previous, strict=True):
+            signal.signal(number, handler)
         if writer:
             _save_trace(run_dir / "trace.npz", trace_parts, config)
             writer.close()
