@@ -40,6 +40,7 @@ def read_cluster(text: str, folder: Path) -> tuple[ClusterSpec, described.Rates 
         raise ValueError(f'unknown cluster "{text}"; {hint}')
     table = dict(read_table(path))
     rates = table.pop("rates", None)
+    table.pop("slurm", None)  # how a site's jobs are submitted, which plans do not depend on
     cluster = from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
     return cluster, None if rates is None else from_dict(described.Rates, rates, f"{path}: rates"), path
 
@@ -66,7 +67,9 @@ def read_primitives(
         return described.describe(cluster, rates, dtype)
     measured = Profile.load(found)
     if measured.dtype != dtype:
-        raise ValueError(f"{found} was measured in {measured.dtype}, the plan is for {dtype}: profile with --dtype {dtype}")
+        raise ValueError(
+            f"{found} was measured in {measured.dtype}, the plan is for {dtype}: profile with --dtype {dtype}"
+        )
     rates = rates or described.Rates()
     inter_ms = 1 / (cluster.inter_node_gbytes_per_s * rates.link_efficiency)
     return Primitives.fit(measured).with_links(inter_ms, rates.inter_latency_us / 1e3)
