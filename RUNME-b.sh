@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Run the experiments on what this machine has, then draw the figures from what was measured.
+# Run the experiments on this machine or a Slurm cluster, then draw the figures from what was measured.
 #
-#   ./RUNME-b.sh [--cluster auto|cpu|local|slurm] [--figures "8 10"] [--data FILE ..] [--dry-run] [--resume [DIR]]
+#   ./RUNME-b.sh [--cluster auto|NAME] [--figures "8 10"] [--data FILE ..] [--dry-run] [--resume [DIR]] [--max-jobs N]
 #
 #   Runs go to outputs_from_exec_<UTC time>/logs, the figures beside them. Figures not built yet say what they wait for.
-#   --cluster   auto (default): this machine's GPUs when there are any, else 4 processes on its CPU (under 15 minutes)
+#   --cluster   a file of scripts/clusters: cpu (4 processes here, under 15 minutes), local (this machine's GPUs), slurm or
+#               another (a Slurm job for each run); auto (default): Slurm where it answers, else GPUs, else cpu
 #   --figures   only these (default: all)
 #   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
-#   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs that are done stay, the others are done again
+#   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again
+#   --max-jobs  on Slurm: at most N runs in the queue at a time
 # Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (go on with --resume).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift
@@ -29,10 +31,10 @@ done
 # shellcheck source=scripts/venv.sh
 . "$root/scripts/venv.sh" train
 "$PY" "$root/scripts/launch.py" --out "$out" ${args[@]+"${args[@]}"} & launcher=$!
-trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM # the launcher stops its run cleanly; wait for that
+trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM # the launcher stops its run, or leaves its jobs; wait for that
 code=0; wait "$launcher" || code=$?
 while kill -0 "$launcher" 2>/dev/null; do code=0; wait "$launcher" || code=$?; done
-if [[ -z "$dry" && $code -le 1 ]]; then
+if [[ -z "$dry" && $code -le 1 && ! "$out/index.html" -nt "$out/.lock" ]]; then # unless a job of Slurm drew them
   PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$PY" -P -m plotting --logs "$out/logs" --out "$out" || code=1
 fi
 exit "$code"

@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slurm import Site
+
 from smartmoe import systems
 from smartmoe.config import (
     ClusterSpec,
@@ -113,7 +115,9 @@ class Configs:
         self.models = {
             name: from_dict(ModelConfig, {"name": name, **table}, f"{path}: [{name}]") for name, table in tables
         }
-        self.clusters = {path.stem: _cluster(path) for path in sorted(folder.glob("clusters/*.toml"))}
+        files = sorted(folder.glob("clusters/*.toml"))
+        self.clusters = {path.stem: _cluster(path) for path in files}
+        self.sites = {path.stem: from_dict(Site, read_table(path).get("slurm", {}), f"{path}: slurm") for path in files}
         self.experiments = {}
         for path in sorted(folder.glob("experiments/*.toml")):
             experiment = _experiment(path)
@@ -203,8 +207,8 @@ def capacity_label(gate: GateConfig) -> str:
 
 
 def _cluster(path: Path) -> ClusterSpec:
-    """A cluster file; its [rates] are for the planner."""
-    table = {key: value for key, value in read_table(path).items() if key != "rates"}
+    """A cluster file; its [rates] are for the planner, its [slurm] is for the launcher."""
+    table = {key: value for key, value in read_table(path).items() if key not in ("rates", "slurm")}
     return from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
 
 

@@ -1,9 +1,10 @@
-"""Run the experiments behind the figures: expand them into runs, do the runs one after another, record how each ended.
+"""Run the experiments behind the figures: expand them into runs, do the runs, record how each ended.
 
-    python scripts/launch.py --out DIR [--cluster auto|cpu|local|slurm] [--figures "8 10"] [--dry-run] [--resume]
+    python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--dry-run] [--resume] [--max-jobs N]
 
-Runs go to DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input,
-nothing started; 130 or 143 interrupted (go on with --resume).
+NAME is a file of clusters/: cpu and local are this machine, where one run follows the other; any other is a Slurm
+cluster, where each run is a job. Runs go to DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did
+not end well; 2 bad input, nothing started; 130 or 143 interrupted (go on with --resume).
 """
 
 from __future__ import annotations
@@ -12,34 +13,34 @@ import argparse
 import dataclasses
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts")]
 
+import slurm  # noqa: E402
+import slurm_launch  # noqa: E402
 from grid import Configs, Run  # noqa: E402
-from runner import Interrupted, Launcher  # noqa: E402
+from runner import Interrupted, Launcher, device_name, run_environment  # noqa: E402
+from slurm import Site  # noqa: E402
 
 from smartmoe import data, record  # noqa: E402
 from smartmoe.config import ClusterSpec  # noqa: E402
 
-SLURM_WAITS = (
-    "running on Slurm is not available yet: its runs would need a batch job per run. On a node of the cluster, inside "
-    "an allocation, --cluster local runs on that node's GPUs"
-)
+HERE = ("cpu", "local")  # clusters that are this machine
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        if args.cluster == "slurm":
-            raise ValueError(SLURM_WAITS)
         configs = Configs(args.configs)
-        kind, cluster = choose_cluster(args.cluster, configs)
+        kind, cluster, site = choose_cluster(args, configs)
         figures = configs.select(args.figures.split())
         left_out = configs.left_out(figures, kind, cluster)
         for figure, reason in left_out.items():
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
                     run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
                 )
         if args.dry_run:
-            print_plan(runs)
+            print_plan(runs, site)
             return 0
-        return launch(args, runs, cluster)
+        return launch(args, runs, cluster, site)
     except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
@@ -69,43 +70,64 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="where DIR/logs is written (needed unless --dry-run)")
     parser.add_argument(
         "--cluster",
-        choices=("auto", "cpu", "local", "slurm"),
         default="auto",
-        help="cpu: gloo ranks on this machine; local: this machine's GPUs; auto: GPUs when there are any (default)",
+        metavar="NAME",
+        help="a file of clusters/: cpu: gloo ranks on this machine; local: this machine's GPUs; slurm or another: jobs; "
+        "auto: Slurm where it answers, else GPUs when there are any, else cpu (default)",
     )
     parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
                         help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
     parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others")
+    parser.add_argument("--max-jobs", type=int, default=0, metavar="N",
+                        help="on Slurm: at most N of the runs in the queue at a time (default: all)")  # fmt: skip
     parser.add_argument("--configs", type=Path, default=ROOT / "scripts",
                         help="folder of models.toml, experiments/ and clusters/ (default: scripts)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.out is None and not args.dry_run:
         parser.error("--out DIR is needed, or --dry-run")
+    if args.max_jobs < 0:
+        parser.error("--max-jobs must be at least 1")
     return args
 
 
 # -------------------------------------------------------------------------------------------------------- the cluster
 
 
-def choose_cluster(wanted: str, configs: Configs) -> tuple[str, ClusterSpec]:
-    """The declared kind (file name under clusters/) and its spec; says what was found on this machine."""
+def choose_cluster(args: argparse.Namespace, configs: Configs) -> tuple[str, ClusterSpec, Site | None]:
+    """The kind of cluster that grids name, its spec, and its site where runs are jobs of Slurm; says what was found here."""
+    wanted = args.cluster
+    if wanted not in ("auto", *configs.clusters):
+        raise ValueError(f"--cluster {wanted}: {configs.folder}/clusters has: {', '.join(configs.clusters)}")
     num_gpus = 0 if wanted == "cpu" else count_gpus()
-    slurm = "yes, but not used: not available yet" if shutil.which("sbatch") else "no"
-    print(f"found: Slurm: {slurm}; GPUs: {num_gpus}; CPU: {len(os.sched_getaffinity(0))} cores, {record.cpu_name()}")
-    kind = ("local" if num_gpus else "cpu") if wanted == "auto" else wanted
-    if kind == "local" and num_gpus == 0:
-        raise ValueError(
-            "--cluster local needs CUDA GPUs and a CUDA build of torch; neither --cluster cpu nor auto does"
-        )
-    if kind not in configs.clusters:
-        raise ValueError(f"{configs.folder}/clusters: no {kind}.toml")
-    cluster = configs.clusters[kind]
-    if kind == "local":
-        cluster = dataclasses.replace(cluster, ranks_per_node=num_gpus)
-    print(f"running on: {kind} ({cluster.num_ranks} ranks on {cluster.device})")
-    return kind, cluster
+    inside = os.environ.get("SLURM_JOB_ID", "")
+    no_slurm = slurm.why_not() if wanted == "auto" and not inside else ""
+    if wanted == "auto":
+        found = f"this is inside job {inside}: its own node is used" if inside else no_slurm or "yes"
+        print(f"found: Slurm: {found}; ", end="")
+        has_slurm = not inside and not no_slurm and "slurm" in configs.clusters
+        wanted = "slurm" if has_slurm else "local" if num_gpus else "cpu"
+    else:
+        print("found: ", end="")
+    print(f"GPUs: {num_gpus}; CPU: {len(os.sched_getaffinity(0))} cores, {record.cpu_name()}")
+    if wanted not in configs.clusters:
+        raise ValueError(f"{configs.folder}/clusters: no {wanted}.toml")
+    cluster, site = configs.clusters[wanted], configs.sites[wanted]
+    if wanted in HERE:
+        if args.max_jobs:
+            raise ValueError(f"--max-jobs is about Slurm: on {wanted} one run follows the other")
+        if wanted == "local" and num_gpus == 0:
+            raise ValueError(
+                "--cluster local needs CUDA GPUs and a CUDA build of torch; neither --cluster cpu nor auto does"
+            )
+        if wanted == "local":
+            cluster = dataclasses.replace(cluster, ranks_per_node=num_gpus)
+        print(f"running on: {wanted} ({cluster.num_ranks} ranks on {cluster.device})")
+        return wanted, cluster, None
+    sizes = f"{cluster.num_nodes} nodes x {cluster.ranks_per_node} ranks on {cluster.device}"
+    print(f"running on: {wanted} (jobs of {sizes})")
+    return site.grids or wanted, cluster, site
 
 
 def count_gpus() -> int:
@@ -119,22 +141,10 @@ def count_gpus() -> int:
         return 0
 
 
-def device_name(cluster: ClusterSpec) -> str:
-    if cluster.device == "cpu":
-        return record.cpu_name()
-    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        return (
-            subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0].strip()
-        )
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "CUDA GPU"
-
-
 # ----------------------------------------------------------------------------------------------------------- the runs
 
 
-def print_plan(runs: list[Run]) -> None:
+def print_plan(runs: list[Run], site: Site | None) -> None:
     """The runs as a table: what --dry-run is for."""
     width = max(len(str(run.folder)) for run in runs)
     print(f"{'run':<{width}}  {'plan':<30} {'iterations':>10} {'min':>5}  serves")
@@ -144,11 +154,16 @@ def print_plan(runs: list[Run]) -> None:
         bars = bars or "the trace that others replay"
         print(f"{str(run.folder):<{width}}  {plan:<30} {iterations:>10} {run.estimate_s / 60:>5.1f}  {bars}")
     print(f"{len(runs)} runs, about {sum(run.estimate_s for run in runs) / 60:.0f} minutes")
+    if site:
+        options = {" ".join(site.job_options(run.config.cluster, run.timeout_s)) for run in runs}
+        print("\n".join(f"each a job: sbatch {words} scripts/job.sbatch RUN_DIR" for words in sorted(options)))
 
 
-def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec) -> int:
+def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec, site: Site | None) -> int:
     """Do `runs` under args.out/logs. Returns the exit code."""
     root = args.out / "logs"
+    if site:
+        slurm.preflight(site, cluster, max(run.timeout_s for run in runs))
     if root.exists() and any(root.iterdir()) and not args.resume:
         raise ValueError(f"{root} has runs already: add --resume to go on there, or give another --out")
     trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry == "train"}
@@ -161,14 +176,46 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec) -> i
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{args.out}: another launcher is at work here") from None
-        python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         launcher = Launcher(
             root=root.resolve(),
             provenance=record.provenance(device=device_name(cluster)),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
+            env=run_environment(),
             cwd=ROOT,
         )
-        return do_all(launcher, runs)
+        if site is None:
+            return interruptible(lambda: do_all(launcher, runs), f"{launcher.root} can be continued with --resume")
+        campaign = slurm_launch.Campaign(launcher, site, args.out.resolve(), runs, args.max_jobs, same_again(args))
+        return interruptible(lambda: slurm_launch.do_all(campaign), "the jobs were left to Slurm")
+
+
+def same_again(args: argparse.Namespace) -> str:
+    """The command that goes on with these runs."""
+    words = ["./RUNME-b.sh", "--cluster", args.cluster, "--resume", str(args.out.resolve())]
+    if args.configs != ROOT / "scripts":
+        words += ["--configs", str(args.configs.resolve())]
+    words += ["--figures", args.figures] if args.figures else []
+    words += ["--max-jobs", str(args.max_jobs)] if args.max_jobs else []
+    return shlex.join([*words, *(["--data", *args.data] if args.data else [])])
+
+
+def interruptible(work: Callable[[], int], words: str) -> int:
+    """Do `work`, which Ctrl-C and SIGTERM end by Interrupted; returns its exit code or that of the interruption."""
+    code: list[int] = []
+
+    def interrupt(number, _frame):
+        code.append(128 + number)
+        if len(code) == 1:  # later ones must not disturb the clean stop
+            raise Interrupted
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return work()
+    except Interrupted:
+        print(f"interrupted; {words}", file=sys.stderr)
+        return code[0]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def do_all(launcher: Launcher, runs: list[Run]) -> int:
@@ -185,27 +232,13 @@ def do_all(launcher: Launcher, runs: list[Run]) -> int:
         f"{len(waiting)} runs, about {sum(run.estimate_s for run in waiting) / 60:.0f} minutes, in {launcher.root}",
         flush=True,
     )
-    bad, code = [], []
-
-    def interrupt(number, _frame):
-        code.append(128 + number)
-        if len(code) == 1:  # later ones must not disturb the clean stop
-            raise Interrupted
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for place, run in enumerate(waiting):
-            label = f"[{place + 1}/{len(waiting)}] {run.folder}"
-            left_s = sum(later.estimate_s for later in waiting[place + 1 :])
-            if launcher.do(run, label, left_s) != "ok":
-                bad.append(run)
-            sys.stdout.flush()
-    except Interrupted:
-        print(f"interrupted; {launcher.root} can be continued with --resume", file=sys.stderr)
-        return code[0]
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    bad = []
+    for place, run in enumerate(waiting):
+        label = f"[{place + 1}/{len(waiting)}] {run.folder}"
+        left_s = sum(later.estimate_s for later in waiting[place + 1 :])
+        if launcher.do(run, label, left_s) != "ok":
+            bad.append(run)
+        sys.stdout.flush()
     if bad:
         print(f"{len(bad)} of {len(waiting)} runs did not end well: {', '.join(str(run.folder) for run in bad)}")
     return 1 if bad else 0

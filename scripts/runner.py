@@ -17,8 +17,9 @@ from pathlib import Path
 from grid import ENTRIES, Run
 
 from smartmoe import record
-from smartmoe.config import RunConfig, from_dict, to_dict
+from smartmoe.config import ClusterSpec, RunConfig, from_dict, to_dict
 
+ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 40.0  # torchrun itself waits 30 s for its workers before it kills them
 POLL_S = 0.2
 OUTPUTS = (
@@ -29,6 +30,7 @@ OUTPUTS = (
     "loads.jsonl",
     "train.log",
     "console.log",
+    "job.log",
     "trace.npz",
     "checkpoints",
 )
@@ -37,6 +39,25 @@ _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should l
 
 class Interrupted(Exception):
     """The user asked to stop (Ctrl-C or SIGTERM)."""
+
+
+def run_environment() -> dict:
+    """The environment of a run's processes."""
+    python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+
+
+def device_name(cluster: ClusterSpec) -> str:
+    """What the ranks of this machine compute on."""
+    if cluster.device == "cpu":
+        return record.cpu_name()
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return (
+            subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0].strip()
+        )
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "CUDA GPU"
 
 
 def torchrun_command(run: Run, run_dir: Path, resume: bool) -> list[str]:
@@ -61,7 +82,7 @@ class Launcher:
     def needs_running(self, run: Run) -> bool:
         """Whether `run` is absent, unfinished, failed, or done with another config. A "running" one was left by a
         killed launcher: the lock on the run-set says that no other launcher is at work."""
-        old = self._existing(run)
+        old = self.existing(run)
         return old is None or old["status"] != "ok"
 
     def keep(self, run: Run) -> None:
@@ -73,7 +94,7 @@ class Launcher:
     def declare(self, run: Run) -> None:
         """Write run.json as pending, and set aside what an earlier attempt left, unless that can be resumed."""
         run_dir = self.root / run.folder
-        names = ("error.json",) if self._can_resume(run) else OUTPUTS
+        names = ("error.json",) if self.can_resume(run) else OUTPUTS
         left = [run_dir / name for name in names if (run_dir / name).exists()]
         if left:
             aside = run_dir / f"attempt{len(list(run_dir.glob('attempt*'))) + 1}"
@@ -91,7 +112,7 @@ class Launcher:
             record.set_status(run_dir, "skipped", message)
             self.say(f"{label} skipped: {message}")
             return "skipped"
-        resume = self._can_resume(run)
+        resume = self.can_resume(run)
         record.set_status(run_dir, "running")
         start = time.monotonic()
         try:
@@ -104,7 +125,7 @@ class Launcher:
         if status == "ok":
             self.estimate_scale.append(seconds / run.estimate_s)
         self.say(
-            f"{label} {status} after {seconds:.0f} s{_summary(run_dir, run) if status == 'ok' else ': ' + message}"
+            f"{label} {status} after {seconds:.0f} s{summary(run_dir, run) if status == 'ok' else ': ' + message}"
         )
         return status
 
@@ -112,11 +133,12 @@ class Launcher:
         """How much longer than estimated the runs so far took (1 before the first ends)."""
         return sum(self.estimate_scale) / len(self.estimate_scale) if self.estimate_scale else 1.0
 
-    def _can_resume(self, run: Run) -> bool:
-        checkpoints = self.root / run.folder / "checkpoints"
-        return run.config.workload.checkpoint_interval > 0 and checkpoints.is_dir() and self._existing(run) is not None
+    def can_resume(self, run: Run) -> bool:
+        """Whether an earlier attempt at this very run left a complete checkpoint."""
+        saved = (self.root / run.folder).glob("checkpoints/iter_*/meta.json")
+        return run.entry == "train" and next(saved, None) is not None and self.existing(run) is not None
 
-    def _existing(self, run: Run) -> dict | None:
+    def existing(self, run: Run) -> dict | None:
         """What run.json says when it describes this very run, else None."""
         try:
             old = record.read_run(self.root / run.folder)
@@ -137,7 +159,7 @@ class Launcher:
                 elapsed = time.monotonic() - start
                 if elapsed > run.timeout_s:
                     stop(child)
-                    return "timeout", f"did not end within {run.timeout_s:.0f} s ({_last_iteration(run_dir)})"
+                    return "timeout", f"did not end within {run.timeout_s:.0f} s ({stopped_at(run_dir)})"
                 if elapsed - shown > 1:
                     shown = elapsed
                     self._progress(run, run_dir, label, elapsed, left_s)
@@ -152,7 +174,7 @@ class Launcher:
     def _progress(self, run: Run, run_dir: Path, label: str, elapsed: float, left_s: float) -> None:
         if not sys.stdout.isatty():
             return
-        last = _last_metric(run_dir)
+        last = last_metric(run_dir)
         done, total = int(last.get("iteration", 0)), run.config.workload.iterations
         here = run.estimate_s * self.scale()
         if done:
@@ -164,7 +186,8 @@ class Launcher:
         print(f"\r\033[K{label} {done}/{total}{step}{loss}{load}  {minutes:.1f} min left", end="", flush=True)
 
 
-def _last_metric(run_dir: Path) -> dict:
+def last_metric(run_dir: Path) -> dict:
+    """The newest line of metrics.jsonl, empty when there is none."""
     for line in reversed(record.tail(run_dir / "metrics.jsonl").splitlines()):
         with contextlib.suppress(ValueError):
             metric = json.loads(line)
@@ -173,12 +196,14 @@ def _last_metric(run_dir: Path) -> dict:
     return {}
 
 
-def _last_iteration(run_dir: Path) -> str:
-    iteration = _last_metric(run_dir).get("iteration")
+def stopped_at(run_dir: Path) -> str:
+    """Words for how far a run came."""
+    iteration = last_metric(run_dir).get("iteration")
     return f"iteration {iteration} was the last" if iteration else "no iteration was done"
 
 
-def _summary(run_dir: Path, run: Run) -> str:
+def summary(run_dir: Path, run: Run) -> str:
+    """Words for how fast a run was."""
     try:
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         times = [json.loads(line)["step_ms"] for line in lines][run.config.workload.warmup_iterations :]

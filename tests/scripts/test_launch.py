@@ -187,7 +187,8 @@ def test_bad_input_starts_nothing(setup, tmp_path, capsys):
     wrong_key, wrong_size = grid(2).replace("panel", "panle"), grid(2).replace("= 2 }", "= 2, micro_batch_size = 3 }")
     for grids, more, message in (
         ([grid(1)], ["--figures", "7"], "unknown figure fig7"),
-        ([grid(1)], ["--cluster", "slurm"], "not available yet"),
+        ([grid(1)], ["--cluster", "slurm"], "--cluster slurm: "),
+        ([grid(1)], ["--max-jobs", "2"], "one run follows the other"),
         ([grid(1)], ["--data", "absent.txt"], "absent.txt"),
         ([grid(1), wrong_key], [], 'unknown key "panle"'),
         ([grid(1), wrong_size], [], "not a multiple"),
