@@ -28,7 +28,14 @@ def _cost(chosen=None, config=CONFIG, placement="identity"):
 
 def _setting(**changes):
     base = dict(
-        model=MODEL, gate=GateConfig(), layer=LayerConfig(), tokens=1024, ep=4, stage_size=4, ranks_per_node=2, dtype_bytes=2
+        model=MODEL,
+        gate=GateConfig(),
+        layer=LayerConfig(),
+        tokens=1024,
+        ep=4,
+        stage_size=4,
+        ranks_per_node=2,
+        dtype_bytes=2,
     )
     return LayerSetting(**{**base, **changes})
 
@@ -132,7 +139,9 @@ def test_loads_come_from_a_trace_of_this_model_only():
     assert found.share.sum(-1) == pytest.approx(1000 / 1200), "what a gate dropped is missing"
     assert (found.share[0, 0, 0, 0] == found.share[0, 0, 0, 1]).all(), "two layers of 8 share one of 4"
     estimate = _cost(found).estimate(ParallelPlan(pp=2, dp=4, ep=2), 2)
-    assert estimate.mean_ms == pytest.approx(_cost(found.mean_over_micro_batches()).estimate(estimate.plan, 2).mean_ms, rel=0.1)
+    assert estimate.mean_ms == pytest.approx(
+        _cost(found.mean_over_micro_batches()).estimate(estimate.plan, 2).mean_ms, rel=0.1
+    )
     for change in (dict(num_experts=8), dict(top_k=1)):
         with pytest.raises(ValueError, match="trace is of another model"):
             loads.from_trace(trace, dataclasses.replace(MODEL, **change))

@@ -13,7 +13,7 @@ from smartmoe.planner.cost_model import CostModel
 from tests.dist import spawn
 from tests.parity import MODEL, make_config, make_trainer
 
-NUM_RANKS, NUM_PLANS = 4, 5
+NUM_RANKS, NUM_PLANS = 4, 3
 
 
 def _space():
@@ -38,7 +38,9 @@ def test_legal_plans_start():
     configs = [pool.config_of(config, cluster, c.plan, c.micro_batch) for c in kinds.values()][:NUM_PLANS]
     assert len(configs) == NUM_PLANS, "a sample of many kinds"
     for losses in spawn(_run, NUM_RANKS, configs):
-        assert all(math.isfinite(loss) for loss in losses) and losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+        assert all(math.isfinite(loss) for loss in losses) and losses == pytest.approx(
+            [losses[0]] * len(losses), rel=1e-4
+        )
 
 
 def test_illegal_plans_are_refused_with_the_same_words():

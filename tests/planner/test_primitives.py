@@ -86,7 +86,9 @@ def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
 
 
 def test_a_described_cluster_has_every_primitive_and_keeps_its_peaks():
-    cluster = ClusterSpec(name="c", device="cuda", tflops=100.0, intra_node_gbytes_per_s=100.0, inter_node_gbytes_per_s=10.0)
+    cluster = ClusterSpec(
+        name="c", device="cuda", tflops=100.0, intra_node_gbytes_per_s=100.0, inter_node_gbytes_per_s=10.0
+    )
     primitives = described.describe(cluster, described.Rates(gemm_efficiency=0.5, link_efficiency=1.0), "bfloat16")
     for name, kind in KINDS.items():
         sizes = dict.fromkeys(kind.sizes, 4096)

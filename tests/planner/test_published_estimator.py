@@ -17,7 +17,9 @@ def test_every_published_estimate_with_public_counts_is_rebuilt():
     trace = ExpertTrace.load(TRACE)
     row_of = {iteration: row for row, iteration in enumerate(trace.iteration.tolist())}
     with open(ROOT / "logs" / "published" / "fig11.csv") as file:
-        points = [(p["panel"], int(p["iteration"]), int(p["layer"]), float(p["predicted_ms"])) for p in csv.DictReader(file)]
+        points = [
+            (p["panel"], int(p["iteration"]), int(p["layer"]), float(p["predicted_ms"])) for p in csv.DictReader(file)
+        ]
     for panel, (num_devices, micro_batch, num_nodes) in PANELS.items():
         mine = [(row_of[it], layer, ms) for name, it, layer, ms in points if name == panel and it in row_of]
         assert len(mine) == 576, "24 iterations of 24 layers; the counts of the 25 later ones are not public"

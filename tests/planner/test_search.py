@@ -64,7 +64,9 @@ def test_what_does_not_fit_is_left_out_with_its_reason():
     assert space.pruned and space.fitting
     for pruned in space.pruned:
         assert pruned.candidate.memory.total > limit
-        assert re.fullmatch(r"stage \d+ needs [\d.]+ GB, \w+ [\d.]+ of them; [\d.]+ of 1.67 GB may be used", pruned.reason)
+        assert re.fullmatch(
+            r"stage \d+ needs [\d.]+ GB, \w+ [\d.]+ of them; [\d.]+ of 1.67 GB may be used", pruned.reason
+        )
     assert all(c.memory.total <= limit for c in space.fitting)
     with pytest.raises(ValueError, match="no plan of 8 GPUs fits: .* comes nearest, but stage"):
         search.search(_cost(cluster=dataclasses.replace(CLUSTER, memory_gbytes=0.1)), 8)
@@ -109,7 +111,7 @@ def test_explaining_adds_up_and_names_the_reason():
 
 
 FILES = {
-    "models.toml": '[small]\nnum_layers = 4\nhidden_size = 64\nffn_size = 64\nnum_experts = 8\n',
+    "models.toml": "[small]\nnum_layers = 4\nhidden_size = 64\nffn_size = 64\nnum_experts = 8\n",
     "clusters/two.toml": 'device = "cpu"\nranks_per_node = 2\nmemory_gbytes = 64.0\n[rates]\nkernel_us = 2.0\n',
     "clusters/bare.toml": 'device = "cpu"\nranks_per_node = 2\n',
 }

@@ -19,7 +19,13 @@ MODEL = ModelConfig(
     name="m", num_layers=4, hidden_size=512, ffn_size=2048, num_heads=8, seq_len=512, vocab_size=512, num_experts=16
 )
 CLUSTER = ClusterSpec(
-    name="c", device="cuda", num_nodes=1, ranks_per_node=8, intra_node_gbytes_per_s=200.0, tflops=100.0, memory_gbytes=64.0
+    name="c",
+    device="cuda",
+    num_nodes=1,
+    ranks_per_node=8,
+    intra_node_gbytes_per_s=200.0,
+    tflops=100.0,
+    memory_gbytes=64.0,
 )
 PRIMITIVES = described.describe(CLUSTER, described.Rates(), "bfloat16")
 CONFIG = RunConfig(
@@ -65,7 +71,10 @@ def test_without_a_policy_it_is_the_cost_model():
 def test_a_placement_serves_the_iterations_after_it_was_decided():
     share = _share(25)
     found = _run(GREEDY, share)
-    assert sorted({event["iteration"] for event in found.events}) == [10, 20][: len({e["iteration"] for e in found.events})]
+    assert (
+        sorted({event["iteration"] for event in found.events})
+        == [10, 20][: len({e["iteration"] for e in found.events})]
+    )
     start = Placement.identity(16, 8)
     load = share[:, :, 0].sum(1)
     moved = [solve_greedy(load[9, layer], start) for layer in range(4)]
@@ -138,7 +147,9 @@ def test_the_command_writes_a_run_that_figures_draw_as_simulated(tmp_path, capsy
     figure = to_dataset(Folder(tmp_path / "set", []), "set").figures["fig10"]
     bars = {bar.series: bar for bar in figure.bars()}
     assert bars["fastmoe"].source == "simulated" and bars["smartmoe_static"].speedup
-    assert cli.main([*common, "--gpus", "4096", "--plan", "dp4096-ep8-mb1", "--batch", "4096", "--policy", "greedy"]) == 0
+    assert (
+        cli.main([*common, "--gpus", "4096", "--plan", "dp4096-ep8-mb1", "--batch", "4096", "--policy", "greedy"]) == 0
+    )
     for more, message in (
         (["--gpus", "8", "--plan", "dp8-ep8"], "give its micro-batch"),
         (["--gpus", "8", "--plan", "dp4-ep4-mb1"], "not legal"),

@@ -91,7 +91,11 @@ class Profiler:
         device_IP, host_IP = (np.array([w[key] for w in words]).max(0) for key in ("device", "host"))
         names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
         for part, name in enumerate(names):
-            host = spread(host_IP[:, part]) if world.device.type == "cuda" else dict.fromkeys(("median", "p10", "p90"), 0.0)
+            host = (
+                spread(host_IP[:, part])
+                if world.device.type == "cuda"
+                else dict.fromkeys(("median", "p10", "p90"), 0.0)
+            )
             device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
             self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
 
@@ -261,9 +265,7 @@ def _direct_cases(site, shapes, tokens) -> list[Case]:
                 tokens=num, copies=num * shape.top_k, width=shape.width, ranks=world.num_ranks,
                 off_bytes=reached * num * shape.width * element * (world.num_ranks - 1),
             )  # fmt: skip
-            cases.append(
-                _both("direct", sizes, held, lambda t=num, s=shape: parts.direct(site, t, s.top_k, s.width))
-            )
+            cases.append(_both("direct", sizes, held, lambda t=num, s=shape: parts.direct(site, t, s.top_k, s.width)))
     return cases
 
 
@@ -334,7 +336,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m smartmoe.bench.profile_cluster", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--shapes", nargs="+", metavar="SIZES", help="models to measure for (default: small to 2560 wide)")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SIZES", help="models to measure for (default: small to 2560 wide)"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a rank in a micro-batch to measure at")
     parser.add_argument("--seconds", type=float, default=0.06, help="time for each of some hundred cases")
     parser.add_argument("--out", type=Path, required=True, help="the profile to write")

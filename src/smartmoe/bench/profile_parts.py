@@ -77,7 +77,9 @@ def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: s
     shapes = ((slots, width, wide), (slots, wide), (slots, ffn, width), (slots, width))
     weights = [site.randn(*shape, grad=True) for shape in shapes]
     count = torch.tensor(counts_L, device=site.world.device)
-    return _there_and_back(lambda: expert_ffn(rows, count, *weights, activation=activation, impl=impl), [rows, *weights])
+    return _there_and_back(
+        lambda: expert_ffn(rows, count, *weights, activation=activation, impl=impl), [rows, *weights]
+    )
 
 
 def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited: bool) -> Step:

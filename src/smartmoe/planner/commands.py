@@ -75,11 +75,17 @@ def _add_plan(commands) -> None:
     parser.add_argument("--micro-batch", type=int, default=None, help="only plans with this micro-batch")
     parser.add_argument("--placement", choices=("identity", "balanced"), default="balanced",
                         help="experts stay in order, or are placed online (default)")  # fmt: skip
-    parser.add_argument("--score", choices=search.SCORES, default="mean", help="rank by the mean or the 95th percentile")
+    parser.add_argument(
+        "--score", choices=search.SCORES, default="mean", help="rank by the mean or the 95th percentile"
+    )
     parser.add_argument("--top", type=int, default=15, help="rows to print; default: 15")
-    parser.add_argument("--explain", nargs=2, metavar=("A", "B"), help="compare two plans, by row or by name, part by part")
+    parser.add_argument(
+        "--explain", nargs=2, metavar=("A", "B"), help="compare two plans, by row or by name, part by part"
+    )
     parser.add_argument("--pruned", type=int, default=0, metavar="N", help="print N plans that do not fit, and why")
-    parser.add_argument("--out", type=Path, metavar="FILE.toml", help="write the best plan as a run for `smartmoe train`")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.toml", help="write the best plan as a run for `smartmoe train`"
+    )
     parser.set_defaults(command=_plan)
 
 
@@ -87,13 +93,19 @@ def add_setting(parser) -> None:
     """The options that say what is planned for: model, cluster, workload, loads."""
     parser.add_argument("--model", required=True, help="a name in models.toml, or a run's .toml file")
     parser.add_argument("--cluster", required=True, help="a name in clusters/, or a .toml file")
-    parser.add_argument("--configs", type=Path, default=Path("scripts"), help="where names are looked up; default: scripts")
-    parser.add_argument("--profile", type=Path, help="a measured profile (default: <cluster>.profile.json beside its file)")
+    parser.add_argument(
+        "--configs", type=Path, default=Path("scripts"), help="where names are looked up; default: scripts"
+    )
+    parser.add_argument(
+        "--profile", type=Path, help="a measured profile (default: <cluster>.profile.json beside its file)"
+    )
     parser.add_argument("--gate", choices=GATES, help="default: the run's, or naive")
     parser.add_argument("--capacity", type=float, help="capacity of the gate; default: the run's, or none")
     parser.add_argument("--batch", type=int, help="samples in a step; default: the run's, or 256 for a model by name")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or bfloat16 on cuda")
-    parser.add_argument("--dispatcher", choices=("basic", "overlapped", "padded", "direct", "auto"), help="how rows travel")
+    parser.add_argument(
+        "--dispatcher", choices=("basic", "overlapped", "padded", "direct", "auto"), help="how rows travel"
+    )
     parser.add_argument("--trace", type=Path, help="routing to judge under: .npz, or a folder of tables")
     parser.add_argument("--loads", choices=("prior", "uniform"), default="prior", help="without a trace")
     parser.add_argument("--samples", type=int, default=16, help="how many loads of the distribution; default: 16")
@@ -176,14 +188,18 @@ def _add_simulate(commands) -> None:
     )
     add_setting(parser)
     parser.add_argument("--gpus", type=int, required=True, help="ranks of the run")
-    parser.add_argument("--plan", required=True, metavar="NAME", help="as `smartmoe plan` names it, such as pp2-dp4-ep4-mb2")
+    parser.add_argument(
+        "--plan", required=True, metavar="NAME", help="as `smartmoe plan` names it, such as pp2-dp4-ep4-mb2"
+    )
     parser.add_argument("--policy", choices=simulate.POLICIES, default="static", help="who moves or copies experts")
     parser.add_argument("--interval", type=int, default=10, help="iterations between decisions; default: 10")
     parser.add_argument("--slots", type=int, default=0, help="replica slots of a rank, for the replicate policies")
     parser.add_argument("--iterations", type=int, default=None, help="default: those of the trace, or 200")
     parser.add_argument("--skew", choices=tuple(SKEWS), default="zipf-strong", help="without a trace: a synthetic one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a run directory, marked as simulated")
-    parser.add_argument("--bar", default="", metavar="FIGURE,PANEL,GROUP,SERIES", help="the place in a figure that it serves")
+    parser.add_argument(
+        "--bar", default="", metavar="FIGURE,PANEL,GROUP,SERIES", help="the place in a figure that it serves"
+    )
     parser.set_defaults(command=_simulate)
 
 
@@ -206,11 +222,15 @@ def _simulate(args: argparse.Namespace) -> int:
     policy = simulate.Policy(kind=args.policy, interval=args.interval, replica_slots=args.slots)
     config = pool.config_of(config, cluster, plan, micro_batch)
     work = dataclasses.replace(config.workload, iterations=num_iterations, warmup_iterations=0)
-    config = dataclasses.replace(config, workload=work, system="smartmoe_static" if args.policy == "static" else "smartmoe")
+    config = dataclasses.replace(
+        config, workload=work, system="smartmoe_static" if args.policy == "static" else "smartmoe"
+    )
     found = simulate.simulate(config, cluster, cost.primitives, chosen, policy)
     memory = cost.memory(plan, micro_batch)
     took = time.monotonic() - start
-    print(f"{args.plan} with {args.policy} on {args.gpus} of cluster {cluster.name} ({cost.primitives.source}), {chosen.about}")
+    print(
+        f"{args.plan} with {args.policy} on {args.gpus} of cluster {cluster.name} ({cost.primitives.source}), {chosen.about}"
+    )
     print(f"{num_iterations} iterations simulated in {took:.1f} s: step median {np.median(found.step_ms):.1f} ms, "
           f"p95 {np.percentile(found.step_ms, 95):.1f} ms; moving and copying experts {found.overhead_ms.mean():.2f} ms of it; "
           f"max/mean load {found.max_over_mean.mean():.2f}; {len(found.events)} changes; "

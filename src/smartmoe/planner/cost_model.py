@@ -283,8 +283,10 @@ class CostModel:
             both = sum(exchange_ms(self.primitives, n, plan.tp, *spread) for n in ("all_gather", "reduce_scatter"))
             for way in range(2):
                 totals[way] += gathers * float(both)
-                totals[2 + way] += 2 * gathers * float(
-                    self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0)
+                totals[2 + way] += (
+                    2
+                    * gathers
+                    * float(self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0))
                 )
         return tuple(totals)
 
@@ -308,7 +310,8 @@ class CostModel:
             backward = backward + forward
         held = self.parameters(plan)
         accumulate = self._once(
-            ("accumulate", num_chunks, plan.tp, plan.ep), lambda: np.array([self._state_ms("accumulate", p) for p in held])
+            ("accumulate", num_chunks, plan.tp, plan.ep),
+            lambda: np.array([self._state_ms("accumulate", p) for p in held]),
         )
         ends = self._once(("ends", setting.tokens), lambda: self._ends(setting))
         for chunk, (there, back) in ((0, ends[0]), (-1, ends[1])):
@@ -351,7 +354,9 @@ class CostModel:
                 ("loss", dict(tokens=setting.tokens, vocab=model.vocab_size)),
             ],
         ):
-            sums = [sum(float(ms(f"{name}_{way}", **sizes)) for name, sizes in pieces) for way in ("forward", "backward")]
+            sums = [
+                sum(float(ms(f"{name}_{way}", **sizes)) for name, sizes in pieces) for way in ("forward", "backward")
+            ]
             ends.append(tuple(sums))
         return ends
 

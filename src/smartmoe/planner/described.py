@@ -20,8 +20,8 @@ class Rates:
     """What peak numbers do not say. Efficiencies are fractions of the cluster's tflops or link bandwidths.
 
     memory_gbytes_per_s: of the device. kernel_us: the least time of a kernel on the device; host_us: what the host takes
-    to launch one. expert_us: added for each expert that has rows, forward (backward: twice that). step_ms: added to every
-    step (data, logging).
+    to launch one. peer_us: what each further rank adds to an exchange. expert_us: added for each expert that has rows,
+    forward (backward: twice that). step_ms: added to every step (data, logging).
     """
 
     gemm_efficiency: float = 0.6
@@ -34,6 +34,7 @@ class Rates:
     expert_us: float = 0.0
     intra_latency_us: float = 15.0
     inter_latency_us: float = 30.0
+    peer_us: float = 0.5
     step_ms: float = 0.0
 
 
@@ -101,7 +102,7 @@ def describe(cluster: ClusterSpec, rates: Rates, dtype: str) -> Primitives:
     intra_ms = 1 / (cluster.intra_node_gbytes_per_s * rates.link_efficiency)
     inter_ms = 1 / (cluster.inter_node_gbytes_per_s * rates.link_efficiency)
     for name in EXCHANGES:
-        device[name] = Curve(np.array([rates.intra_latency_us / 1e3, 0.0005, intra_ms, inter_ms]))
+        device[name] = Curve(np.array([rates.intra_latency_us / 1e3, rates.peer_us / 1e3, intra_ms, inter_ms]))
         host[name] = Curve(np.array([3 * host_ms]))
     for name, value in (("launch", floor_ms), ("sync", floor_ms + 2 * host_ms)):
         device[name], host[name] = Curve(np.array([value])), Curve(np.array([host_ms]))

@@ -80,16 +80,19 @@ def chunk_parameters(model: ModelConfig, plan: ParallelPlan, layers: range) -> P
     """What one rank holds of a chunk."""
     num_moe = sum(has_experts(model, layer) for layer in layers)
     total = Parameters()
-    for parameters, times in ((_block(model, plan, True), num_moe), (_block(model, plan, False), len(layers) - num_moe)):
+    for parameters, times in (
+        (_block(model, plan, True), num_moe),
+        (_block(model, plan, False), len(layers) - num_moe),
+    ):
         for _ in range(times):
             total += parameters
     width = model.hidden_size
     if layers[0] == 0:
-        total += Parameters(dense=(model.vocab_size + model.seq_len) * width, largest=model.vocab_size * width, tensors=2)
-    if layers[-1] == model.num_layers - 1:
         total += Parameters(
-            dense=model.vocab_size * width + 2 * width, largest=model.vocab_size * width, tensors=3
+            dense=(model.vocab_size + model.seq_len) * width, largest=model.vocab_size * width, tensors=2
         )
+    if layers[-1] == model.num_layers - 1:
+        total += Parameters(dense=model.vocab_size * width + 2 * width, largest=model.vocab_size * width, tensors=3)
     return total
 
 

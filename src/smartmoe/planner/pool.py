@@ -79,7 +79,9 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def candidates(config: RunConfig, cluster: ClusterSpec, num_gpus: int, fixed_micro_batch: int | None = None) -> Iterator:
+def candidates(
+    config: RunConfig, cluster: ClusterSpec, num_gpus: int, fixed_micro_batch: int | None = None
+) -> Iterator:
     """(plan, micro-batch) of every way to divide the ranks, the experts and the batch; not yet checked."""
     model, batch = config.model, config.workload.global_batch_size
     for pp in divisors(num_gpus):

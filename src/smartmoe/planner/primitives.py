@@ -263,7 +263,9 @@ class Primitives:
         """`ms` of the slowest entry along the last axis of the sizes. Which one that is, base alone decides where there
         are many."""
         kind = KINDS[name]
-        columns = dict(zip(kind.sizes, np.broadcast_arrays(*(np.asarray(sizes[k], float) for k in kind.sizes)), strict=True))
+        columns = dict(
+            zip(kind.sizes, np.broadcast_arrays(*(np.asarray(sizes[k], float) for k in kind.sizes)), strict=True)
+        )
         if columns[kind.sizes[0]].shape[-1] <= 4:
             return self.ms(name, **columns).max(-1)
         if name not in self._device:
@@ -274,7 +276,9 @@ class Primitives:
 
     def _evaluate(self, curves, name, amounts, sizes):
         if name not in curves:
-            raise ValueError(f'this profile has no "{name}"; it has {", ".join(sorted(curves))}: profile the cluster again')
+            raise ValueError(
+                f'this profile has no "{name}"; it has {", ".join(sorted(curves))}: profile the cluster again'
+            )
         kind = KINDS[name]
         columns = np.broadcast_arrays(*(np.asarray(sizes[key], float) for key in kind.sizes)) if kind.sizes else []
         shape = columns[0].shape if columns else ()

@@ -114,7 +114,9 @@ def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
         pair = [e.parts.get(part, 0.0) for e in (one, other)]
         lines.append(f"{part:24s}" + "".join(f"{ms:{width}.1f}" for ms in pair) + f"{pair[1] - pair[0]:+12.1f}")
     totals = [e.mean_ms for e in (one, other)]
-    lines.append(f"{'sum (mean)':24s}" + "".join(f"{ms:{width}.1f}" for ms in totals) + f"{totals[1] - totals[0]:+12.1f}")
+    lines.append(
+        f"{'sum (mean)':24s}" + "".join(f"{ms:{width}.1f}" for ms in totals) + f"{totals[1] - totals[0]:+12.1f}"
+    )
     for title, values in (
         ("p95", [e.p95_ms for e in (one, other)]),
         ("GB of the fullest rank", [e.memory.total / 1e9 for e in (one, other)]),
@@ -143,4 +145,6 @@ def imbalance(cost: CostModel, estimate: Estimate) -> float:
 
 def data_insensitive(cost: CostModel) -> CostModel:
     """The same model with uniform loads: what a planner that does not look at the routing would use."""
-    return CostModel(cost.config, cost.cluster, cost.primitives, loads_module.uniform(cost.config.model), cost.placement)
+    return CostModel(
+        cost.config, cost.cluster, cost.primitives, loads_module.uniform(cost.config.model), cost.placement
+    )

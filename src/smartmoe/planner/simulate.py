@@ -220,7 +220,9 @@ class _Costs:
     num_micro: int
 
     @classmethod
-    def of(cls, config: RunConfig, cluster: ClusterSpec, primitives: Primitives, loads: Loads, num_micro: int) -> _Costs:
+    def of(
+        cls, config: RunConfig, cluster: ClusterSpec, primitives: Primitives, loads: Loads, num_micro: int
+    ) -> _Costs:
         model, plan = config.model, config.plan
         wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
         biases = wide + model.hidden_size if model.expert_bias else 0
