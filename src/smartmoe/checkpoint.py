@@ -12,8 +12,10 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ def save(
 
     def write() -> tuple:
         state, is_alone = _logical_state(optimizer, placements), not dist.is_initialized()
-        dcp.save(state, storage_writer=_Writer(scratch), no_dist=is_alone)
+        with _alone_on_purpose():
+            dcp.save(state, storage_writer=_Writer(scratch), no_dist=is_alone)
         return placements, loads or {}, _checksums(_files_of_rank(scratch, optimizer.mesh.world_rank))
 
     try:
@@ -64,6 +67,14 @@ def save(
             shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(f"{target}: this checkpoint could not be written: {error}") from error
     return target
+
+
+@contextmanager
+def _alone_on_purpose():
+    """Without torch's warning that a single process writes or reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _all_or_none(step: Callable) -> list:
@@ -208,7 +219,8 @@ def restore(path: Path, optimizer: MixedAdamW, placements: dict[int, Placement])
 
 def _load(path: Path, state: dict, reader: _SafeReader, no_dist: bool) -> None:
     try:
-        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+        with _alone_on_purpose():
+            dcp.load(state, storage_reader=reader, no_dist=no_dist)
     except (dcp.api.CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         raise ValueError(f"{path}: this checkpoint is damaged or of another model: {cause}") from error
