@@ -19,7 +19,7 @@ from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.plan import count_slots, slots_of
-from smartmoe.ops.replica_exchange import Swap, Transfers, fill, return_grads, send_weights, start_weights
+from smartmoe.ops.replica_exchange import Swap, Transfers, fill, return_grads, start_weights
 from smartmoe.placement import Placement, Replicas
 from smartmoe.solvers.exact_step import solve_exact_step
 
@@ -191,6 +191,7 @@ class CollectiveReplication:
         self.storages: tuple[torch.Tensor, ...] = ()
         self.placement: Placement | None = None
         self.num_bytes = 0
+        self.swaps: Sequence[Swap] = ()  # what is still to be written into replica slots
 
     def allocate(self, shape, *, dtype, device) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -202,9 +203,12 @@ class CollectiveReplication:
         self.placement = placement
 
     def wait_weights(self) -> None:
-        """Nothing to wait for: the exchanges are ordered with what follows on the stream."""
+        for swap in self.swaps:
+            fill(swap)
+        self.swaps = ()
 
-    wait_grads = wait_weights
+    def wait_grads(self) -> None:
+        """Nothing to wait for: return_grads is ordered with what follows on the stream."""
 
     @property
     def num_owned(self) -> int:
@@ -229,8 +233,6 @@ class HistoryReplication(CollectiveReplication):
     after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
     each storage, until `return_all`.
     """
-
-    swaps: Sequence[Swap] = ()
 
     def bind(self, storages) -> None:
         super().bind(storages)
@@ -262,11 +264,6 @@ class HistoryReplication(CollectiveReplication):
         """They are there or on their way, since `send_all`."""
 
     restore_weights = send_weights
-
-    def wait_weights(self) -> None:
-        for swap in self.swaps:
-            fill(swap)
-        self.swaps = ()
 
     def return_grads(self, plan, grads) -> None:
         if any(plan.transfers.num_sent_W):
@@ -302,7 +299,8 @@ class ExactReplication(CollectiveReplication):
             self._fill(plan.replicas, self._transfers(plan.replicas, self._held))
 
     def _fill(self, replicas: Replicas, transfers: Transfers) -> None:
-        self.num_bytes += send_weights([(self.storages, self.num_owned, transfers)], self.ep_group)
+        self.swaps = start_weights([(self.storages, self.num_owned, transfers)], self.ep_group)
+        self.num_bytes += sum(swap.num_bytes for swap in self.swaps)
         self._held = replicas.expert_of_replica
 
     def return_grads(self, plan, grads) -> None:
@@ -318,7 +316,7 @@ class ExactReplication(CollectiveReplication):
 
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
     """Start to fill the replica slots of all layers with the weights of now; a layer's first pass waits for it. Collective
-    over ep_group, see `send_weights`; returns the bytes that this rank sent."""
+    over ep_group, see `start_weights`; returns the bytes that this rank sent."""
     swaps = start_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
     for each in replications:
         each.swaps = swaps

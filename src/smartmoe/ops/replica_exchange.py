@@ -45,21 +45,14 @@ class Transfers:
 
 
 @torch.no_grad()
-def send_weights(entries: Sequence[tuple[Sequence[torch.Tensor], int, Transfers]], ep_group) -> int:
-    """Fill the replica slots of layers from their owners, in one exchange as long as that is balanced (`_batches`).
+def start_weights(entries: Sequence[tuple[Sequence[torch.Tensor], int, Transfers]], ep_group) -> list[Swap]:
+    """Start to fill the replica slots of layers from their owners, in one exchange as long as that is balanced
+    (`_batches`).
 
-    entries: (storages [L + G, ...] of one dtype, L, transfers) for each layer, in the same order on every rank. Returns
-    the bytes that this rank sent. Collective over ep_group, except that no rank communicates when there is no replica.
+    entries: (storages [L + G, ...] of one dtype, L, transfers) for each layer, in the same order on every rank. The last
+    exchange is on its way until `fill` ends it; those before, if any, are done. Collective over ep_group, except that no
+    rank communicates when there is no replica.
     """
-    swaps = start_weights(entries, ep_group)
-    for swap in swaps:
-        fill(swap)
-    return sum(swap.num_bytes for swap in swaps)
-
-
-@torch.no_grad()
-def start_weights(entries, ep_group) -> list[Swap]:
-    """The first half of `send_weights`: the last exchange is on its way until `fill` ends it, those before are done."""
     swaps: list[Swap] = []
     for batch in _batches(entries, entries[0][0][0].shape[0] - entries[0][1] if entries else 0):
         leaving = _parts([[(storages, slots) for slots in move.send_W] for storages, _, move in batch])
@@ -86,7 +79,7 @@ def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.
 
     entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; all of one
     dtype. An owner sums its own gradient and those of the replicas, by ascending rank, in float32 at least, and rounds
-    once: the same bits in every run. Returns the bytes that this rank sent. Collective as `send_weights`.
+    once: the same bits in every run. Returns the bytes that this rank sent. Collective as `start_weights`.
     """
     num_bytes = 0
     for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
