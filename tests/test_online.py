@@ -23,7 +23,8 @@ def run_world(world_rank, world_size):
     online = [run_online(world_rank, *case, calls) for case in ONLINE_CASES if case[0] == world_size]
     real = [run_real_layer(world_rank, gate, capacity) for gate, capacity in REAL_GATES] if world_size == 2 else []
     auto = [run_auto(world_rank, *case) for case in AUTO_CASES if case[0] == world_size]
-    return {"online": online, "real": real, "auto": auto}
+    no_room = run_without_room(world_rank) if world_size == 2 else []
+    return {"online": online, "real": real, "auto": auto, "no_room": no_room}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,29 @@ def test_online_placement_follows_the_load(world, world_size, ep, policy, num_ex
             assert event["num_moved"] == 0 and event["max_over_mean_after"] == event["max_over_mean_before"]
     kinds = {event["kind"] for event in events}
     assert kinds == ({"keep"} if ep == 1 else {"keep", "migrate"})
+
+
+def run_without_room(world_rank):
+    """Greedy on a GPU, as far as it can tell, whose memory is full on one rank."""
+    mesh = build_mesh(ParallelPlan(dp=2, ep=2), torch.device("cpu"))
+    layer = FakeLayer(0, 4, 2, mesh.ep_rank)
+    groups = {"ep_group": mesh.ep_group, "stage_group": mesh.stage_group, "state_of": lambda layer: layer.state}
+    free = [1 << 40, 5_000_000]
+    online = OnlineConfig(policy="greedy", interval=1)
+    placer = on.OnlinePlacement([layer], online, free_bytes=lambda: free[world_rank], **groups)
+    events = []
+    for iteration in (1, 2):
+        layer.see(torch.tensor([[0, 1]] * 50 + [[2, 3]]), ids(iteration * 1000, (51, 1)))
+        events += placer.after_step(iteration)
+        layer.check()
+        free[1] = 1 << 40
+    return [(event["kind"], event["num_moved"], event["reason"]) for event in events]
+
+
+def test_greedy_does_not_try_a_migration_that_has_no_room(world):
+    (refused, done), other = (result["no_room"] for result in world(2))
+    assert [refused, done] == other and refused[:2] == ("keep", 0) and done[0] == "migrate"
+    assert refused[2] == "experts cannot move: its buffer needs 403 MB, 5 MB are free on the fullest GPU"
 
 
 def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):

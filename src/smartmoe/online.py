@@ -35,6 +35,14 @@ def is_due(online: OnlineConfig, iteration: int) -> bool:
     return policy.is_due(iteration, online.interval) if online.policy == "auto" else iteration % online.interval == 0
 
 
+def lack_of_room(least_free_bytes: float) -> str:
+    """Why no expert can move when the fullest GPU has this much memory left; "" when it can."""
+    needed = STAGING_BYTES + SPARE_BYTES
+    if least_free_bytes >= needed:
+        return ""
+    return f"its buffer needs {needed / 1e6:.0f} MB, {least_free_bytes / 1e6:.0f} MB are free on the fullest GPU"
+
+
 def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor]) -> Sizes:
     """What moving and copying experts of `layer` costs, for one micro-batch and the links that a device usually has.
 
@@ -73,7 +81,7 @@ class OnlinePlacement:
         sizes: bytes and speeds for auto's first decisions; None = as the layer tells them, see `guessed_sizes`.
         node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
         layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
-        free_bytes: for auto, the device memory that is free; None = as CUDA says, unlimited on a CPU.
+        free_bytes: the device memory that is free; None = as CUDA says, and unlimited on a CPU.
     """
 
     def __init__(
@@ -95,13 +103,14 @@ class OnlinePlacement:
         self._recorder = LoadRecorder([layer.layer_idx for layer in self._layers], num_experts)
         self._device = state_of(self._layers[0])[0].device if self._layers else torch.device("cpu")
         self._staging = Staging()
+        self._free = free_bytes or self._free_bytes
         self._max_over_mean = 1.0
         for layer in self._layers:
             layer.observers.append(self._recorder)
         self._auto = None
         if online.policy == "auto" and self._layers:
             sizes = sizes or guessed_sizes(self._layers[0], online, state_of(self._layers[0]))
-            self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms, free_bytes or self._free_bytes)
+            self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms)
 
     def after_step(self, iteration: int) -> list[dict]:
         """Take in what the layers saw in `iteration` (from 1) and, when it is due, place experts anew.
@@ -174,11 +183,27 @@ class OnlinePlacement:
             events.append(event)
             if new != old:
                 moving.append((layer, new, event))
+        no_room = self._no_room() if moving else ""
+        if no_room:
+            for _, _, event in moving:
+                event |= {"kind": "keep", "num_moved": 0, "max_over_mean_after": event["max_over_mean_before"]}
+                event["reason"] = f"experts cannot move: {no_room}"
+            moving = []
         if moving:
             cost_ms = self.move([(layer, new) for layer, new, _ in moving])
             for _, _, event in moving:
                 event["cost_ms"] = round(cost_ms / len(moving), 3)
         return events
+
+    def _no_room(self) -> str:
+        """Why the staging buffer cannot be taken, "" when it can or is. Collective over stage_group at the first need."""
+        free = None if self._staging.num_bytes else self._free()
+        if free is None:
+            return ""
+        least = torch.tensor(free, device=self._device)
+        if group_size(self._stage_group) > 1:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._stage_group)
+        return lack_of_room(float(least))
 
     def _decide(self, load_E: np.ndarray, current: Placement) -> tuple[Placement, str]:
         """The placement to have from now on, and why."""
@@ -233,9 +258,9 @@ class _Auto:
     """Policy "auto": counts and times of an iteration are reduced over the stage while the next one runs, and read after
     it; nothing waits for them. When a decision is due the controller takes it, and here it is carried out."""
 
-    def __init__(self, online: OnlinePlacement, sizes: Sizes, node_of_rank_W, layer_ms, free_bytes):
+    def __init__(self, online: OnlinePlacement, sizes: Sizes, node_of_rank_W, layer_ms):
         self._online, self._layers, self._config = online, online._layers, online._online
-        self._device, self._layer_ms, self._free_bytes = online._device, layer_ms, free_bytes
+        self._device, self._layer_ms = online._device, layer_ms
         if layer_ms is None:
             timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
             self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in timer.take().items()}
@@ -259,7 +284,7 @@ class _Auto:
         ms = self._layer_ms()
         # asked for where the answer is needed; maxima over the ranks, so of free memory the least counts
         asks = self._config.migrate and not self._has_room and is_due(self._config, iteration + 1)
-        free = self._free_bytes() if asks else None
+        free = self._online._free() if asks else None
         values = [ms.get(layer.layer_idx, 0.0) for layer in self._layers]
         values += [self._move_ms, -np.inf if free is None else -float(free)]
         self._sent = _Sent(iteration, StageView(counts_LWE, values, group, self._stream), self._num_moved)
@@ -275,10 +300,7 @@ class _Auto:
         self.controller.take_in(self._sent.iteration, counts_LWE, ms_L if timed else None)
         self.controller.moved(move_ms, self._sent.num_moved)
         self._online._max_over_mean = self.controller.max_over_mean
-        needed = STAGING_BYTES + SPARE_BYTES
-        if -least_free >= needed or self._has_room:
-            return ""
-        return f"its buffer needs {needed / 1e6:.0f} MB, {-least_free / 1e6:.0f} MB are free on the fullest GPU"
+        return "" if self._has_room else lack_of_room(-least_free)
 
     def _decide(self, iteration: int, no_room: str) -> list[dict]:
         in_force = [(layer.placement, layer.replicas) for layer in self._layers]
