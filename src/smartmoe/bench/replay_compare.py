@@ -2,10 +2,11 @@
 
 Rank r of the world takes the counts of rank r of the trace (starting over where the trace has fewer), micro-batch m those of
 micro-batch m, scaled to T tokens x K; tokens and weights are the same in all modes. A recorded iteration stands for as many
-training iterations as the trace steps by. In one that is timed, each mode in turn does one training step (forward and
-backward of all micro-batches, and what online placement does after a step), and that --repeat times; in the others those
-modes that decide do one step, untimed. A decision falls due after the last step of a recorded iteration only: it knows the
-iterations before, never the one it serves, except exact replication, which decides from each micro-batch's own counts.
+training iterations as the trace steps by. In one that is timed, each mode does one training step (forward and backward of
+all micro-batches, and what online placement does after a step), all modes in random order, and that --repeat times; in the
+others those modes that decide do one step, untimed. A decision falls due after the last step of a recorded iteration only:
+it knows the iterations before, never the one it serves, except exact replication, which decides from each micro-batch's own
+counts.
 
 ms of an iteration = median of its steps without a decision + what the decisions since the iteration timed before took /
 the training iterations since then. Weight sends and gradient returns are inside every step. The slowest rank counts.
@@ -87,12 +88,12 @@ class Schedule:
 
 
 def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, args, say) -> dict:
-    """Play the trace with all modes, one step of each in turn: this rank's times by mode. Collective."""
+    """Play the trace with all modes, this rank's times by mode. Collective."""
     tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
     seen = {name: {"step_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
             for name in players}  # fmt: skip
     deciding: dict[str, list[Step]] = {name: [] for name in players}  # steps with events since the last timed iteration
-    start = time.perf_counter()
+    start, order = time.perf_counter(), np.random.default_rng(args.seed)
     for row in schedule.rows:
         is_timed = row in schedule.timed
         numbers = schedule.numbers(row, int(trace.iteration[row]), args.repeat)
@@ -101,8 +102,8 @@ def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, arg
         loads = {name: player.load_max_over_mean() for name, player in playing.items() if is_timed}
         steps: dict[str, list[Step]] = {name: [] for name in playing}
         for number in numbers if is_timed else numbers[-1:]:
-            for name, player in playing.items():
-                steps[name].append(player.step(number, args.lead_cycles if is_timed else 0))
+            for name in order.permutation(list(playing)):  # the same on all ranks; nobody always follows the same one
+                steps[name].append(playing[name].step(number, args.lead_cycles if is_timed else 0))
         for name, done in steps.items():
             deciding[name] += [step for step in done if step.events]
         if not is_timed:
