@@ -311,6 +311,15 @@ def test_trace_gives_experts_their_shares_and_tokens_different_experts(tmp_path)
             assert torch.equal(part, experts[10:15]), "only the token's id decides"
 
 
+def test_trace_may_be_a_class_of_skew():
+    gate = make_gate("trace", 2, trace="synthetic:one-hot,iterations=3,share=0.5", layer_idx=1)
+    ids = torch.arange(NUM_SAMPLES * SEQ_LEN)
+    load = torch.bincount(gate(torch.randn(len(ids), WIDTH), ids).expert_idx_TK.flatten(), minlength=5)
+    assert load.max() / load.sum() == pytest.approx(0.5, abs=0.03) and len(load) == 5
+    with pytest.raises(ValueError, match="synthetic:odd.*zipf-mild"):
+        make_gate("trace", 2, trace="synthetic:odd")
+
+
 def test_trace_says_what_does_not_fit(tmp_path):
     trace = write_trace(tmp_path / "t.npz", np.ones((1, 1, 1, 1, 4)))
     with pytest.raises(ValueError, match="4 experts, the model has 5"):
