@@ -46,7 +46,8 @@ class SymmetricReplication:
 
     Building a layer (`allocate`, the first `set_placement`) is collective over the group. So are `plan` and `return_grads`,
     by flags in the peers' memory, without host synchronisation; they can be captured in a CUDA graph. All ranks make the
-    same calls in the same order.
+    same calls in the same order. Which micro-batch filled the slots last is known on the host: a graph must hold a pass
+    with its backward pass, or be replayed with no other forward pass between the two.
     Between the filling of replica slots and the next change of any owner's weights there must be an exchange of the whole
     group on the stream of the layer, as the combine of the direct dispatcher is: it tells owners that all have read.
     """
