@@ -139,18 +139,12 @@ class CostModel:
         )  # fmt: skip
 
     def layer_ms(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
-        """[S, M, L] forward + backward of the MoE layer alone, as one micro-batch goes through it."""
-        layer = self._layer(plan, micro_batch)
+        """[S, M, L] forward + backward of the MoE layer alone, from an idle device to an idle device."""
+        layer, setting = self._layer(plan, micro_batch), self.setting(plan, micro_batch)
+        sync = 0.0 if self.cluster.device == "cpu" else float(self.primitives.ms("sync"))
         forward = np.maximum(layer.times.forward_ms(), layer.times.host_forward_ms)
-        return forward + np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
-
-    def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
-        """The MoE layer's parts, each [S, M, L] or less."""
-        return self._layer(plan, micro_batch).times
-
-    def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
-        """[S, L, W] token copies that each rank of an expert group computes in a micro-batch."""
-        return self._rows(self.setting(plan, micro_batch))
+        backward = np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
+        return forward + backward + sync * (1 + setting.has_sync)
 
     # ------------------------------------------------------------------------------------------------------ its pieces
 
