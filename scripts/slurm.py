@@ -192,7 +192,7 @@ def preflight(site: Site, cluster: ClusterSpec, timeout_s: float) -> None:
     default = next((row[0] for row in rows if row[2].endswith("*")), "")
     name = site.partition or default
     if name not in partitions:
-        listed = ", ".join(partitions) or "none"
+        listed = ", ".join(sorted(partitions)) or "none"
         what = f'no partition "{name}"' if name else "no default partition: name one in the cluster's file"
         raise ValueError(f"Slurm has {what}; there are: {listed}")
     if partitions[name][1] != "up":

@@ -169,12 +169,11 @@ class Campaign:
 
     def plot(self, queued: dict[str, Job], leaving: bool = False) -> None:
         """Once all runs have jobs (or the user leaves): a job that draws the figures when the last of them has ended."""
-        jobs = [job for job in self.active().values()]
+        jobs = list(self.active().values())
         if self.plot_job or not jobs or (self.waiting and not leaving):
             return
-        options = [*self.site.options(), "--nodes=1"]
+        after, options = "afterany:" + ":".join(jobs), self.site.options()
         try:
-            after = "afterany:" + ":".join(jobs)
             self.plot_job = slurm.submit("plot.sbatch", self.out, self.plot_name, self.out / "plot.log", options, after)
         except QueueFull:
             return  # tried again at the next look; without it the launcher's caller draws
