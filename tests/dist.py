@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,15 +21,12 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
     `fn` must be importable (a module-level function); its result is carried through `torch.save`. The first failing
     rank's traceback is raised here as AssertionError.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         # Ranks on CPUs are forked from a clean server that has imported torch once: a world starts in half a second.
         context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
         multiprocessing.set_forkserver_preload(PRELOAD)
         procs = [
-            context.Process(target=_entry, args=(fn, rank, world_size, port, backend, folder, args), daemon=True)
+            context.Process(target=_entry, args=(fn, rank, world_size, backend, folder, args), daemon=True)
             for rank in range(world_size)
         ]
         for proc in procs:
@@ -69,15 +65,14 @@ def worker_pids(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def _entry(fn, rank, world_size, port, backend, folder, args):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank)
-    )
+def _entry(fn, rank, world_size, backend, folder, args):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        # meeting in a file, ranks cannot take a port that another test run has just found free
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         result = fn(rank, *args)
         torch.save(result, Path(folder, f"result{rank}"))
         dist.barrier()

@@ -1,7 +1,7 @@
 import functools
 import itertools
-import os
 import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -145,10 +145,11 @@ def run_world(world_rank, world_size):
 
 def share_files(world_rank, world_size):
     """Let a file stand for the memory that GPUs share, so that the form for GPUs runs here."""
-    folder, made = Path(tempfile.gettempdir()), itertools.count()
+    folder, made, world_name = Path(tempfile.gettempdir()), itertools.count(), [uuid.uuid4().hex]
+    dist.broadcast_object_list(world_name)
 
     def shared_halves(group, half_bytes, device):
-        name = f"smartmoe-staging-{os.environ['MASTER_PORT']}-{next(made)}"
+        name = f"smartmoe-staging-{world_name[0]}-{next(made)}"
         parts = [
             torch.from_file(str(folder / f"{name}-{rank}"), shared=True, size=2 * half_bytes, dtype=torch.uint8)
             for rank in range(world_size)
