@@ -146,6 +146,14 @@ class CostModel:
         backward = np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
         return forward + backward + sync * (1 + setting.has_sync)
 
+    def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
+        """The MoE layer's parts, each [S, M, L] or less."""
+        return self._layer(plan, micro_batch).times
+
+    def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
+        """[S, L, W] token copies that each rank of an expert group computes in a micro-batch."""
+        return self._rows(self.setting(plan, micro_batch))
+
     # ------------------------------------------------------------------------------------------------------ its pieces
 
     def num_micro_batches(self, plan: ParallelPlan, micro_batch: int) -> int:
