@@ -44,7 +44,8 @@ BAD_SIZES = [
     ("online", OnlineConfig(replicate="often", replica_slots=1), "not one of never"),
     ("online", OnlineConfig(replica_slots=-1), "at least 0"),
     ("online", OnlineConfig(replica_slots=2), 'replica_slots = 2 needs online.replicate'),
-    ("online", OnlineConfig(replicate="history"), "replica_slots = 0 must be in 1 .. 4"),
+    ("online", OnlineConfig(policy="auto", replicate="history"), "replica_slots = 0 must be in 1 .. 4"),
+    ("online", OnlineConfig(policy="greedy", replicate="history", replica_slots=1), "decided by online.policy"),
     ("online", OnlineConfig(replicate="exact", replica_slots=5), "replica_slots = 5 must be in 1 .. 4"),
     ("plan", ParallelPlan(dp=3), "= 3 ranks, but cluster cpu has"),
     ("plan", ParallelPlan(pp=2, dp=2, ep=4), "ep = 4 does not divide the dp * tp = 2"),
@@ -61,7 +62,7 @@ BAD_SIZES = [
 
 
 def test_replication_needs_other_ranks_room_and_no_shadows():
-    online = OnlineConfig(replicate="history", replica_slots=2)
+    online = OnlineConfig(policy="auto", replicate="history", replica_slots=2)
     check(dataclasses.replace(GOOD, online=online))
     alone = dataclasses.replace(GOOD, plan=ParallelPlan(dp=4), online=online)
     shadows = dataclasses.replace(GOOD, layer=LayerConfig(dispatcher="overlapped", shadowing=True), online=online)

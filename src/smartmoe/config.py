@@ -84,7 +84,8 @@ class OnlineConfig:
     measures worse. A change must make the fullest rank's load (with "auto" the layer's time) fall by more than the fraction
     `min_gain` (null: 0, with "auto" 0.02), and with "auto" gain what it costs within `horizon` iterations.
     `replicate`: experts get copies on other ranks "never", for whole steps from the load seen ("history"), or for each
-    micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer.
+    micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer. Who decides
+    in "history" is policy "auto"; with "static", whoever calls layer.set_replicas.
     """
 
     policy: str = "static"
@@ -310,6 +311,11 @@ def _replica_problems(config: RunConfig) -> list[str]:
     if plan.ep < 2:
         return [f'online.replicate = "{online.replicate}" needs experts on several ranks: plan.ep = {plan.ep}']
     problems, most = [], model.num_experts - model.num_experts // plan.ep
+    if online.replicate == "history" and online.policy in ("greedy", "least_move"):
+        problems.append(
+            f'online.replicate = "history" is decided by online.policy = "auto", not by "{online.policy}": take that, with '
+            f'migrate = false where owners shall stay, or replicate = "exact"'
+        )
     if not 1 <= slots <= most:
         problems.append(
             f"online.replica_slots = {slots} must be in 1 .. {most}, the experts that a rank does not own itself"
