@@ -125,6 +125,34 @@ def test_mechanisms_differ_as_they_should():
     assert np.isfinite(empty.forward_ms()) and empty.forward_ms() > 0
 
 
+def test_sources_that_are_alike_may_be_told_once():
+    copies = np.random.default_rng(1).integers(0, 500, (1, 16)).astype(float)
+    for dispatcher in ("basic", "padded", "direct"):
+        setting = _setting(layer=LayerConfig(dispatcher=dispatcher))
+        once, each = (layer_times(PRIMITIVES, setting, c) for c in (copies, np.repeat(copies, 4, 0)))
+        assert once.forward_ms() == pytest.approx(each.forward_ms()), dispatcher
+        assert once.backward_ms() == pytest.approx(each.backward_ms()), dispatcher
+    owner = np.kron(np.eye(4), np.ones((4, 1)))  # [E, W], experts in order
+    hosted = layer_times(PRIMITIVES, _setting(), copies, host_share=owner)
+    assert hosted.forward_ms() == pytest.approx(layer_times(PRIMITIVES, _setting(), copies).forward_ms())
+
+
+def test_gradients_are_reduced_over_those_who_share_them():
+    cost, found = _cost(), {}
+    for ep in (8, 4, 1):
+        plan = ParallelPlan(dp=8, ep=ep)
+        held = cost.parameters(plan)[0]
+        groups = [(8, 1, held.dense), (plan.expert_dp, ep, held.expert)]
+        want = 0.0
+        for ranks, stride, count in groups:
+            if ranks > 1:
+                near, far = group_bytes(8 * count, ranks, stride, 4)
+                want += float(layer_cost.exchange_ms(PRIMITIVES, "all_reduce", ranks, near, far))
+        found[ep] = cost.estimate(plan, 2).parts["gradient reduction"]
+        assert found[ep] == pytest.approx(want)
+    assert found[8] < found[4] < found[1]
+
+
 def test_overlap_by_hand():
     # two steps of 2 ms each way and 3 ms of work: arrivals at 2, 4; work ends at 5, 8; returns end at 7, 10
     assert layer_cost._overlapped(np.array(4.0), np.array(6.0), 2) == 10.0

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from smartmoe import cli
 from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check
 from smartmoe.planner import described, loads, pool, search
 from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.primitives import KINDS, Point, Profile
 
 MODEL = ModelConfig(
     name="m", num_layers=4, hidden_size=256, ffn_size=512, num_heads=4, seq_len=64, vocab_size=512, num_experts=8
@@ -155,3 +157,28 @@ def test_bad_input_is_named_before_anything_runs(folder, capsys):
     assert _plan("--gate", "switch") == 2 and "top_k = 1" in capsys.readouterr().err
     (folder / "scripts/clusters/two.toml").write_text(FILES["clusters/two.toml"] + "colour = 1\n")
     assert _plan() == 2 and 'unknown key "colour"' in capsys.readouterr().err
+
+
+def _measured(path, dtype):
+    """A profile whose times are those of a described cluster."""
+    primitives, points = described.describe(CLUSTER, described.Rates(), dtype), {}
+    for name, kind in KINDS.items():
+        for scale in (64, 256, 1024) if kind.sizes else (1,):
+            sizes = {
+                key: 0.0 if key == "inter_bytes" else float(scale * (1 + place)) for place, key in enumerate(kind.sizes)
+            }
+            times = [
+                dict.fromkeys(("median", "p10", "p90"), float(ms(name, **sizes)))
+                for ms in (primitives.ms, primitives.host_ms)
+            ]
+            points.setdefault(name, []).append(Point(sizes, *times))
+    path.write_text(json.dumps(Profile(points, dtype, {"ranks": 2}).to_dict()))
+
+
+def test_a_measured_profile_beside_the_cluster_is_taken(folder, capsys):
+    _measured(folder / "scripts/clusters/bare.profile.json", "float32")
+    assert _plan(cluster="bare") == 0 and "(measured)" in capsys.readouterr().out
+    assert _plan("--dtype", "bfloat16", cluster="bare") == 2
+    assert "was measured in float32, the plan is for bfloat16" in capsys.readouterr().err
+    (folder / "p.json").write_text("{}")
+    assert _plan("--profile", "p.json") == 2 and "smartmoe profile" in capsys.readouterr().err

@@ -82,6 +82,8 @@ def test_a_placement_serves_the_iterations_after_it_was_decided():
     assert found.max_over_mean[10] == pytest.approx(want, rel=0.02)
     assert found.max_over_mean[9] > found.max_over_mean[10]
     assert (np.flatnonzero(found.overhead_ms) + 1).tolist() == sorted({e["iteration"] for e in found.events})
+    extra = found.step_ms[9] - _run(STATIC, share).step_ms[9]
+    assert extra == pytest.approx(found.overhead_ms[9]) and extra > 0, "iteration 10 runs as before, then pays the move"
     assert found.step_ms[11:].mean() < _run(STATIC, share).step_ms[11:].mean()
 
 
