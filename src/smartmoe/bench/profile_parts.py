@@ -6,6 +6,7 @@ backward, or never for a piece that has one part. Shape letters are those of `sm
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -202,36 +203,46 @@ def share_rows(num_rows: int, num_ranks: int, skew: float) -> np.ndarray:
     return np.array([num_rows - rest * (num_ranks - 1), *[rest] * (num_ranks - 1)])
 
 
-def all_to_all(site: Site, rows: int, width: int, skew: float) -> tuple[Step, float]:
-    """(one exchange of rows, bytes of the busiest rank and direction)."""
+def all_to_all_bytes(site: Site, rows: int, width: int, skew: float) -> float:
+    """Bytes of the busiest rank and direction of `all_to_all`."""
+    num_ranks = site.world.num_ranks
+    to_W = share_rows(rows, num_ranks, skew)
+    return float(max(to_W.max() * (num_ranks - 1), rows - to_W.min()) * width * site.dtype.itemsize)
+
+
+def all_to_all(site: Site, rows: int, width: int, skew: float) -> Step:
+    """One exchange of rows, sizes known to the host."""
     world = site.world
     to_W = share_rows(rows, world.num_ranks, skew)
-    sent, received = site.randn(rows, width), site.randn(int(to_W[world.ep_rank]) * world.num_ranks, width)
     receive = [int(to_W[world.ep_rank])] * world.num_ranks
-    busiest = max(to_W.max() * (world.num_ranks - 1), rows - to_W.min()) * width * sent.element_size()
+    sent, received = site.randn(rows, width), site.randn(sum(receive), width)
 
     def step(mark):
         dist.all_to_all_single(received, sent, receive, to_W.tolist(), group=world.group)
 
-    return step, float(busiest)
+    return step
 
 
-def collective(site: Site, name: str, numel: int, group) -> tuple[Step, float]:
-    """(all_reduce, all_gather or reduce_scatter, bytes that pass each rank in a ring); float32 for all_reduce."""
-    size = dist.get_world_size(group)
-    device = site.world.device
+def collective_bytes(site: Site, name: str, numel: int, num_ranks: int) -> float:
+    """Bytes that pass each rank in a ring; float32 for all_reduce."""
+    each = 8 if name == "all_reduce" else site.dtype.itemsize
+    return (num_ranks - 1) / num_ranks * numel * each
+
+
+def collective(site: Site, name: str, numel: int, group) -> Step:
+    """all_reduce, all_gather or reduce_scatter over `group`."""
+    size, device = dist.get_world_size(group), site.world.device
     if name == "all_reduce":
         total = torch.zeros(numel, device=device)
-        return (lambda mark: dist.all_reduce(total, group=group)), 2 * (size - 1) / size * numel * 4
+        return lambda mark: dist.all_reduce(total, group=group)
     part, whole = site.randn(numel // size), site.randn(numel // size * size)
-    passed = (size - 1) / size * whole.numel() * whole.element_size()
     if name == "all_gather":
-        return (lambda mark: all_gather(whole, part, group=group)), passed
-    return (lambda mark: reduce_scatter(part, whole, group=group)), passed
+        return lambda mark: all_gather(whole, part, group=group)
+    return lambda mark: reduce_scatter(part, whole, group=group)
 
 
-def point_to_point(site: Site, numel: int) -> tuple[Step, float]:
-    """(neighbours 2k and 2k + 1 send to each other, bytes each way); a rank without one does nothing."""
+def point_to_point(site: Site, numel: int) -> Step:
+    """Neighbours 2k and 2k + 1 send to each other; a rank without one does nothing."""
     rank, num_ranks = site.world.ep_rank, site.world.num_ranks
     peer, sent, got = rank ^ 1, site.randn(numel), site.randn(numel)
 
@@ -241,4 +252,23 @@ def point_to_point(site: Site, numel: int) -> tuple[Step, float]:
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
-    return step, float(numel * sent.element_size())
+    return step
+
+
+def backward_call_ms(site: Site) -> float:
+    """What the host spends on calling backward at all, whatever lies in the graph: it is paid once a micro-batch, not once
+    for each piece. From graphs of 1 and of 11 nodes."""
+    took = []
+    for num_nodes in (1, 11):
+        x = torch.ones(8, device=site.world.device, requires_grad=True)
+        times = []
+        for _ in range(30):
+            y = x
+            for _ in range(num_nodes):
+                y = y * 1.0
+            site.world.synchronize()
+            start = time.perf_counter()
+            torch.autograd.grad(y, x, torch.ones_like(y))
+            times.append((time.perf_counter() - start) * 1e3)
+        took.append(float(np.median(times[10:])))
+    return max(0.0, took[0] - (took[1] - took[0]) / 10)
