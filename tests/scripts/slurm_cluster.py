@@ -148,7 +148,7 @@ class SlurmCluster:
             subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=20)
         for name, process in reversed(self.processes.items()):
             for child in _children(process.pid) if name in self.nodes else [process.pid]:
-                os.kill(child, signal.SIGTERM if name == "munged" else signal.SIGKILL)
+                os.kill(child, signal.SIGKILL if name in self.nodes else signal.SIGTERM)
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ from slurm_cluster import SlurmCluster, why_not
 from smartmoe import record
 
 HERE = Path(__file__).resolve().parent
+WAIT_S = 60
 ROOT = HERE.parents[1]
 MODEL = """[tiny]
 num_layers = 2
@@ -30,7 +31,7 @@ ranks_per_node = {ranks}
 [slurm]
 grids = "cpu"
 poll_s = 0.3
-warn_s = 55
+warn_s = 35
 {more}
 """
 FIGURE = """figure = "fig8"
@@ -48,7 +49,7 @@ system = "fastmoe"
 system = "smartmoe_static"
 plan = { pp = 2, dp = 0, ep = 1 }
 """
-ON_FIRST = f'python = "{HERE / "fake_python"}"\npartition = "left"'
+ON_FIRST = f'python = "{HERE / "fake_python"}"\npartition = "left"\ntime_min = 3'
 FAKE = """[[grid]]
 cluster = "cpu"
 model = "tiny"
@@ -149,18 +150,22 @@ def job_of(folder):
     return str(slurm.recall(folder)["job_id"])
 
 
-def wait_for(condition, process=None, timeout_s=60):
+def wait_for(condition, process=None, timeout_s=WAIT_S):
     end = time.monotonic() + timeout_s
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
+        if time.monotonic() > end:
+            if process is not None:
+                process.terminate()
+            pytest.fail("waited in vain\n" + (process.communicate(timeout=30)[0] if process is not None else ""))
         time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def ends(cluster, declare):
     """Runs that end in every way, left to Slurm by Ctrl-C and followed again: (second launcher, arguments, run-set, text of
-    the first launcher). Two of them run into their time limit, which takes a minute: other tests use it."""
+    the first launcher). Two of them run into their time limits, which takes
+    half a minute: other tests use that."""
     grids = fakes(2).replace('"fastmoe"', '"fastmoe"\nrecord_trace = true') + REPLAY + "".join(map(fake, (1, 3, 4, 5, 6)))
     arguments, out = declare("ends", grids, ON_FIRST)
     first = start(cluster, arguments)
@@ -177,7 +182,9 @@ def ends(cluster, declare):
     wait_for(lambda: len(attempts(folders[2])) == 2, second)
     cluster.ask("scancel", job_of(folders[3]))
     cluster.ask("scontrol", "requeue", job_of(folders[6]))
-    cluster.ask("scontrol", "update", f"JobId={job_of(folders[5])}", f"EndTime={in_seconds(2)}")
+    # The controller looks at time limits every 30 s; 35 s before one it sends the warning.
+    cluster.ask("scontrol", "update", f"JobId={job_of(folders[4])}", f"EndTime={in_seconds(36)}")
+    cluster.ask("scontrol", "update", f"JobId={job_of(folders[5])}", f"EndTime={in_seconds(1)}")
     yield second, arguments, out, text
     if second.poll() is None:
         second.terminate()
