@@ -91,13 +91,14 @@ def test_a_run_whose_rows_do_not_fit_stops_at_that_iteration_unchanged():
         assert roomy == ("", True, 1)
 
 
-def test_a_request_to_stop_saves_a_checkpoint(tmp_path):
-    write_run(tmp_path, make_config(), iterations=100_000, checkpoint_interval=50_000)
+@pytest.mark.parametrize("number,interval", [(signal.SIGTERM, 50_000), (signal.SIGUSR1, 0)])
+def test_a_request_to_stop_saves_a_checkpoint(tmp_path, number, interval):
+    write_run(tmp_path, make_config(), iterations=100_000, checkpoint_interval=interval)
     process = start_training(tmp_path, 1, CACHE)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.05)
-    os.kill(worker_pids(process)[-1], signal.SIGTERM)
+    os.kill(worker_pids(process)[-1], number)
     process.communicate(timeout=120)
     assert process.returncode != 0
     saved = checkpoint.latest(tmp_path / "checkpoints")
