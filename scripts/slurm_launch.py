@@ -227,6 +227,8 @@ class Campaign:
         if jobs:
             print(f"{len(jobs)} jobs stay in the queue\n  see them:    squeue --jobs={','.join(jobs)}", file=sys.stderr)
             print(f"  cancel them: scancel {' '.join(jobs)}", file=sys.stderr)
+        if self.plot_job:
+            print(f"  figures:     job {self.plot_job} draws them when the others have ended", file=sys.stderr)
         if self.waiting:
             print(f"{len(self.waiting)} runs have no job yet", file=sys.stderr)
         print(f"  go on:       {self.again}", file=sys.stderr)

@@ -164,8 +164,7 @@ def wait_for(condition, process=None, timeout_s=WAIT_S):
 @pytest.fixture(scope="module")
 def ends(cluster, declare):
     """Runs that end in every way, left to Slurm by Ctrl-C and followed again: (second launcher, arguments, run-set, text of
-    the first launcher). Two of them run into their time limits, which takes
-    half a minute: other tests use that."""
+    the first launcher). Two of them run into their time limits, which takes half a minute: other tests use that."""
     grids = fakes(2).replace('"fastmoe"', '"fastmoe"\nrecord_trace = true') + REPLAY + "".join(map(fake, (1, 3, 4, 5, 6)))
     arguments, out = declare("ends", grids, ON_FIRST)
     first = start(cluster, arguments)
