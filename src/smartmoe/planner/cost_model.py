@@ -31,7 +31,7 @@ PLACEMENTS = ("identity", "balanced")
 @dataclass(frozen=True)
 class Estimate:
     """Prediction for one plan. step_ms: [S]; parts: mean ms of what the step is made of, adding up to its mean (the
-    pipeline's idle time is a part); layer_ms: [S, L] forward + backward of an MoE layer for one micro-batch."""
+    pipeline's idle time is a part); tokens: of a step."""
 
     plan: ParallelPlan
     micro_batch: int
@@ -63,7 +63,6 @@ class _Layer:
     """What one setting's MoE layers cost, and what else repeats in each block."""
 
     times: LayerTimes
-    rows_SLW: np.ndarray
     forward: np.ndarray  # [S, M, L] ms of a block with experts
     backward: np.ndarray
     dense_forward: float
@@ -243,7 +242,7 @@ class CostModel:
                 name = {"counts": "exchange", "route": "permute"}.get(name, name)
                 parts[name] = parts.get(name, 0.0) + value
         return _Layer(
-            times, self._rows(setting), block_forward, block_backward,
+            times, block_forward, block_backward,
             max(forward + dense[0], host_forward + dense[2]), max(backward + dense[1], host_backward + dense[3]), parts,
         )  # fmt: skip
 
@@ -328,11 +327,10 @@ class CostModel:
 
     def _parts(self, plan, layer, mine, over_chunks, num_dense, accumulate, ends, busy):
         """Mean ms of the parts of one micro-batch on the busiest stage; they add up to `busy`."""
-        again = 1.0
         parts = {}
         for name, value in layer.parts.items():
             full = np.broadcast_to(value, layer.forward.shape) if np.ndim(value) < 3 else value
-            parts[name] = float(over_chunks(full).mean((0, 1))[mine].sum()) * again
+            parts[name] = float(over_chunks(full).mean((0, 1))[mine].sum())
         dense = layer.dense_forward + layer.dense_backward
         parts["attention"] += float(num_dense[mine].sum() * dense)
         parts["accumulate"] = float(accumulate[mine].sum())

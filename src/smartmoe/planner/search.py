@@ -54,7 +54,7 @@ def value_of(estimate: Estimate, score: str) -> float:
 
 
 def _best(cost: CostModel, fitting: list[Candidate], top: int, score: str) -> tuple[list[Estimate], int]:
-    # the bound is that of the mean, and no percentile above the median of a skewed distribution is taken to be below it
+    # it bounds the mean; ranking by a percentile judges every plan
     bounds = [(cost.lower_bound_ms(c.plan, c.micro_batch), place) for place, c in enumerate(fitting)]
     heapq.heapify(bounds)
     found: list[tuple[float, int, Estimate]] = []

@@ -70,8 +70,8 @@ class Played:
 @dataclass(frozen=True)
 class Simulation:
     """Times in ms. step_ms: [I]; layer_forward_ms, layer_backward_ms: [I, L], micro-batches added up; overhead_ms: [I] of
-    step_ms, for moving and copying experts; max_over_mean: [I] of rank loads, mean over layers; changes: iterations (from 1)
-    in which a placement changed, by layer."""
+    step_ms, for moving and copying experts; max_over_mean: [I] of rank loads, mean over layers; events: lines of
+    events.jsonl."""
 
     step_ms: np.ndarray
     layer_forward_ms: np.ndarray
