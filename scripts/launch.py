@@ -163,7 +163,10 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec, site
     """Do `runs` under args.out/logs. Returns the exit code."""
     root = args.out / "logs"
     if site:
-        slurm.preflight(site, cluster, max(run.timeout_s for run in runs))
+        try:
+            slurm.preflight(site, cluster, max(run.timeout_s for run in runs))
+        except ValueError as error:
+            raise ValueError(f"cluster {cluster.name}, as its file in clusters/ describes it: {error}") from None
     if root.exists() and any(root.iterdir()) and not args.resume:
         raise ValueError(f"{root} has runs already: add --resume to go on there, or give another --out")
     trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry == "train"}
