@@ -8,6 +8,7 @@ the first process of a PID namespace of its own, so that killing it takes its jo
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 START_S = 30.0
+_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
 
 # cred_expire: how long a credential of a dead node blocks its jobs. KillWait: seconds from SIGTERM to SIGKILL.
 CONF = """ClusterName=emulated
@@ -205,12 +207,17 @@ class SlurmCluster:
         with (self.folder / f"{name}.out").open("ab") as out:
             self.processes[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.env, cwd=self.folder, user=user,
-                group=user, extra_groups=[] if user else None, start_new_session=True,
+                group=user, extra_groups=[] if user else None, start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def _log_tail(self) -> str:
         logs = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
         return "".join(f"\n== {log.name}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs)
+
+
+def _end_with_parent() -> None:
+    """In the child before exec: ask Linux for a SIGKILL when the program that started the cluster dies, even by kill -9."""
+    _LIBC.prctl(1, signal.SIGKILL)
 
 
 def _children(pid: int) -> list[int]:
