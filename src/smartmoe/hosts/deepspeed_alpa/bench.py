@@ -1,0 +1,151 @@
+"""One rank of a benchmark run: `python -m smartmoe.hosts.deepspeed_alpa.bench NUM_GPUS [options]` under any launcher that
+sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*. The options are those of run_deepspeed_benchmark.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from smartmoe.data import TokenDataset, load_tokens
+from smartmoe.hosts.deepspeed_alpa import options, report
+from smartmoe.hosts.deepspeed_alpa.engine import (
+    engine_config,
+    init_world,
+    make_engine,
+    make_optimizer,
+    parameter_groups,
+)
+from smartmoe.hosts.deepspeed_alpa.model import MoETransformer
+from smartmoe.hosts.deepspeed_alpa.moe import build_moe, layer_config
+from smartmoe.hosts.deepspeed_alpa.suites import Case
+
+
+def build(args: argparse.Namespace, case: Case, device: torch.device):
+    """The DeepSpeed engine of a case with the back end args.backend. Collective over the world."""
+    config = layer_config(
+        case, dispatcher=args.dispatcher, activation=args.activation, seed=args.seed, ranks_per_node=args.gpus_per_node
+    )
+    model = MoETransformer(
+        config.model,
+        lambda idx: build_moe(args.backend, config, idx, sample=args.second == "gumbel", device=device),
+        dropout=args.dropout,
+        balance_weight=args.balance_weight,
+        recompute=not args.no_recompute,
+        seed=args.seed,
+    ).to(device)
+    optimizer = make_optimizer(args.optimizer, parameter_groups(model))
+    engine = make_engine(model, optimizer, engine_config(case, args.zero, args.precision))
+    # other noise on every rank, the same for both back ends
+    torch.manual_seed(args.seed + dist.get_rank())
+    return engine
+
+
+def micro_batch(tokens: TokenDataset, case: Case, iteration: int, micro_step: int, device: torch.device):
+    """(token_BT, target_BT, token_id_BT) of this rank, all [B, T] int64: real text, each sample once an epoch."""
+    seq_len, size = case.model.seq_len, case.micro_batch_size
+    first = iteration * case.batch_size + (micro_step * case.num_gpus + dist.get_rank()) * size
+    samples = range(first, first + size)
+    window = torch.stack([torch.from_numpy(tokens.sample(idx, seq_len)) for idx in samples]).to(device)
+    token_id = torch.tensor(samples, device=device).unsqueeze(1) * seq_len + torch.arange(seq_len, device=device)
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous(), token_id
+
+
+def run_iteration(engine, tokens: TokenDataset, case: Case, iteration: int, device) -> tuple[float, float]:
+    """(loss, seconds): the mean loss over micro-batches and ranks, and the time of the slowest rank. Batches are made
+    before the clock starts. Collective; synchronises with the host."""
+    batches = [micro_batch(tokens, case, iteration, step, device) for step in range(case.num_micro_batches)]
+    _synchronise(device)
+    dist.barrier()
+    start, total = time.perf_counter(), torch.zeros((), device=device)
+    for batch in batches:
+        loss = engine(*batch)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach()
+    _synchronise(device)
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    return total.item() / (case.num_micro_batches * case.num_gpus), seconds.item()
+
+
+def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
+    """Build, warm up and measure one case; the result is that of every rank. Collective over the world."""
+    if dist.get_world_size() != case.num_gpus:
+        raise ValueError(f"{case.num_gpus} ranks are asked for, but {dist.get_world_size()} were started")
+    tokens = _shared_tokens(args, case)
+    engine = build(args, case, device)
+    losses, seconds = [], []
+    for iteration in range(args.warmup + args.iterations):
+        loss, duration = run_iteration(engine, tokens, case, iteration, device)
+        losses.append(loss)
+        if iteration >= args.warmup:
+            seconds.append(duration)
+        if dist.get_rank() == 0:
+            print(f"iteration {iteration + 1}: loss {loss:.5f}, {duration:.3f} s", flush=True)
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
+    return {
+        "backend": args.backend,
+        "case": dataclasses.asdict(case),
+        "options": {name: value for name, value in vars(args).items() if name != "hostfile"},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "summary": report.summarise(case, seconds),
+        "seconds": seconds,
+        "losses": losses,
+        "peak_memory_bytes": peaks,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed", "numpy")},
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _shared_tokens(args, case: Case) -> TokenDataset:
+    """The tokens; one rank of each node makes the cache, the others find it."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        load_tokens(args.data, case.model.vocab_size, args.cache, seed=args.seed)
+    dist.barrier()
+    return load_tokens(args.data, case.model.vocab_size, args.cache, seed=args.seed)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, case = options.parse(argv)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    init_world("nccl" if device.type == "cuda" else "gloo")
+    try:
+        result = measure(args, case, device)
+        if dist.get_rank() == 0:
+            path = report.write(result, args.out)
+            print(f"{report.describe(result)}\n  {path}", flush=True)
+    except ValueError as error:
+        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr)
+        return 2
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

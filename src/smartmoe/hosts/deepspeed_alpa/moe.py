@@ -1,0 +1,189 @@
+"""The MoE layer of the benchmark in two back ends that compute the same: DeepSpeed's own, and SmartMoE's layer inside the
+DeepSpeed engine.
+
+Both: experts H -> 8H -> H with biases and an activation, a float32 router without bias, top-2 of all tokens of a rank's
+micro-batch, the second expert drawn by Gumbel noise (or argmax), at most 2 T / E copies of an expert, kept weights
+renormalised to 1. Initial values depend on (seed, layer, logical expert, name) alone. Shape letters are those of
+`smartmoe.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import nn
+from torch.distributions import Gumbel
+
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.gates import Gate, Tokens, first_choice_loss
+from smartmoe.hosts.deepspeed_alpa.suites import Case
+from smartmoe.layer import INIT_STD, Experts, MoELayer
+from smartmoe.ops.activation import activate
+from smartmoe.ops.hashing import make_key
+
+BACKENDS = ("deepspeed", "smartmoe")
+MIN_CAPACITY = 4
+
+
+class DeepSpeedGumbelGate(Gate):
+    """Top-2 as DeepSpeed's top2gating computes it, with SmartMoE's result.
+
+    The second expert is the largest of logits + Gumbel noise without the first (`sample`), or of the logits; weights are
+    the probabilities of the kept copies divided by their sum. The noise is drawn from torch's generator in DeepSpeed's
+    shape and order: with the same seed both back ends draw the same. Capacity and loss are over the rank's own tokens.
+    Balance loss: E * sum_e f_e * P_e (E^2 times the mean there). Source: GShard (Lepikhin et al., 2020); DeepSpeed.
+    """
+
+    def __init__(self, model, gate, *, sample: bool, **kwargs):
+        super().__init__(model, gate, **kwargs)
+        self.sample = sample
+
+    def _init_weights(self, model, seed, layer_idx, device):
+        self.weight_ED = nn.Parameter(router_values(model, seed, layer_idx).to(device))
+
+    def _logits(self, x_TD):
+        return F.linear(x_TD.float(), self.weight_ED.float())
+
+    def _limit(self, num_tokens, capacity):
+        return max(super()._limit(num_tokens, capacity), MIN_CAPACITY)
+
+    def forward(self, x_TD, token_id_T, num_segments=None):
+        tokens, logits_TE = Tokens(x_TD, token_id_T, num_segments), self._logits(x_TD)
+        prob_TE = logits_TE.softmax(-1)
+        first_T1 = prob_TE.argmax(-1, keepdim=True)
+        rest_TE = logits_TE.detach()
+        if self.sample:
+            one = torch.ones((), device=rest_TE.device)
+            rest_TE = rest_TE + Gumbel(one - 1, one).rsample(rest_TE.shape)
+        second_T1 = rest_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True)
+        pruned_TK, total_KE, _ = self._prune(torch.cat([first_T1, second_T1], 1), tokens)
+        weight_TK = prob_TE.gather(1, pruned_TK.clamp(min=0)).masked_fill(pruned_TK < 0, 0)
+        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
+        loss = first_choice_loss(self, logits_TE, total_KE)
+        return self._routing(pruned_TK, weight_TK, loss, x_TD.shape[0])
+
+
+class Expert(nn.Module):
+    """One expert as DeepSpeed computes it; also the MLP of the layers without experts."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, activation: str):
+        super().__init__()
+        self.up, self.down = nn.Linear(hidden_size, ffn_size), nn.Linear(ffn_size, hidden_size)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(activate(self.up(x), self.activation))
+
+
+class DeepSpeedMoE(MoE):
+    """DeepSpeed's layer, called as SmartMoE's: (x_BTD, token_id_BT) -> (y_BTD, balance loss)."""
+
+    def __init__(self, config: RunConfig, layer_idx: int, *, sample: bool, device):
+        model, ep = config.model, config.plan.ep
+        expert = Expert(model.hidden_size, model.ffn_size, model.activation).to(device)
+        super().__init__(
+            model.hidden_size, expert, num_experts=model.num_experts, ep_size=ep, k=model.top_k, capacity_factor=1.0,
+            min_capacity=MIN_CAPACITY, use_rts=False, top2_2nd_expert_sampling=sample,
+        )  # fmt: skip
+        create_expert_groups(ep)
+        self.to(device)
+        gate, experts = self.deepspeed_moe.gate, self.deepspeed_moe.experts.deepspeed_experts
+        with torch.no_grad():
+            gate.wg.weight.copy_(router_values(model, config.workload.seed, layer_idx))
+            for place, logical in zip(experts, _experts_of_this_rank(model.num_experts, ep), strict=True):
+                w1, b1, w2, b2 = _experts(config, layer_idx, (logical,), device).weights()
+                place.up.weight.copy_(w1[0].t()), place.up.bias.copy_(b1[0])
+                place.down.weight.copy_(w2[0].t()), place.down.bias.copy_(b2[0])
+
+    def forward(self, x_BTD, token_id_BT):
+        return super().forward(x_BTD)[:2]
+
+
+class SmartMoE(MoE):
+    """SmartMoE's layer as the DeepSpeed engine knows layers of experts: by this base class, and parameters that say which
+    of DeepSpeed's expert groups they are reduced over. Nothing else of the base class is used."""
+
+    def __init__(self, config: RunConfig, layer_idx: int, *, sample: bool, device):
+        nn.Module.__init__(self)
+        model, ep = config.model, config.plan.ep
+        self.num_experts, self.ep_size, self.num_local_experts = model.num_experts, ep, model.num_experts // ep
+        self.expert_group_name = create_expert_groups(ep)
+        ep_group = groups._get_expert_parallel_group(self.expert_group_name) if ep > 1 else None
+        self.layer = MoELayer(config, layer_idx=layer_idx, ep_group=ep_group, device=device)
+        self.layer.gate = DeepSpeedGumbelGate(
+            model, config.gate, sample=sample, layer_idx=layer_idx, seed=config.workload.seed, seq_len=model.seq_len,
+            device=device,
+        )  # fmt: skip
+        for param in self.layer.experts.parameters():
+            param.allreduce, param.group_name = False, self.expert_group_name
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The engine asks every layer to make its groups: the layer was built with them."""
+        if use_data_before_expert_parallel_:
+            raise ValueError("use_data_before_expert_parallel is not supported: expert groups are runs of ranks")
+
+    def forward(self, x_BTD, token_id_BT):
+        return self.layer(x_BTD, token_id_BT)
+
+
+def build_moe(backend: str, config: RunConfig, layer_idx: int, *, sample: bool, device) -> MoE:
+    """The MoE layer of `backend`, called as layer(x_BTD, token_id_BT) -> (y_BTD, 0-dim balance loss).
+
+    config: from `layer_config`. sample: draw the second expert. Collective over the world (DeepSpeed's groups are made).
+    """
+    kinds = {"deepspeed": DeepSpeedMoE, "smartmoe": SmartMoE}
+    if backend not in kinds:
+        raise ValueError(f'back end "{backend}" is not one of {", ".join(BACKENDS)}')
+    return kinds[backend](config, layer_idx, sample=sample, device=device)
+
+
+def layer_config(case: Case, *, dispatcher: str, activation: str, seed: int, ranks_per_node: int) -> RunConfig:
+    """What SmartMoE's layer reads, for one case of the benchmark."""
+    model = case.model
+    return RunConfig(
+        system="smartmoe",
+        model=ModelConfig(
+            name=model.name, num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_size=model.ffn_size,
+            num_heads=model.num_heads, seq_len=model.seq_len, vocab_size=model.vocab_size,
+            num_experts=model.num_experts, top_k=2, moe_every=2, activation=activation,
+        ),
+        gate=GateConfig(kind="naive", capacity=1.0, scope="local"),
+        layer=LayerConfig(dispatcher=dispatcher),
+        workload=Workload(global_batch_size=case.batch_size, micro_batch_size=case.micro_batch_size, seed=seed),
+        plan=ParallelPlan(dp=case.num_gpus, ep=case.ep, recompute=True),
+        cluster=ClusterSpec(num_nodes=-(-case.num_gpus // ranks_per_node), ranks_per_node=ranks_per_node),
+    )  # fmt: skip
+
+
+def create_expert_groups(ep: int) -> str:
+    """DeepSpeed's name of its expert groups of `ep` consecutive ranks, which are made unless they are there.
+
+    Collective over the world. Raises ValueError when `ep` does not divide the world.
+    """
+    world_size = torch.distributed.get_world_size()
+    if ep < 1 or world_size % ep:
+        raise ValueError(f"ep = {ep} does not divide the {world_size} ranks: take a divisor of {world_size}")
+    name = f"ep_size_{ep}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep)
+    return name
+
+
+def router_values(model: ModelConfig, seed: int, layer_idx: int) -> torch.Tensor:
+    """Initial weights of a router: [E, D] float32."""
+    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, "gate", "weight"))
+    return torch.empty(model.num_experts, model.hidden_size).normal_(0.0, INIT_STD, generator=generator)
+
+
+def _experts_of_this_rank(num_experts: int, ep: int) -> range:
+    first, count = torch.distributed.get_rank() % ep * (num_experts // ep), num_experts // ep
+    return range(first, first + count)
+
+
+def _experts(config: RunConfig, layer_idx: int, logical: tuple[int, ...], device) -> Experts:
+    seed = config.workload.seed
+    return Experts(
+        config.model, logical, impl="loop", layer_idx=layer_idx, seed=seed, dtype=torch.float32, device=device
+    )
