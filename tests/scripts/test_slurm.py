@@ -14,7 +14,7 @@ from slurm_cluster import SlurmCluster, why_not
 from smartmoe import record
 
 HERE = Path(__file__).resolve().parent
-WAIT_S = 60
+WAIT_S = 120  # on a machine that is busy otherwise
 ROOT = HERE.parents[1]
 MODEL = """[tiny]
 num_layers = 2
@@ -117,7 +117,7 @@ def start(cluster, arguments):
     return subprocess.Popen(command, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process, timeout_s=120):
+def finish(process, timeout_s=240):
     text, _ = process.communicate(timeout=timeout_s)
     return process.returncode, text
 
