@@ -3,13 +3,18 @@ compute the same. One world runs many cases, because starting one costs seconds.
 
 import dataclasses
 import functools
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from smartmoe import layer
 from smartmoe.hosts.deepspeed_alpa import options
 from tests.dist import spawn
 
@@ -18,7 +23,8 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from smartmoe.hosts.deepspeed_alpa import bench, engine, moe  # noqa: E402
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "smartmoe"
+ROOT = Path(__file__).resolve().parents[2]
+CACHE, SCRIPT = ROOT / ".cache" / "smartmoe", ROOT / "scripts" / "alpa" / "run_deepspeed_benchmark.sh"
 ITERATIONS = 2
 TOLERANCE = 1e-5  # relative, fp32; 2e-7 was seen
 BOTH = ("deepspeed", "smartmoe")
@@ -84,20 +90,22 @@ def read_tokens():
 def norms(built) -> list[float]:
     """The norm of the second weight of every expert, from all ranks in the order of logical experts."""
     mine = []
-    for layer in (module for module in built.module.modules() if isinstance(module, moe.MoE)):
-        if isinstance(layer, moe.SmartMoE):
-            mine.append([weight.float().norm().item() for weight in layer.layer.experts.w2_LFD])
+    for block in (module for module in built.module.modules() if isinstance(module, moe.MoE)):
+        if isinstance(block, moe.SmartMoE):
+            mine.append([weight.float().norm().item() for weight in block.layer.experts.w2_LFD])
         else:
-            experts = layer.deepspeed_moe.experts.deepspeed_experts
+            experts = block.deepspeed_moe.experts.deepspeed_experts
             mine.append([expert.down.weight.float().norm().item() for expert in experts])
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    return [norm for idx in range(len(mine)) for part in parts[: layer.ep_size] for norm in part[idx]]
+    return [norm for idx in range(len(mine)) for part in parts[: block.ep_size] for norm in part[idx]]
 
 
 def world(rank: int, runs: list[Run]) -> tuple[dict[Run, Curve], dict[str, str]]:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     engine.init_world("gloo")
+    # experts and routers that matter: with the usual 0.02 the loss hardly notices them
+    layer.INIT_STD = moe.INIT_STD = 0.2
     engine.OPTIMIZERS["sgd"] = lambda groups: torch.optim.SGD(groups, lr=0.5)
     problems = refusals() if dist.get_world_size() == 4 else {}
     half = get_accelerator().is_bf16_supported()
@@ -109,7 +117,7 @@ def refusals() -> dict[str, str]:
     args, case = options.parse(["4", "--suite", "tiny", "--backend", "deepspeed", "--ep", "2"])
     config = moe.layer_config(case, dispatcher="auto", activation="gelu", seed=1, ranks_per_node=4)
     config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, ep=2))
-    layers = {kind: moe.build_moe(kind, config, 1, sample=True, device="cpu") for kind in BOTH}
+    blocks = {kind: moe.build_moe(kind, config, 1, sample=True, device="cpu") for kind in BOTH}
     problems = {}
 
     def attempt(name, function, *arguments):
@@ -121,14 +129,14 @@ def refusals() -> dict[str, str]:
 
     attempt("zero 3", engine.engine_config, case, 3, "fp32")
     attempt("ep", moe.create_expert_groups, 3)
-    for kind, layer in layers.items():
-        groups = engine.parameter_groups(layer)
-        attempt(f"plain {kind}", engine.make_engine, layer, torch.optim.SGD(layer.parameters(), lr=1.0), {})
-        attempt(f"missing {kind}", engine.check_groups, layer, groups[:1])
-        attempt(f"twice {kind}", engine.check_groups, layer, [*groups, groups[-1]])
-        attempt(f"fine {kind}", engine.check_groups, layer, groups)
-        small = engine.parameter_groups(layer, max_numel=100)
-        attempt(f"small {kind}", engine.check_groups, layer, small)
+    for kind, block in blocks.items():
+        groups = engine.parameter_groups(block)
+        attempt(f"plain {kind}", engine.make_engine, block, torch.optim.SGD(block.parameters(), lr=1.0), {})
+        attempt(f"missing {kind}", engine.check_groups, block, groups[:1])
+        attempt(f"twice {kind}", engine.check_groups, block, [*groups, groups[-1]])
+        attempt(f"fine {kind}", engine.check_groups, block, groups)
+        small = engine.parameter_groups(block, max_numel=100)
+        attempt(f"small {kind}", engine.check_groups, block, small)
         assert all(group["params"] for group in small) and len(small) > len(groups)
     attempt("backend", lambda: moe.build_moe("tutel", config, 1, sample=True, device="cpu"))
     return problems
@@ -157,6 +165,19 @@ def test_one_and_two_processes_agree(num_ranks):
     (curves, _), *_ = spawn(world, num_ranks, PARITY[num_ranks])
     for run in PARITY[num_ranks]:
         assert_same(curves[run], curves[PARITY[num_ranks][0]], run)
+
+
+def test_the_command_measures_and_writes(tmp_path):
+    """As a user starts it, with one process and SmartMoE's layer."""
+    words = [SCRIPT, "1", "--suite", "tiny", "--backend", "smartmoe", "--iterations", "2", "--warmup", "0"]
+    environ = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, "--cache", CACHE, "--out", tmp_path], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert len(result["seconds"]) == len(result["losses"]) == 2 and result["versions"]["deepspeed"].startswith("0.19")
+    assert (tmp_path / options.TSV_NAME).read_text().count("\n") == 1 and "tokens/s" in done.stdout
 
 
 def test_every_rank_reports_the_same_losses(four):
