@@ -14,7 +14,7 @@ print(*(spec.get(name, name) for name in sys.argv[1:] if lacks(name)))'
 venv_prepare() {
   local root dir stamp candidate lacking base="" site="" wanted="numpy matplotlib"
   if [ "$1" != plot ]; then wanted+=" torch tokenizers setuptools"; fi
-  if [ "$1" = test ]; then wanted+=" pytest ruff scipy hypothesis"; fi
+  if [ "$1" = test ]; then wanted+=" pytest pytest-xdist ruff scipy hypothesis"; fi
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
   if [ -x "${VIRTUAL_ENV:-}/bin/python" ]; then dir="$VIRTUAL_ENV"; else dir="$root/.venv"; fi
   export PY="$dir/bin/python"; stamp="$dir/.smartmoe-$1"
