@@ -48,6 +48,14 @@ class Curve:
     expert_norm: list[float]  # of each logical expert of each layer
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a world of four reports beside its runs."""
+
+    block_results: dict[str, list[torch.Tensor]]
+    problems: dict[str, str]
+
+
 def both(*args, **kwargs) -> list[Run]:
     return [Run(backend, *args, **kwargs) for backend in BOTH]
 
@@ -101,23 +109,49 @@ def norms(built) -> list[float]:
     return [norm for idx in range(len(mine)) for part in parts[: block.ep_size] for norm in part[idx]]
 
 
-def world(rank: int, runs: list[Run]) -> tuple[dict[Run, Curve], dict[str, str]]:
+def world(rank: int, runs: list[Run]) -> tuple[dict[Run, Curve], Seen | None]:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     engine.init_world("gloo")
     # experts and routers that matter: with the usual 0.02 the loss hardly notices them
     layer.INIT_STD = moe.INIT_STD = 0.2
     engine.OPTIMIZERS["sgd"] = lambda groups: torch.optim.SGD(groups, lr=0.5)
-    problems = refusals() if dist.get_world_size() == 4 else {}
+    blocks = build_blocks() if dist.get_world_size() == 4 else {}
+    seen = Seen(block_results(blocks), refusals(blocks)) if blocks else None
     half = get_accelerator().is_bf16_supported()
-    return {run: train(run) for run in runs if half or run not in HALF}, problems
+    return {run: train(run) for run in runs if half or run not in HALF}, seen
 
 
-def refusals() -> dict[str, str]:
-    """The messages of mistakes, by mistake."""
+def build_blocks() -> dict[str, torch.nn.Module]:
+    """The same layer in both back ends, experts over groups of two of the four ranks."""
     args, case = options.parse(["4", "--suite", "tiny", "--backend", "deepspeed", "--ep", "2"])
     config = moe.layer_config(case, dispatcher="auto", activation="gelu", seed=1, ranks_per_node=4)
-    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, ep=2))
-    blocks = {kind: moe.build_moe(kind, config, 1, sample=True, device="cpu") for kind in BOTH}
+    built = {kind: moe.build_moe(kind, config, 1, sample=True, device="cpu") for kind in BOTH}
+    built["deepspeed"].set_deepspeed_parallelism()
+    return built
+
+
+def block_results(blocks) -> dict[str, list[torch.Tensor]]:
+    """Output, balance loss and gradients of input, router and first local expert, by back end, on tokens of this rank."""
+    results = {}
+    for kind, block in blocks.items():
+        generator = torch.Generator().manual_seed(10 + dist.get_rank())
+        x = torch.randn(3, 32, 32, generator=generator).requires_grad_()
+        weight = torch.randn(3, 32, 32, generator=generator)
+        torch.manual_seed(dist.get_rank())
+        y, balance_loss = block(x, torch.arange(96).view(3, 32))
+        ((y * weight).sum() + 7 * balance_loss).backward()
+        if kind == "smartmoe":
+            router, expert = block.layer.gate.weight_ED.grad, block.layer.experts.w1_LDF.grad[0].t()
+        else:
+            router = block.deepspeed_moe.gate.wg.weight.grad
+            expert = block.deepspeed_moe.experts.deepspeed_experts[0].up.weight.grad
+        results[kind] = [tensor.detach().clone() for tensor in (y, balance_loss, x.grad, router, expert)]
+    return results
+
+
+def refusals(blocks) -> dict[str, str]:
+    """The messages of mistakes, by mistake."""
+    _, case = options.parse(["4", "--suite", "tiny"])
     problems = {}
 
     def attempt(name, function, *arguments):
@@ -138,7 +172,7 @@ def refusals() -> dict[str, str]:
         small = engine.parameter_groups(block, max_numel=100)
         attempt(f"small {kind}", engine.check_groups, block, small)
         assert all(group["params"] for group in small) and len(small) > len(groups)
-    attempt("backend", lambda: moe.build_moe("tutel", config, 1, sample=True, device="cpu"))
+    attempt("backend", lambda: moe.build_moe("tutel", None, 1, sample=True, device="cpu"))
     return problems
 
 
@@ -208,8 +242,15 @@ def test_half_precision_trains(four):
         assert curves[run].loss[-1] < curves[run].loss[0], run
 
 
+def test_one_layer_is_the_same_in_both_back_ends(four):
+    for _, seen in four:
+        for ours, theirs in zip(seen.block_results["smartmoe"], seen.block_results["deepspeed"], strict=True):
+            assert theirs.abs().max() > 1e-3
+            assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+
 def test_mistakes_are_named(four):
-    _, problems = four[0]
+    problems = four[0][1].problems
     assert "ZeRO-3 does not work" in problems["zero 3"]
     assert "ep = 3 does not divide the 4 ranks" in problems["ep"]
     assert "is not one of deepspeed, smartmoe" in problems["backend"]
