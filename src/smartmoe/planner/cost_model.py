@@ -139,15 +139,21 @@ class CostModel:
 
     def layer_ms(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[S, M, L] forward + backward of the MoE layer alone, from an idle device to an idle device."""
-        layer, setting = self._layer(plan, micro_batch), self.setting(plan, micro_batch)
+        times, setting = self.layer_times(plan, micro_batch), self.setting(plan, micro_batch)
         sync = 0.0 if self.cluster.device == "cpu" else float(self.primitives.ms("sync"))
-        forward = np.maximum(layer.times.forward_ms(), layer.times.host_forward_ms)
-        backward = np.maximum(layer.times.backward_ms(), layer.times.host_backward_ms)
+        forward = np.maximum(times.forward_ms(), times.host_forward_ms)
+        backward = np.maximum(times.backward_ms(), times.host_backward_ms)
         return forward + backward + sync * (1 + setting.has_sync)
 
     def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
-        """The MoE layer's parts, each [S, M, L] or less."""
-        return self._layer(plan, micro_batch).times
+        """The MoE layer's parts, each [S, M, L] or less. Needs primitives of the layer only."""
+        setting = self.setting(plan, micro_batch)
+        return self._once(
+            ("layer", setting.tokens, plan.ep, plan.stage_size),
+            lambda: layer_times(
+                self.primitives, setting, self._copies(setting), self._order(plan.ep), self._host_share
+            ),
+        )
 
     def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[S, L, W] token copies that each rank of an expert group computes in a micro-batch."""
@@ -230,7 +236,7 @@ class CostModel:
         return self._layers[key]
 
     def _make_layer(self, plan, micro_batch, setting) -> _Layer:
-        times = layer_times(self.primitives, setting, self._copies(setting), self._order(plan.ep), self._host_share)
+        times = self.layer_times(plan, micro_batch)
         forward, backward, host_forward, host_backward = self._attention(plan, micro_batch, setting)
         sync = float(self.primitives.ms("sync")) if setting.has_sync and self.cluster.device != "cpu" else 0.0
         block_forward = np.maximum(times.forward_ms() + forward, times.host_forward_ms + host_forward) + sync
