@@ -1,14 +1,18 @@
 """The two entries that hold predictions against measurements, on two ranks; their numbers are the machine's."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from plotting.files import Folder
 from plotting.runset import to_dataset
-from smartmoe.bench import layer_accuracy, measure, plan_accuracy
+from smartmoe import config, record
+from smartmoe.bench import layer_accuracy, measure, plan_accuracy, profile_layer
 from smartmoe.bench.plan_accuracy import Row
+from smartmoe.planner.primitives import Profile
 from smartmoe.trace import ExpertTrace
 from tests.dist import spawn
 
@@ -24,16 +28,35 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _run(_world_rank, argv, trace_argv):
+LAYER_RUN = config.RunConfig(
+    model=config.ModelConfig(num_layers=2, seq_len=16, hidden_size=32, ffn_size=32, num_experts=4, vocab_size=300),
+    gate=config.GateConfig(kind="trace", trace="../t.npz"), plan=config.ParallelPlan(dp=2, ep=2),
+    workload=config.Workload(global_batch_size=4, micro_batch_size=1, iterations=3, warmup_iterations=0),
+    cluster=config.ClusterSpec(ranks_per_node=2),
+)  # fmt: skip
+
+
+def layer_run(folder, run=LAYER_RUN, counts=None):
+    """A run directory for layer_accuracy beside the trace that it names, whose iterations count 1, 11, 21 .."""
+    if counts is None:
+        counts = np.random.default_rng(0).multinomial(64, [0.6, 0.2, 0.1, 0.1], size=(5, 2, 2, 1)).astype(np.int32)
+    ExpertTrace(counts, 1 + 10 * np.arange(len(counts)), {"top_k": 2}).save(folder / "t.npz")
+    bar = {"figure": "fig11", "panel": "two", "group": "", "series": "layer"}
+    record.create_run(folder / "run", "run", config.to_dict(run), [bar])
+    record.set_status(folder / "run", "ok")
+    return folder / "run"
+
+
+def _run(_world_rank, argv, run_dir):
     world = measure.start_world("cpu")
     rows = plan_accuracy.run(plan_accuracy.parse_args(argv), world)
-    points = layer_accuracy.run(layer_accuracy.parse_args(trace_argv), world)
-    return [vars(row) for row in rows], points
+    own = layer_accuracy.run(run_dir, world, repeat=1)
+    again = layer_accuracy.run(run_dir, world, repeat=1, profile=run_dir / "profile.json")
+    return [vars(row) for row in rows], own, again
 
 
 def test_both_entries_measure_and_predict(folder):
-    counts = np.random.default_rng(0).multinomial(64, [0.6, 0.2, 0.1, 0.1], size=(5, 2, 2, 1)).astype(np.int32)
-    ExpertTrace(counts, np.arange(5) + 1, {"top_k": 2}).save(folder / "t.npz")
+    run_dir = layer_run(folder)
     common = ["--device", "cpu", "--model", "small", "--cluster", "two", "--configs", str(folder)]
     steps = [
         *common,
@@ -48,15 +71,65 @@ def test_both_entries_measure_and_predict(folder):
         "--out",
         str(folder / "steps.json"),
     ]
-    layer = [*common, "--trace", str(folder / "t.npz"), "--micro-batch", "1", "--points", "6", "--repeat", "1"]
-    results = spawn(_run, 2, steps, [*layer, "--out", str(folder / "set" / "run"), "--figure", "fig11"])
-    rows, points = results[0]
+    (rows, own, points), (_, *others) = spawn(_run, 2, steps, run_dir)
     assert len(rows) == 3 and all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
     written = json.loads((folder / "steps.json").read_text())
     assert written["rows"] == rows and {"mape", "tau", "regret", "blind_mape"} <= set(written)
-    assert len(points) == 6 and {p["layer"] for p in points} == {0, 1} and {p["iteration"] for p in points} == {1, 3, 5}
-    panel = to_dataset(Folder(folder / "set", []), "set").figures["fig11"].panels[0]
-    assert panel.source == "measured" and len(panel.predicted_ms) == 6 and len(panel.naive_ms) == 6
+    assert others == [[], []]  # rank 0 alone writes
+    assert [(p["iteration"], p["layer"]) for p in points] == [(i, layer) for i in (1, 21, 41) for layer in (0, 1)]
+    assert all(p["measured_ms"] > 0 for p in points)
+    # the same profile, the same predictions, whatever was measured: no point has a part in them
+    assert [p["predicted_ms"] for p in own] == [p["predicted_ms"] for p in points]
+    assert [p["measured_ms"] for p in own] != [p["measured_ms"] for p in points]
+    assert len({p["predicted_ms"] for p in points}) > 1 == len({p["naive_ms"] for p in points})
+    profile = Profile.load(run_dir / "profile.json")
+    assert {p.sizes["rows"] for p in profile.points["experts_forward"]} >= {32, 64}  # even, and all on one rank
+    assert json.loads((run_dir / "accuracy.json").read_text()) == layer_accuracy.statistics(points)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["trace_iteration"]) for line in lines] == [(1, 1), (2, 21), (3, 41)]
+    panel = to_dataset(Folder(folder, []), "set").figures["fig11"].panels[0]
+    assert panel.source == "measured" and len(panel.naive_ms) == 6
+    assert panel.predicted_ms == [p["predicted_ms"] for p in points]
+
+
+ALONE = {"plan": config.ParallelPlan(), "cluster": config.ClusterSpec(ranks_per_node=1)}
+REFUSED = {
+    "plan": ({}, "experts in place over all ranks: plan pp1 dp2 .* on 1 ranks"),
+    "policy": ({**ALONE, "online": config.OnlineConfig(policy="greedy", interval=10)}, 'policy = "greedy"'),
+    "gate": ({"gate": config.GateConfig(kind="naive")}, 'gate.kind = "trace"'),
+    "profile": (ALONE, "measured in bfloat16, the run is in float32"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_runs_that_do_not_fit_are_refused_before_anything_is_measured(tmp_path, kind):
+    change, message = REFUSED[kind]
+    run_dir = layer_run(tmp_path, dataclasses.replace(LAYER_RUN, **change))
+    record.write_json(tmp_path / "other.json", Profile({}, "bfloat16", {}).to_dict())
+    with pytest.raises(ValueError, match=message):
+        layer_accuracy.run(run_dir, measure.World(torch.device("cpu")), profile=tmp_path / "other.json")
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_failure_is_described_and_ends_the_process(tmp_path, monkeypatch, capsys):
+    run_dir = layer_run(tmp_path, dataclasses.replace(LAYER_RUN, gate=config.GateConfig()))
+    ends = []
+    monkeypatch.setattr(measure.os, "_exit", ends.append)
+    assert layer_accuracy.main([str(run_dir)]) == 0  # reached because the end above returns
+    error = json.loads((run_dir / "error.json").read_text())
+    assert ends == [1] and error["type"] == "ValueError" and not error["oom"]
+    assert record.outcome(run_dir, 1)[0] == "failed" and "Traceback" in capsys.readouterr().err
+
+
+def test_sizes_of_the_layer_profile_follow_from_the_number_of_ranks():
+    shares = profile_layer.hot_shares(4)
+    assert shares[0] == (1.0, False) and shares[-2] == (4.0, False) and shares[-1][1]
+    assert profile_layer.hot_shares(1) == [(1.0, False)]
+    for share, _ in shares:  # every copy is computed somewhere, up to rounding
+        rows = [profile_layer._rows_of_slots(100, 4, share, skew, 4, rank) for skew in (0.0, 1.2) for rank in range(4)]
+        assert all(380 <= sum(r.sum() for r in part) <= 404 for part in (rows[:4], rows[4:]))
+        assert rows[0].sum() == max(r.sum() for r in rows)
+    assert (profile_layer._rows_of_slots(100, 4, 1.0, 5.0, 4, 0) > 0).sum() < 4  # some idle
 
 
 def test_statistics_by_hand():

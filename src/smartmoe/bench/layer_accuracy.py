@@ -1,11 +1,13 @@
-"""Predicted against measured time of MoE layers along a routing trace:
+"""Predicted against measured time of a run's MoE layers:  torchrun --nproc-per-node N -m smartmoe.bench.layer_accuracy RUN_DIR
 
-    torchrun --nproc-per-node N -m smartmoe.bench.layer_accuracy --model M --cluster C --profile P.json --trace T --out RUN_DIR
+RUN_DIR/run.json has the config: experts over all ranks, routed by the trace that gate.trace names, relative to RUN_DIR or to
+the current folder. The ranks first measure the primitives of this layer on this cluster (profile.json), then each layer,
+forward and backward of one micro-batch, in workload.iterations iterations of the trace, evenly spread. Nothing of the trace
+or of these times is in the profile: every point is held out. Measured is the median of some repetitions, each from an idle
+device to an idle device, of the slowest rank. Beside the prediction stands that of uniform loads.
 
-One layer, forward and backward of one micro-batch, experts over all ranks; routed as each chosen iteration and layer of the
-trace says. Nothing of the trace or of these times is in the profile: every point is held out. Measured is the median of some
-repetitions, each from an idle device to an idle device, of the slowest rank. Beside our prediction stands that of uniform
-loads. RUN_DIR gets predictions.jsonl, as figures read it.
+RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, and
+accuracy.json: R2 and MAPE over all points. With --profile a profile made before serves in place of the run's own.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.measure import World, run_in_world
-from smartmoe.config import GateConfig, ParallelPlan, RunConfig, to_dict
+from smartmoe.bench.measure import World, describe_failure, start_world
+from smartmoe.bench.profile_layer import profile_layer
+from smartmoe.bench.replay import open_trace
+from smartmoe.config import RunConfig, check, from_dict
+from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.layer import MoELayer
-from smartmoe.planner import inputs, loads, pool
-from smartmoe.planner.commands import add_setting, setting_of
+from smartmoe.planner import loads
 from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.primitives import Primitives, Profile
 from smartmoe.trace import ExpertTrace
 
 
@@ -65,53 +70,79 @@ class LayerSteps:
         return float(np.median([self.world.largest(ms) for ms in times[1:]]))
 
 
-def run(args: argparse.Namespace, world: World) -> list[dict]:
-    """Measure and predict all points; rank 0 writes and prints. Collective."""
-    config, cost = setting_of(args)
-    trace = inputs.read_trace(args.trace)
-    cost.cluster = pool.cluster_of(cost.cluster, world.num_ranks)
-    plan = ParallelPlan(dp=world.num_ranks, ep=world.num_ranks)
-    work = dataclasses.replace(
-        config.workload, micro_batch_size=args.micro_batch, global_batch_size=args.micro_batch * world.num_ranks
-    )
-    model = dataclasses.replace(config.model, num_layers=trace.counts.shape[2])
-    gate = GateConfig(kind="trace", trace=str(args.trace))
-    config = dataclasses.replace(config, model=model, gate=gate, workload=work, plan=plan, cluster=cost.cluster)
-    points = choose_points(trace, args.points)
-    measured = measure(config, points, world, args.repeat)
-    if world.ep_rank:
+def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = None) -> list[dict]:
+    """Profile, measure, predict; rank 0 writes, and returns the rows of predictions.jsonl. Collective.
+
+    Raises ValueError for a run of another kind, or when the trace or the profile does not fit it.
+    """
+    config, trace = open_run(run_dir, world)
+    known = Profile.load(profile) if profile else None
+    if known and known.dtype != config.workload.dtype:
+        raise ValueError(f"{profile} was measured in {known.dtype}, the run is in {config.workload.dtype}")
+    known = known or profile_layer(config, world, run_dir / "profile.json")
+    places = choose_iterations(trace, config.workload.iterations)
+    writer = record.RunWriter(run_dir) if world.ep_rank == 0 else None
+    measured_IL = measure(config, trace, places, world, repeat, writer)
+    if writer is None:
         return []
-    rows = predict(config, cost, trace, points, measured)
-    print(format_statistics(rows))
-    if args.out:
-        write(args.out, config, rows, world, args.figure)
+    rows = predict(config, known, trace, places, measured_IL)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(run_dir, "predictions.jsonl").write_text(text, encoding="utf-8")
+    record.write_json(run_dir / "accuracy.json", statistics(rows))
+    writer.log(format_statistics(rows))
+    writer.close()
+    print(format_statistics(rows), flush=True)
     return rows
 
 
-def choose_points(trace: ExpertTrace, num_points: int) -> list[tuple[int, int]]:
-    """(layer, row of the trace), evenly over iterations, all layers of each; layer by layer."""
-    num_iterations, _, num_layers = trace.counts.shape[:3]
-    wanted = max(1, min(num_iterations, -(-num_points // num_layers)))
-    rows = np.unique(np.linspace(0, num_iterations - 1, wanted).round().astype(int)).tolist()
-    return [(layer, row) for layer in range(num_layers) for row in rows]
+def open_run(run_dir: Path, world: World) -> tuple[RunConfig, ExpertTrace]:
+    """The trace and the config of a run, with the trace's real path and layers, the dispatcher that "auto" takes here, and
+    one micro-batch an iteration. Collective."""
+    config = from_dict(RunConfig, record.read_run(run_dir)["config"], f"{run_dir}/run.json: config")
+    config, trace = open_trace(check(config, str(run_dir)), run_dir)
+    plan, work, layer = config.plan, config.workload, config.layer
+    if not plan.ep == plan.dp == plan.world_size == world.num_ranks or config.online.policy != "static":
+        raise ValueError(
+            f"{run_dir}: layers are timed with experts in place over all ranks: plan {plan.describe()} on "
+            f'{world.num_ranks} ranks, online.policy = "{config.online.policy}"'
+        )
+    if layer.dispatcher == "auto":
+        found = "direct" if why_unavailable(world.group, over_nvlink=True) is None else "basic"
+        layer = dataclasses.replace(layer, dispatcher=found)
+    work = dataclasses.replace(work, global_batch_size=work.micro_batch_size * plan.dp)
+    model = dataclasses.replace(config.model, num_layers=trace.counts.shape[2], moe_every=1)
+    return dataclasses.replace(config, model=model, workload=work, layer=layer), trace
 
 
-def measure(config: RunConfig, points, world: World, repeat: int) -> list[float]:
-    """Median ms of each point. Collective."""
-    steps, times = None, []
-    for place, (layer, row) in enumerate(points):
-        if place == 0 or layer != points[place - 1][0]:
-            steps = LayerSteps(config, layer, world)
-            steps.time_ms(row, 3)  # connections, allocations
-        times.append(steps.time_ms(row, repeat))
-    return times
+def choose_iterations(trace: ExpertTrace, num_iterations: int) -> list[int]:
+    """Rows of the trace, evenly over all of it."""
+    last = len(trace.iteration) - 1
+    return np.unique(np.linspace(0, last, min(num_iterations, last + 1)).round().astype(int)).tolist()
 
 
-def predict(config: RunConfig, cost: CostModel, trace: ExpertTrace, points, measured) -> list[dict]:
-    """Rows of predictions.jsonl."""
+def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int, writer) -> np.ndarray:
+    """[iterations, layers] median ms. Collective."""
+    steps = [LayerSteps(config, layer, world) for layer in range(config.model.num_layers)]
+    for step in steps:
+        step.time_ms(places[0], 3)  # connections, allocations
+    found = []
+    for number, row in enumerate(places, 1):
+        found.append([step.time_ms(row, repeat) for step in steps])
+        if writer:
+            iteration, step_ms = int(trace.iteration[row]), round(sum(found[-1]), 4)
+            writer.metric({"iteration": number, "trace_iteration": iteration, "step_ms": step_ms})
+    return np.array(found)
+
+
+def predict(
+    config: RunConfig, profile: Profile, trace: ExpertTrace, places: list[int], measured_IL: np.ndarray
+) -> list[dict]:
+    """Rows of predictions.jsonl. What crosses nodes was profiled as it is, so to the cost model the world is one node."""
+    cluster = dataclasses.replace(config.cluster, num_nodes=1, ranks_per_node=config.plan.world_size)
     seen = loads.from_trace(trace, config.model).mean_over_micro_batches()
+    primitives, micro_batch = Primitives.fit(profile), config.workload.micro_batch_size
     predicted, blind = (
-        CostModel(config, cost.cluster, cost.primitives, chosen).layer_ms(config.plan, config.workload.micro_batch_size)
+        CostModel(config, cluster, primitives, chosen).layer_ms(config.plan, micro_batch)
         for chosen in (seen, loads.uniform(config.model))
     )
     return [
@@ -119,10 +150,11 @@ def predict(config: RunConfig, cost: CostModel, trace: ExpertTrace, points, meas
             "iteration": int(trace.iteration[row]),
             "layer": layer,
             "predicted_ms": round(float(predicted[row, 0, layer]), 5),
-            "measured_ms": round(ms, 5),
+            "measured_ms": round(float(ms), 5),
             "naive_ms": round(float(blind[0, 0, layer]), 5),
         }
-        for (layer, row), ms in zip(points, measured, strict=True)
+        for row, measured_L in zip(places, measured_IL, strict=True)
+        for layer, ms in enumerate(measured_L)
     ]
 
 
@@ -146,43 +178,21 @@ def format_statistics(rows: list[dict]) -> str:
     )
 
 
-def write(run_dir: Path, config: RunConfig, rows: list[dict], world: World, figure: str) -> None:
-    """A run directory with predictions.jsonl, for a panel of `figure` ("" = for none)."""
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
-    facts = record.provenance(device=device, num_ranks=world.num_ranks, entry="layer_accuracy", **statistics(rows))
-    panel = f"{world.num_ranks} ranks, micro-batch {config.workload.micro_batch_size}"
-    slot = [{"figure": figure, "panel": panel, "group": "", "series": "layer"}] if figure else []
-    record.create_run(run_dir, record.safe_run_id(run_dir.name), to_dict(config), slot, provenance=facts)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    Path(run_dir, "predictions.jsonl").write_text(text, encoding="utf-8")
-    record.set_status(run_dir, "ok")
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m smartmoe.bench.layer_accuracy", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add_setting(parser)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--micro-batch", type=int, default=4, help="samples of a rank; default: 4")
-    parser.add_argument(
-        "--points", type=int, default=600, help="iterations x layers to measure, at least; default: 600"
-    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a directory with run.json")
     parser.add_argument("--repeat", type=int, default=5, help="steps of each point; default: 5")
-    parser.add_argument(
-        "--out", type=Path, metavar="RUN_DIR", help="write predictions.jsonl and what is needed to draw it"
-    )
-    parser.add_argument("--figure", default="", help="the figure whose panel this is, by its name in logs/README.md")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.trace is None:
-        print("--trace: give the routing to measure under", file=sys.stderr)
-        return 2
-    return run_in_world(args, run)
+    parser.add_argument("--profile", type=Path, metavar="FILE.json", help="what `smartmoe profile` wrote")
+    args = parser.parse_args(argv)
+    with describe_failure(args.run_dir):
+        device = record.read_run(args.run_dir)["config"].get("cluster", {}).get("device", "cpu")
+        # within the world too: leaving it waits for the other ranks
+        with start_world(device) as world, describe_failure(args.run_dir):
+            run(args.run_dir, world, args.repeat, args.profile)
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,18 +7,23 @@ whose case failed can say so to ranks that wait for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from smartmoe import record
 
 MIN_ITERATIONS = 5
 FIRST_LEAD, LAST_LEAD = 1 << 20, 1 << 26  # cycles that a GPU idles: from half a millisecond to about 35
@@ -127,6 +132,19 @@ def run_in_world(args: argparse.Namespace, run: Callable) -> int:
     with world:
         run(args, world)
     return 0
+
+
+@contextlib.contextmanager
+def describe_failure(run_dir: Path):
+    """What fails inside is described in RUN_DIR/error.json and ends this process at once: other ranks may wait in a
+    collective for it."""
+    world_rank = int(os.environ.get("RANK", "0"))
+    try:
+        yield
+    except Exception as error:
+        record.write_error(run_dir, world_rank, error, isinstance(error, (torch.OutOfMemoryError, MemoryError)))
+        print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 # -------------------------------------------------------------------------------------------------------------- timing

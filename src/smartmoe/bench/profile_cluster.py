@@ -171,7 +171,7 @@ def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Ca
             cases += _token_cases(site, shape, num, held)
         for samples, held in ((1, False), (2, False), (3, True), (4, False)):
             sizes = dict(samples=samples, heads=shape.heads, tokens=shape.seq_len, head_dim=shape.width // shape.heads)
-            cases.append(_both("attention", sizes, held, lambda s=sizes: parts.attention(site, **s)))
+            cases.append(both_ways("attention", sizes, held, lambda s=sizes: parts.attention(site, **s)))
         cases += _expert_cases(site, shape, tokens)
     matrix = shapes[-1].width * shapes[-1].ffn
     for factor, tensors, held in ((1, 4, False), (4, 4, False), (8, 32, False), (32, 64, False), (6, 16, True)):
@@ -183,7 +183,8 @@ def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Ca
     return cases
 
 
-def _both(name, sizes, held, build) -> Case:
+def both_ways(name: str, sizes: dict, held: bool, build: Callable[[], object]) -> Case:
+    """A piece with a forward and a backward part."""
     return Case(name, sizes, build, True, held)
 
 
@@ -191,18 +192,18 @@ def _token_cases(site, shape, tokens, held) -> list[Case]:
     width, cases = shape.width, []
     for inner, outer in ((width, 3 * width), (width, width), *(() if held else ((width, width // 2),))):
         sizes = dict(tokens=tokens, inner=inner, outer=outer)
-        cases.append(_both("linear", sizes, held, lambda s=sizes: parts.linear(site, **s)))
+        cases.append(both_ways("linear", sizes, held, lambda s=sizes: parts.linear(site, **s)))
     plain = dict(tokens=tokens, width=width)
-    cases.append(_both("norm", plain, held, lambda s=plain: parts.norm(site, **s)))
+    cases.append(both_ways("norm", plain, held, lambda s=plain: parts.norm(site, **s)))
     route = {**plain, "copies": tokens * shape.top_k}
-    cases.append(_both("route", route, held, lambda s=route: parts.route(site, **s)))
+    cases.append(both_ways("route", route, held, lambda s=route: parts.route(site, **s)))
     choice = {**plain, "experts": shape.experts, "top_k": shape.top_k}
     for name, limited in (("gate", False), ("gate_limited", True)):
-        cases.append(_both(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit)))
+        cases.append(both_ways(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit)))
     vocab = dict(tokens=tokens, vocab=shape.vocab)
-    cases.append(_both("loss", vocab, held, lambda s=vocab: parts.loss(site, **s)))
+    cases.append(both_ways("loss", vocab, held, lambda s=vocab: parts.loss(site, **s)))
     table = {**plain, "vocab": shape.vocab}
-    cases.append(_both("embedding", table, held, lambda s=table: parts.embedding(site, **s)))
+    cases.append(both_ways("embedding", table, held, lambda s=table: parts.embedding(site, **s)))
     return cases
 
 
@@ -225,7 +226,7 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
                     if impl == "loop" and (skew or slots == shape.experts):
                         continue  # its time is that of the products: even loads tell it
                     run = functools.partial(parts.experts, site, counts.tolist(), shape.width, shape.ffn, "gelu", impl)
-                    cases.append(_both(name, sizes, held, run))
+                    cases.append(both_ways(name, sizes, held, run))
     return cases
 
 
@@ -241,23 +242,25 @@ def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[C
         groups.append(build_mesh(ParallelPlan(dp=world.num_ranks // 2, tp=2), world.device).tp_group)
     for rows, held in grid:
         for skew in (0.0, 1.0, 1.5) if world.num_ranks == 2 else (1.0, 2.0):
-            cases.append(_all_to_all(site, rows, width, skew, held))
+            cases.append(all_to_all_case(site, rows, width, skew, held))
         for group in groups:
             for name in ("all_reduce", "all_gather", "reduce_scatter"):
-                cases.append(_collective(site, name, rows * width, group, held))
+                cases.append(collective_case(site, name, rows * width, group, held))
         num_bytes = float(rows * width * site.dtype.itemsize)
         cases.append(_exchange("point_to_point", 2, num_bytes, held, parts.point_to_point, site, rows * width))
     for rows in (16, 256):
-        cases += [_collective(site, "all_reduce", rows, world.group, False), _all_to_all(site, rows, 2, 1.0, False)]
+        cases += [collective_case(site, "all_reduce", rows, world.group, False), all_to_all_case(site, rows, 2, 1.0, False)]
     return cases + _direct_cases(site, shapes, tokens)
 
 
-def _all_to_all(site, rows, width, skew, held) -> Case:
+def all_to_all_case(site: Site, rows: int, width: int, skew: float, held: bool) -> Case:
+    """Every rank sends so many rows; rank 0 gets `skew` times an even share of them."""
     num_bytes = parts.all_to_all_bytes(site, rows, width, skew)
     return _exchange("all_to_all", site.world.num_ranks, num_bytes, held, parts.all_to_all, site, rows, width, skew)
 
 
-def _collective(site, name, numel, group, held) -> Case:
+def collective_case(site: Site, name: str, numel: int, group, held: bool) -> Case:
+    """all_reduce, all_gather or reduce_scatter."""
     num_ranks = dist.get_world_size(group)
     num_bytes = parts.collective_bytes(site, name, numel, num_ranks)
     return _exchange(name, num_ranks, num_bytes, held, parts.collective, site, name, numel, group)
@@ -269,18 +272,19 @@ def _exchange(name, ranks, num_bytes, held, build, *args) -> Case:
 
 
 def _direct_cases(site, shapes, tokens) -> list[Case]:
-    world, cases = site.world, []
     grid = token_grid(tokens[-3:])
-    for shape in shapes[-2:]:
-        for num, held in grid:
-            reached = 1 - (1 - 1 / world.num_ranks) ** shape.top_k
-            element = torch.empty(0, dtype=site.dtype).element_size()
-            sizes = dict(
-                tokens=num, copies=num * shape.top_k, width=shape.width, ranks=world.num_ranks,
-                off_bytes=reached * num * shape.width * element * (world.num_ranks - 1),
-            )  # fmt: skip
-            cases.append(_both("direct", sizes, held, lambda t=num, s=shape: parts.direct(site, t, s.top_k, s.width)))
-    return cases
+    return [direct_case(site, num, s.top_k, s.width, held) for s in shapes[-2:] for num, held in grid]
+
+
+def direct_case(site: Site, tokens: int, top_k: int, width: int, held: bool) -> Case:
+    """The direct dispatcher under even loads."""
+    num_ranks = site.world.num_ranks
+    reached = 1 - (1 - 1 / num_ranks) ** top_k
+    sizes = dict(
+        tokens=tokens, copies=tokens * top_k, width=width, ranks=num_ranks,
+        off_bytes=reached * tokens * width * site.dtype.itemsize * (num_ranks - 1),
+    )  # fmt: skip
+    return both_ways("direct", sizes, held, lambda: parts.direct(site, tokens, top_k, width))
 
 
 def measure_sync(world: World) -> Point:
@@ -315,24 +319,30 @@ def topology(world: World) -> dict:
 
 def run(args: argparse.Namespace, world: World) -> Profile:
     """Measure everything and write the file from rank 0. Collective."""
-    start = time.monotonic()
     dtype = args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
     shapes = [Shape.parse(text) for text in args.shapes or DEFAULT_SHAPES[world.device.type]]
     profiler = Profiler(world, dtype, args.seconds)
     torch.manual_seed(1)
     tokens = sorted(args.tokens or TOKENS[world.device.type])
     cases = compute_cases(profiler.site, shapes, tokens) + exchange_cases(profiler.site, shapes, tokens)
+    return measure(profiler, cases, args.out, [vars(s) for s in shapes])
+
+
+def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict]) -> Profile:
+    """Measure `cases`, and write the profile and print its held-out errors from rank 0. `shapes`: what they are sizes of.
+    Collective."""
+    start, world = time.monotonic(), profiler.site.world
     for case in cases:
         profiler.run(case)
     profiler.points["sync"] = [measure_sync(world)]
-    facts = {**record.provenance(**topology(world)), "shapes": [vars(s) for s in shapes], "ranks": world.num_ranks}
-    profile = Profile(profiler.points, dtype, facts)
+    facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
+    profile = Profile(profiler.points, profiler.dtype, facts)
     if world.ep_rank == 0:
         took = time.monotonic() - start
         facts["seconds"] = round(took, 1)
-        print(format_errors(profile, took))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json(args.out, profile.to_dict())
+        print(format_errors(profile, took), flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.write_json(path, profile.to_dict())
     return profile
 
 

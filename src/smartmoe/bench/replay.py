@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from smartmoe import record
-from smartmoe.bench.measure import run_in_world
+from smartmoe.bench.measure import describe_failure, run_in_world
 from smartmoe.bench.replay_compare import CASES, MODES, compare, shape_of
 from smartmoe.bench.replay_layer import ReplayedLayer
 from smartmoe.bench.report import add_options, at_least, checked
@@ -81,8 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _replay_run(args: argparse.Namespace) -> int:
-    world_rank = int(os.environ.get("RANK", "0"))
-    try:
+    with describe_failure(args.run_dir):
         run = record.read_run(args.run_dir)
         config = from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config")
         config, trace = open_trace(check(config, str(args.run_dir)), args.run_dir)
@@ -96,12 +93,7 @@ def _replay_run(args: argparse.Namespace) -> int:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
-        return 0
-    except Exception as error:
-        is_oom = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        record.write_error(args.run_dir, world_rank, error, is_oom)
-        print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)  # other ranks may wait in a collective for this one
+    return 0
 
 
 def open_trace(config: RunConfig, run_dir: Path) -> tuple[RunConfig, ExpertTrace]:

@@ -1,0 +1,102 @@
+"""The primitives of one run's MoE layer, measured at the sizes that its routing can reach: a small profile, in seconds.
+
+A hot rank is measured as it occurs: it has many rows while the others share the rest. Sizes follow from the model and the
+number of ranks alone; no trace is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from smartmoe.bench import profile_parts as parts
+from smartmoe.bench.measure import World
+from smartmoe.bench.profile_cluster import (
+    Case,
+    Profiler,
+    all_to_all_case,
+    both_ways,
+    collective_case,
+    direct_case,
+    measure,
+)
+from smartmoe.bench.profile_parts import Site
+from smartmoe.config import RunConfig
+from smartmoe.planner.primitives import TILE_ROWS, Profile
+
+SECONDS_PER_CASE = {"cpu": 0.3, "cuda": 0.1}
+EXPERT_SKEWS = (0.0, 1.2, 5.0)  # exponents of the Zipf law of a rank's rows over its experts; the last leaves some idle
+MOST_CHOICES = 16  # experts of a token in the piece that puts rows in order
+
+
+def profile_layer(config: RunConfig, world: World, path: Path) -> Profile:
+    """Measure the layer's primitives, write them to `path` from rank 0, and return them. Collective.
+
+    config: experts over all ranks of the world, one stage.
+    """
+    profiler = Profiler(world, config.workload.dtype, SECONDS_PER_CASE[world.device.type])
+    model, tokens = config.model, config.workload.micro_batch_size * config.model.seq_len
+    sizes = {"width": model.hidden_size, "ffn": model.ffn_size, "experts": model.num_experts, "tokens": tokens}
+    return measure(profiler, layer_cases(profiler.site, config, tokens), path, [sizes])
+
+
+def hot_shares(num_ranks: int) -> list[tuple[float, bool]]:
+    """(rows of the hot rank over an even share, whether held out), from even loads to all rows on one rank."""
+    if num_ranks == 1:
+        return [(1.0, False)]
+    grid = np.geomspace(1.0, num_ranks, 5).round(3).tolist()
+    between = round((grid[1] * grid[2]) ** 0.5, 3)
+    return [(share, False) for share in grid] + [(between, True)]
+
+
+def layer_cases(site: Site, config: RunConfig, tokens: int) -> list[Case]:
+    """What planner.layer_cost puts a layer's time together from, with `tokens` on each rank."""
+    model, world = config.model, site.world
+    width, top_k, copies = model.hidden_size, model.top_k, tokens * model.top_k
+    choice = dict(tokens=tokens, width=width, experts=model.num_experts, top_k=top_k)
+    cases = [
+        both_ways(name, choice, False, functools.partial(parts.gate, site, **choice, limited=limited))
+        for name, limited in (("gate", False), ("gate_limited", True))
+    ]
+    # rows are put in order before and after the exchange: a hot rank has more of those received
+    most = min(MOST_CHOICES, top_k * (world.num_ranks + 1) // 2)
+    for choices in sorted({top_k, max(top_k, (top_k + most) // 2), max(top_k, most)}):
+        moved = dict(tokens=tokens, copies=tokens * choices, width=width)
+        cases.append(both_ways("route", moved, False, functools.partial(parts.route, site, **moved)))
+    for share, held in hot_shares(world.num_ranks):
+        cases += [_experts_case(site, config, copies, share, skew, held) for skew in EXPERT_SKEWS]
+        if world.group is not None:
+            cases.append(all_to_all_case(site, copies, width, share, held))
+    if world.group is not None:  # counts: of gates with a capacity, and of rows before these are sent
+        for rows in (model.num_experts, 8 * model.num_experts):
+            cases.append(all_to_all_case(site, rows, 2, 1.0, False))
+            cases.append(collective_case(site, "all_reduce", rows, world.group, False))
+    if config.layer.dispatcher == "direct":
+        cases += [direct_case(site, num, top_k, width, False) for num in (tokens // 2, tokens, 2 * tokens)]
+    return cases
+
+
+def _experts_case(site: Site, config: RunConfig, copies: int, share: float, skew: float, held: bool) -> Case:
+    """Rank 0 is the hot one: its sizes stand for the case, whose time is that of the slowest rank."""
+    model, world = config.model, site.world
+    slots = model.num_experts // world.num_ranks
+    hot = _rows_of_slots(copies, world.num_ranks, share, skew, slots, 0)
+    sizes = dict(
+        rows=int(hot.sum()), padded_rows=int((-(-hot // TILE_ROWS) * TILE_ROWS).sum()), active=int((hot > 0).sum()),
+        slots=slots, width=model.hidden_size, ffn=model.ffn_size * (3 if model.activation == "swiglu" else 2),
+    )  # fmt: skip
+    mine = _rows_of_slots(copies, world.num_ranks, share, skew, slots, world.ep_rank).tolist()
+    impl = config.layer.experts
+    build = functools.partial(parts.experts, site, mine, model.hidden_size, model.ffn_size, model.activation, impl)
+    return both_ways("experts" if impl == "grouped" else "experts_loop", sizes, held, build)
+
+
+def _rows_of_slots(copies: int, num_ranks: int, share: float, skew: float, slots: int, ep_rank: int) -> np.ndarray:
+    """[slots] rows that a rank computes where each of the ranks sends `copies`; at least one."""
+    to_W = parts.share_rows(copies, num_ranks, share) if num_ranks > 1 else np.array([copies])
+    law = np.arange(1, slots + 1) ** -skew
+    rows_L = np.floor(num_ranks * to_W[ep_rank] * law / law.sum()).astype(int)
+    rows_L[0] = max(rows_L[0], 1)
+    return rows_L
