@@ -25,7 +25,11 @@ from smartmoe.config import (
 )
 from smartmoe.record import safe_run_id
 
-ENTRIES = {"train": "smartmoe.train", "replay": "smartmoe.bench.replay"}
+ENTRIES = {
+    "train": "smartmoe.train",
+    "replay": "smartmoe.bench.replay",
+    "layer_accuracy": "smartmoe.bench.layer_accuracy",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,7 @@ class Configs:
         """
         runs: dict[str, Run] = {}
         by_series: dict[str, Run] = {}
-        for figure in self.select([]):
+        for figure in sorted(self.select([]), key=self._replays):  # a trace may be recorded for a later figure
             experiment = self.experiments[figure]
             if experiment.waits_for:
                 continue
@@ -172,6 +176,9 @@ class Configs:
         wanted = [run for run in runs.values() if run.bars]
         needed = {run.needs.key for run in wanted if run.needs}
         return [run for run in runs.values() if run.bars or run.key in needed]
+
+    def _replays(self, figure: str) -> bool:
+        return any("trace_from" in row for _, _, rows in self.experiments[figure].grids for row in rows)
 
     def _run(self, figure, grid, row, parts, gate, cluster, source, where) -> Run:
         label = capacity_label(gate)
@@ -278,7 +285,7 @@ def _source(row: Row, by_series: dict[str, Run], where: str) -> Run | None:
         return None
     source = by_series.get(row.trace_from)
     if source is None or not source.config.record_trace:
-        raise ValueError(f'{where}: trace_from = "{row.trace_from}" names no earlier run with record_trace = true')
+        raise ValueError(f'{where}: trace_from = "{row.trace_from}" names no run before it with record_trace = true')
     return source
 
 

@@ -32,6 +32,9 @@ OUTPUTS = (
     "console.log",
     "job.log",
     "trace.npz",
+    "profile.json",
+    "predictions.jsonl",
+    "accuracy.json",
     "checkpoints",
 )
 _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing

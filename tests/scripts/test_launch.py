@@ -175,6 +175,19 @@ def test_a_replay_is_skipped_when_its_trace_was_not_recorded(setup, tmp_path):
     assert found["smartmoe"]["status"] == "skipped" and "did not end well" in found["smartmoe"]["message"]
 
 
+def test_layers_are_timed_after_the_run_that_records_their_trace(setup, tmp_path):
+    timed = TRACED.replace('"replay"', '"layer_accuracy"', 1)
+    code, text = run(setup(timed.replace('"smartmoe"', '"smartmoe_static"'), grid(1, record_trace=True)))
+    assert code == 2 and "names no run before it" in text
+    code, text = run(setup(grid(1, record_trace=True), timed.replace('"smartmoe"', '"smartmoe_static"')))
+    assert code == 0, text
+    paths = {json.loads(p.read_text())["provenance"]["entry"]: p.parent for p in tmp_path.glob("out/logs/**/run.json")}
+    assert set(paths) == {"train", "layer_accuracy"}
+    found = json.loads((paths["layer_accuracy"] / "run.json").read_text())
+    assert found["status"] == "ok"
+    assert (paths["layer_accuracy"] / found["config"]["gate"]["trace"]).read_bytes() == b"trace"
+
+
 def test_dry_run_prints_plans_and_minutes_and_writes_nothing(setup, tmp_path, capsys):
     arguments = setup(grid(1), grid(2))
     assert launch.main([*arguments, "--dry-run"]) == 0
