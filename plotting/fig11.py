@@ -42,7 +42,7 @@ def _draw_panel(axes: Axes, panel: ScatterPanel) -> None:
     high = max(max(real), max(estimate), *(panel.naive_ms or real)) * 1.04
     axes.plot([low, high], [low, high], color="black", linewidth=0.6, zorder=3)
     axes.scatter(real, estimate, s=4, color=POINT, alpha=0.3, linewidths=0, zorder=2)
-    if len(panel.naive_ms) == 1:
+    if len(set(panel.naive_ms)) == 1:
         axes.axhline(panel.naive_ms[0], color=NAIVE, linestyle="--", zorder=2.5)
     elif panel.naive_ms:
         axes.scatter(real, panel.naive_ms, s=4, color=NAIVE, marker="x", alpha=0.5, linewidths=0.5, zorder=2.5)

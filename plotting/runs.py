@@ -262,13 +262,13 @@ class Predictions:
 
 
 def read_predictions(run: Run) -> Predictions | None:
-    """predictions.jsonl of a plan accuracy run."""
+    """predictions.jsonl: one layer in one iteration of the trace is one point."""
     path, folder = run.file("predictions.jsonl"), run.folder
     where = folder.name(path)
     if not path.exists():
         folder.report(
             "missing-file",
-            "the run has no predictions.jsonl (planner profile and predictions)",
+            "the run has no predictions.jsonl (predicted and measured times of its layers)",
             where,
             figures=("fig11",),
         )

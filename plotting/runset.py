@@ -34,7 +34,7 @@ WAITS = {
     "fig8": "end-to-end runs (fastmoe, deepspeed, fastermoe, smartmoe) whose run.json names a fig8 bar",
     "fig9": "Swin-MoE runs (tutel, fastmoe, smartmoe) whose run.json names a fig9 bar",
     "fig10": "runs of fastmoe, alpa and smartmoe_static whose run.json names a fig10 bar",
-    "fig11": "a planner profile and predictions.jsonl of a run whose run.json names fig11",
+    "fig11": "a run (entry layer_accuracy) with predictions.jsonl whose run.json names fig11",
     "fig12": "runs static and dynamic with spans.jsonl whose run.json names fig12",
     "fig13": "trace replays static, every_100 and every_10 whose run.json names fig13",
 }

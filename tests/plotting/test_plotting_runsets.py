@@ -196,4 +196,4 @@ def test_figures_without_data_wait(run_set):
     run_set.add("a", [run_set.bar("fastmoe")], ms=100)
     waits = read(run_set).waits
     assert set(waits) == {"fig9", "fig10", "fig11", "fig12", "fig13"}
-    assert "Swin" in waits["fig9"] and "planner profile" in waits["fig11"]
+    assert "Swin" in waits["fig9"] and "predictions.jsonl" in waits["fig11"]
