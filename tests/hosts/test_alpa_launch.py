@@ -99,13 +99,17 @@ def test_slurm_inside_a_job_only(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="salloc or sbatch first"):
         commands("16", "--launcher", "slurm")
     fake = tmp_path / "scontrol"
-    fake.write_text("#!/bin/sh\n[ \"$3\" = 'n[3-4]' ] && printf 'n3\\nn4\\n'\n")
+    fake.write_text(
+        "#!/bin/sh\n"
+        "[ \"$2 $3\" = 'hostnames n[3-4]' ] && printf 'n3\\nn4\\n'\n"
+        "[ \"$2 $3\" = 'node n3' ] && echo '   NodeAddr=10.0.0.3 NodeHostName=n3'\n"
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     job = {"SLURM_JOB_NODELIST": "n[3-4]"}
     (two,) = commands("16", "--backend", "deepspeed", "--launcher", "slurm", environ=job)
     assert two[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert "--rdzv-endpoint=n3:29500" in two
+    assert "--rdzv-endpoint=10.0.0.3:29500" in two
     with pytest.raises(ValueError, match="4 nodes are needed, the job has 2"):
         commands("32", "--launcher", "slurm", environ=job)
 

@@ -51,14 +51,18 @@ def _slurm(args, num_nodes, environ) -> list[str]:
     """srun inside a job: one torchrun on each node."""
     if "SLURM_JOB_NODELIST" not in environ:
         raise ValueError("--launcher slurm works inside a job: salloc or sbatch first, then this command")
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False
-    )
-    hosts = shown.stdout.split()
+    hosts = _scontrol("hostnames", environ["SLURM_JOB_NODELIST"]).split()
     if len(hosts) < num_nodes:
         raise ValueError(f"{num_nodes} nodes are needed, the job has {len(hosts)}: {environ['SLURM_JOB_NODELIST']}")
+    # a node's name need not be one that the network knows
+    words = _scontrol("node", hosts[0]).split()
+    address = next((word[len("NodeAddr=") :] for word in words if word.startswith("NodeAddr=")), hosts[0])
     step = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]
-    return [*step, *_torchrun(args, num_nodes, environ, master=hosts[0])]
+    return [*step, *_torchrun(args, num_nodes, environ, master=address)]
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=False).stdout
 
 
 def _hostfile(args, num_nodes: int) -> Path:
@@ -84,7 +88,7 @@ def describe(args: argparse.Namespace, case: Case) -> str:
         f"{model.name}: {parameter_count(model) / 1e9:.4f} B parameters, {model.num_layers} layers, hidden "
         f"{model.hidden_size}, {model.num_experts} experts\n"
         f"{case.num_gpus} GPUs: dp {case.num_gpus}, ep {case.ep}, expert-dp {case.expert_dp}, {case.num_micro_batches} "
-        f"micro-batches of {case.micro_batch_size} sequences, {case.tokens:,} tokens an iteration, {pflops:.3f} PFLOP\n"
+        f"micro-batches of {case.micro_batch_size} sequences, {case.tokens:,} tokens an iteration, {pflops:.3g} PFLOP\n"
         f"ZeRO-{args.zero}, {args.precision}, {args.optimizer}, capacity {case.capacity} of {case.group_size} tokens"
     )
 
