@@ -1,5 +1,7 @@
 import json
 
+import numpy as np
+
 from smartmoe.bench import measure, profile_cluster
 from smartmoe.planner.primitives import KINDS, Primitives, Profile
 from tests.dist import spawn
@@ -33,3 +35,9 @@ def test_rows_of_an_exchange_and_sizes_between():
     assert profile_cluster.parts.share_rows(100, 2, 1.5).tolist() == [75, 25]
     assert profile_cluster.parts.share_rows(100, 2, 0.0).tolist() == [0, 100]
     assert profile_cluster.token_grid([64, 128, 256]) == [(64, False), (128, False), (256, False), (96, True)]
+
+
+def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():
+    marks_WIM = np.array([[[0.0, 1.0, 3.0]], [[1.0, 2.5, 3.5]]])  # the second rank got a core when the first was done
+    assert profile_cluster.slowest_parts(marks_WIM, one_clock=True).tolist() == [[2.5, 1.0]]
+    assert profile_cluster.slowest_parts(marks_WIM, one_clock=False).tolist() == [[1.5, 2.0]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class Profiler:
     def __init__(self, world: World, dtype: str, seconds_per_case: float):
         self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
         self.points: dict[str, list[Point]] = {}
+        self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
         self._call_ms = parts.backward_call_ms(self.site) if world.device.type == "cuda" else 0.0
 
     def run(self, case: Case) -> None:
@@ -85,14 +87,15 @@ class Profiler:
         try:
             built = case.build()
             step, reset = built if isinstance(built, tuple) else (built, lambda: None)
-            device_IP, host_IP = self._time(step, reset, case.name not in WAITING)
-            word = {"device": device_IP.tolist(), "host": host_IP.tolist()}
+            marks_IM, host_IP = self._time(step, reset, case.name not in WAITING)
+            word = {"marks": marks_IM.tolist(), "host": host_IP.tolist()}
         except torch.OutOfMemoryError:
             word = None
         words = world.share(word)
         if None in words:
             return
-        device_IP, host_IP = (np.array([w[key] for w in words]).max(0) for key in ("device", "host"))
+        device_IP = slowest_parts(np.array([w["marks"] for w in words]), self._has_one_clock)
+        host_IP = np.array([w["host"] for w in words]).max(0)
         if case.has_backward:
             host_IP[:, 1] = np.maximum(host_IP[:, 1] - self._call_ms, _LEAST_HOST_MS)
         if case.name in WAITING:
@@ -108,7 +111,8 @@ class Profiler:
             self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
 
     def _time(self, step, reset, gets_ahead: bool) -> tuple[np.ndarray, np.ndarray]:
-        """([iterations, parts] ms on the device, the same on the host that launched it)."""
+        """([iterations, parts + 1] ms at which the device passed each mark, [iterations, parts] ms of the host that
+        launched the parts)."""
         world = self.site.world
         for _ in range(2):
             step(lambda: None)
@@ -124,8 +128,8 @@ class Profiler:
         num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
         runs = [self._once(step, reset, lead) for _ in range(num)]
         world.synchronize()
-        device = [[self._between(a, b) for a, b in zip(d[:-1], d[1:], strict=True)] for d, _ in runs]
-        return np.array(device), 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)
+        marks_IM = np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs])
+        return marks_IM, 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)
 
     def _once(self, step, reset, lead):
         world, device, host = self.site.world, [], []
@@ -149,8 +153,23 @@ class Profiler:
         return device, host
 
     @staticmethod
-    def _between(start, end) -> float:
-        return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+    def _passed(first, mark) -> float:
+        if isinstance(mark, float):
+            return mark * 1e3
+        return 0.0 if mark is first else first.elapsed_time(mark)
+
+
+def slowest_parts(marks_WIM: np.ndarray, one_clock: bool) -> np.ndarray:
+    """[iterations, parts] ms of the slowest rank, of the times at which each rank passed its marks.
+
+    With one clock for all ranks a part ends when the last rank has ended it, and the first begins when the first rank does:
+    ranks that wait for a core, because there are fewer cores than ranks, wait in a training step as well.
+    """
+    if not one_clock:
+        return np.diff(marks_WIM, axis=2).max(0)
+    ends_IM = marks_WIM.max(0)
+    ends_IM[:, 0] = marks_WIM[:, :, 0].min(0)
+    return np.diff(ends_IM, axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
