@@ -109,7 +109,13 @@ def test_slurm_inside_a_job_only(tmp_path, monkeypatch):
     job = {"SLURM_JOB_NODELIST": "n[3-4]"}
     (two,) = commands("16", "--backend", "deepspeed", "--launcher", "slurm", environ=job)
     assert two[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert "--rdzv-endpoint=10.0.0.3:29500" in two
+    assert {"--nnodes=2", "--master-addr=10.0.0.3", "--master-port=29500"} <= set(two)
+    # the words of one task, as srun starts it on the second node
+    at = two.index("bash")
+    told = subprocess.run(
+        [*two[at : at + 4], "env"], env={**os.environ, "SLURM_NODEID": "1"}, capture_output=True, text=True, check=True
+    )
+    assert "PET_NODE_RANK=1" in told.stdout.splitlines()
     with pytest.raises(ValueError, match="4 nodes are needed, the job has 2"):
         commands("32", "--launcher", "slurm", environ=job)
 

@@ -26,15 +26,19 @@ def commands(args: argparse.Namespace, environ: dict[str, str]) -> list[list[str
     return [[*start(args, num_nodes, environ), *options.rank_arguments(args, backend)] for backend in backends]
 
 
-def _torchrun(args, num_nodes, environ, master: str | None = None) -> list[str]:
+def _torchrun(args, num_nodes, environ) -> list[str]:
     """Several nodes meet at the first of the hostfile: the same command is given on each of them."""
-    per_node = min(args.num_gpus, args.gpus_per_node)
-    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={per_node}"]
+    words = _agent(args, num_nodes)
     if num_nodes == 1:
         return [*words, "--standalone", "-m", ENTRY]
-    master = master or _hosts(_hostfile(args, num_nodes), num_nodes)[0]
+    master = _hosts(_hostfile(args, num_nodes), num_nodes)[0]
     meeting = [f"--rdzv-endpoint={master}:{args.master_port}", f"--rdzv-id=alpa-{args.num_gpus}"]
-    return [*words, f"--nnodes={num_nodes}", "--rdzv-backend=c10d", *meeting, "-m", ENTRY]
+    return [*words, "--rdzv-backend=c10d", *meeting, "-m", ENTRY]
+
+
+def _agent(args, num_nodes) -> list[str]:
+    per_node = min(args.num_gpus, args.gpus_per_node)
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={per_node}", f"--nnodes={num_nodes}"]
 
 
 def _deepspeed(args, num_nodes, environ) -> list[str]:
@@ -58,7 +62,9 @@ def _slurm(args, num_nodes, environ) -> list[str]:
     words = _scontrol("node", hosts[0]).split()
     address = next((word[len("NodeAddr=") :] for word in words if word.startswith("NodeAddr=")), hosts[0])
     step = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]
-    return [*step, *_torchrun(args, num_nodes, environ, master=address)]
+    meeting = [f"--master-addr={address}", f"--master-port={args.master_port}"]
+    # torchrun reads its options from PET_*, too; each task knows its own node only when it runs
+    return [*step, "bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "-", *_agent(args, num_nodes), *meeting, "-m", ENTRY]
 
 
 def _scontrol(*words: str) -> str:
