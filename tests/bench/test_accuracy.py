@@ -36,11 +36,11 @@ LAYER_RUN = config.RunConfig(
 )  # fmt: skip
 
 
-def layer_run(folder, run=LAYER_RUN, counts=None):
-    """A run directory for layer_accuracy beside the trace that it names, whose iterations count 1, 11, 21 .."""
-    if counts is None:
-        counts = np.random.default_rng(0).multinomial(64, [0.6, 0.2, 0.1, 0.1], size=(5, 2, 2, 1)).astype(np.int32)
-    ExpertTrace(counts, 1 + 10 * np.arange(len(counts)), {"top_k": 2}).save(folder / "t.npz")
+def layer_run(folder, run=LAYER_RUN):
+    """A run directory for layer_accuracy beside the trace that it names: iterations 1, 11 .. 41, only the last is other."""
+    counts = np.tile(np.array([[10, 2, 2, 2], [2, 4, 6, 4]], np.int32)[None, None, :, None], (5, 2, 1, 1, 1))
+    counts[4] = [8, 8, 0, 0]
+    ExpertTrace(counts, 1 + 10 * np.arange(5), {"top_k": 2}).save(folder / "t.npz")
     bar = {"figure": "fig11", "panel": "two", "group": "", "series": "layer"}
     record.create_run(folder / "run", "run", config.to_dict(run), [bar])
     record.set_status(folder / "run", "ok")
@@ -81,7 +81,9 @@ def test_both_entries_measure_and_predict(folder):
     # the same profile, the same predictions, whatever was measured: no point has a part in them
     assert [p["predicted_ms"] for p in own] == [p["predicted_ms"] for p in points]
     assert [p["measured_ms"] for p in own] != [p["measured_ms"] for p in points]
-    assert len({p["predicted_ms"] for p in points}) > 1 == len({p["naive_ms"] for p in points})
+    assert len({p["naive_ms"] for p in points}) == 1
+    at = {(p["iteration"], p["layer"]): p["predicted_ms"] for p in points}
+    assert at[1, 0] == at[21, 0] != at[41, 0] == at[41, 1] != at[21, 1] == at[1, 1] != at[1, 0]
     profile = Profile.load(run_dir / "profile.json")
     assert {p.sizes["rows"] for p in profile.points["experts_forward"]} >= {32, 64}  # even, and all on one rank
     assert json.loads((run_dir / "accuracy.json").read_text()) == layer_accuracy.statistics(points)
