@@ -18,13 +18,11 @@ from torch.distributions import Gumbel
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
 from smartmoe.gates import Gate, Tokens, first_choice_loss
-from smartmoe.hosts.deepspeed_alpa.suites import Case
+from smartmoe.hosts.deepspeed_alpa.options import BACKENDS
+from smartmoe.hosts.deepspeed_alpa.suites import MIN_CAPACITY, TOP_K, Case
 from smartmoe.layer import INIT_STD, Experts, MoELayer
 from smartmoe.ops.activation import activate
 from smartmoe.ops.hashing import make_key
-
-BACKENDS = ("deepspeed", "smartmoe")
-MIN_CAPACITY = 4
 
 
 class DeepSpeedGumbelGate(Gate):
@@ -148,7 +146,7 @@ def layer_config(case: Case, *, dispatcher: str, activation: str, seed: int, ran
         model=ModelConfig(
             name=model.name, num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_size=model.ffn_size,
             num_heads=model.num_heads, seq_len=model.seq_len, vocab_size=model.vocab_size,
-            num_experts=model.num_experts, top_k=2, moe_every=2, activation=activation,
+            num_experts=model.num_experts, top_k=TOP_K, moe_every=2, activation=activation,
         ),
         gate=GateConfig(kind="naive", capacity=1.0, scope="local"),
         layer=LayerConfig(dispatcher=dispatcher),

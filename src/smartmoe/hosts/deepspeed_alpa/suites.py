@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 FFN_FACTOR = 8
 TOP_K = 2
+MIN_CAPACITY = 4  # DeepSpeed's default
 ALPA_GROUP = 2048
 RECOMPUTE_FACTOR = 4
 NO_RECOMPUTE_FACTOR = 3
@@ -71,8 +72,8 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        """Seats of one expert for one rank's micro-batch: 2 G / E, at least 4."""
-        return max(math.ceil(TOP_K * self.group_size / self.model.num_experts), 4)
+        """Seats of one expert for one rank's micro-batch: 2 G / E."""
+        return max(math.ceil(TOP_K * self.group_size / self.model.num_experts), MIN_CAPACITY)
 
 
 def _models(*rows: tuple) -> dict[str, MoEModel]:
@@ -188,7 +189,7 @@ def iteration_flops(
     """FLOPs of one iteration by Alpa's formula.
 
     group_size: G of the gating and of the dispatch and combine einsums over a dense [G, E, C] mask; None leaves these
-    terms out, which DeepSpeed since 0.19.7 and SmartMoE do not compute. factor: 4 with recomputation, 3 without; the
+    terms out, which DeepSpeed 0.19.8 and SmartMoE do not compute. factor: 4 with recomputation, 3 without; the
     output logits are never recomputed. Attention is counted whole, not only its causal half.
     """
     hidden, layers = model.hidden_size, model.num_layers // 2
