@@ -253,11 +253,11 @@ def descendants(pid: int) -> list[tuple[int, str]]:
         facts = _stat(path)
         if facts:
             below.setdefault(int(facts[1]), []).append((int(path.parent.name), facts[19]))
-    found, todo = [], [pid]
-    while todo:
-        children = below.get(todo.pop(), [])
+    found, unvisited = [], [pid]
+    while unvisited:
+        children = below.get(unvisited.pop(), [])
         found += children
-        todo += [child for child, _ in children]
+        unvisited += [child for child, _ in children]
     return found
 
 

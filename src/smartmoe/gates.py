@@ -7,6 +7,7 @@ Shape letters are those of `smartmoe.ops`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Tokens:
     num_segments: int | None
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, abc.ABC):
     """A linear router with float32 weights, and what all gates share: capacity and statistics over the right ranks.
 
     Subclasses choose in `_choose` and may prune or add a loss. With scope "global" the forward is collective over the
@@ -92,13 +93,13 @@ class Gate(nn.Module):
         self.weight_ED = nn.Parameter(weight_ED.to(device))
         self.bias_E = nn.Parameter(torch.zeros(model.num_experts, device=device))
 
+    @abc.abstractmethod
     def forward(self, x_TD: torch.Tensor, token_id_T: torch.Tensor, num_segments: int | None = None) -> Routing:
         """Choose experts.
 
         x_TD: [T, D]; token_id_T: [T] int64; num_segments: runs of consecutive token ids among them, None = find out
         (may synchronise with the host). Every rank of the stage has equally many tokens.
         """
-        raise NotImplementedError
 
     def set_placement(self, rank_of_expert_E: np.ndarray, node_of_rank_W: list[int], ep_rank: int) -> None:
         """Told where experts live: [E] ep_rank of each, [W] node of each ep_rank. Only topology-aware gates care."""

@@ -19,7 +19,6 @@ from smartmoe.bench.measure import (
     LeftAloneError,
     Timing,
     World,
-    attempt,
     capture,
     lead_for,
     run_in_world,
@@ -230,18 +229,13 @@ def run(args: argparse.Namespace, world: World) -> dict:
             for share in args.share:
                 for mechanism in args.mechanisms:
                     row = {"size": f"{size[0]}x{size[1]}", "share": share, "mechanism": mechanism}
-                    if report.has(row):
-                        continue
-                    report.begin(row)
 
                     def case(size=size, share=share, mechanism=mechanism) -> dict:
                         if world.group is None:
                             raise ValueError("an exchange needs two ranks: start it with torchrun")
                         return Bench(size, share, world, dtype, args.seed).measure(mechanism, timing_of(args))
 
-                    status, reason, results = attempt(world, case)
-                    row |= {"status": status, "reason": reason, **(make_row(results) if results else {})}
-                    report.end(row, format_row(row))
+                    report.measure(row, case, make_row, format_row)
     except LeftAloneError as error:
         report.give_up(error)
     return report.data

@@ -20,7 +20,6 @@ from smartmoe.bench.measure import (
     LeftAloneError,
     Timing,
     World,
-    attempt,
     lead_for,
     run_in_world,
     slowest,
@@ -177,18 +176,13 @@ def run(args: argparse.Namespace, world: World) -> dict:
     try:
         for shape, kind, num_experts, staging_mib in cases:
             row = dict(zip(keys, (shape.name, kind, num_experts, staging_mib), strict=True))
-            if report.has(row):
-                continue
-            report.begin(row)
 
             def case(shape=shape, kind=kind, num=num_experts, mib=staging_mib) -> dict:
                 if world.group is None:
                     raise ValueError("a migration needs two ranks: start it with torchrun")
                 return Bench(shape, kind, num, world, dtype, Staging(mib << 20)).measure(timing_of(args))
 
-            status, reason, results = attempt(world, case)
-            row |= {"status": status, "reason": reason, **(make_row(results) if results else {})}
-            report.end(row, format_row(row))
+            report.measure(row, case, make_row, format_row)
     except LeftAloneError as error:
         report.give_up(error)
     return report.data

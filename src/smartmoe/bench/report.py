@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from smartmoe import record
-from smartmoe.bench.measure import LeftAloneError, Timing, World
+from smartmoe.bench.measure import LeftAloneError, Timing, World, attempt
 
 SCHEMA = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -61,6 +62,16 @@ class Report:
         self.data["rows"][-1] = row
         self._write()
         self.say(line)
+
+    def measure(self, row: dict, case: Callable[[], dict], make_row: Callable, format_row: Callable) -> None:
+        """Run `case` on all ranks unless an earlier start did: the row gets its status and, from every rank's result,
+        make_row(results); then it is printed. Collective."""
+        if self.has(row):
+            return
+        self.begin(row)
+        status, reason, results = attempt(self.world, case)
+        row |= {"status": status, "reason": reason, **(make_row(results) if results else {})}
+        self.end(row, format_row(row))
 
     def say(self, text: str) -> None:
         if self.world.ep_rank == 0:
