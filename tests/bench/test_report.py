@@ -24,7 +24,7 @@ def rows_of(path, sizes, calls):
 def test_a_row_has_its_result_or_its_reason_and_is_measured_once(tmp_path, monkeypatch, capsys):
     path, calls = tmp_path / "rows.json", []
     good = {"size": 2, "status": "ok", "reason": "", "doubled": 4}
-    bad = {"size": -1, "status": "skipped", "reason": "no such size"}
+    bad = {"size": -1, "status": "skipped", "reason": "rank 0: no such size"}
     assert rows_of(path, [2, -1], calls) == [good, bad]
     assert capsys.readouterr().out.splitlines() == ["2 ok", "-1 skipped"]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
