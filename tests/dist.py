@@ -6,12 +6,17 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# On one GPU: collectives of small tensors over gloo, symmetric memory between processes of the same device.
+SHARED_GPU = "cpu:gloo,cuda:gloo"
+MAX_SHARING = 2
 PRELOAD = ["numpy", "torch", "torch.distributed.pipelining", "torch.distributed.checkpoint", "torch.utils.checkpoint"]
 
 
@@ -23,7 +28,7 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
     """
     with tempfile.TemporaryDirectory() as folder:
         # Ranks on CPUs are forked from a clean server that has imported torch once: a world starts in half a second.
-        context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
+        context = mp.get_context("forkserver" if backend == "gloo" else "spawn")
         multiprocessing.set_forkserver_preload(PRELOAD)
         procs = [
             context.Process(target=_entry, args=(fn, rank, world_size, backend, folder, args), daemon=True)
@@ -44,6 +49,26 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
         codes = [proc.exitcode for proc in procs]
         assert not any(codes), f"exit codes by rank: {codes}"
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def gpu_backend(num_ranks: int, may_share: bool = False) -> str:
+    """The backend for `spawn` with `num_ranks` ranks on GPUs; skips the test where there are too few.
+
+    may_share: for code that needs of NCCL nothing but small all-reduces. Where there is one GPU, MAX_SHARING ranks then
+    share it, with a warning: the results count, times do not, as ranks that wait for each other wait for time slices.
+    """
+    num_gpus = torch.cuda.device_count()
+    if num_gpus >= num_ranks:
+        return "nccl"
+    if not (may_share and num_gpus == 1 and num_ranks <= MAX_SHARING):
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    warnings.warn(f"{num_ranks} ranks share one GPU", stacklevel=2)
+    return SHARED_GPU
+
+
+def gpu_of(rank: int) -> torch.device:
+    """The GPU of a rank in the worlds of `spawn`."""
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def start_training(run_dir: Path, world_size: int, cache: Path, *args: str) -> subprocess.Popen:
@@ -68,8 +93,10 @@ def worker_pids(process: subprocess.Popen) -> list[int]:
 def _entry(fn, rank, world_size, backend, folder, args):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
+    if backend == SHARED_GPU:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    if backend != "gloo":
+        torch.cuda.set_device(gpu_of(rank))
     try:
         # meeting in a file, ranks cannot take a port that another test run has just found free
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -57,6 +57,24 @@ def test_gpus_are_found_by_identity_whatever_their_numbers(gpus):
     assert reason(0, "bc", True) is None and "not over NVLink" in reason(0, "ab", True)
 
 
+def test_a_gpu_that_ranks_share_is_taken_on_request_only(gpus):
+    assert reason(0, "aa", False) is None and "share a GPU" in reason(0, "aa", True)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo"])
+def test_a_group_for_cuda_tensors_will_do_and_one_for_cpus_will_not(monkeypatch, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(symmetric.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(symmetric, "group_size", lambda group: 2)
+    monkeypatch.setattr(symmetric, "_identity", lambda device: "a")
+    monkeypatch.setattr(symmetric, "_reason_here", lambda ranks, device, over_nvlink: None)
+    monkeypatch.setattr(symmetric, "_gather_objects", lambda value, group: [value] * 2)
+    for name, reason in ((backend, None), ("gloo", "the group's backend is gloo, none for CUDA tensors (nccl)")):
+        monkeypatch.setattr(symmetric.dist, "get_backend", lambda group, name=name: name)
+        assert symmetric._find_reason("group", False) == reason
+
+
 def test_a_torch_without_the_detector_cannot_tell():
     assert torch.cuda.is_available() or symmetric._nvlinks(0) is None
 

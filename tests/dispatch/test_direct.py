@@ -15,7 +15,7 @@ from smartmoe.dispatch.transport import Arrivals, CollectiveTransport, make_loca
 from smartmoe.ops.plan import slots_of
 from tests import oracle
 from tests.dispatch import cases
-from tests.dist import spawn
+from tests.dist import gpu_backend, gpu_of, spawn
 
 WIDTH, TOKENS, TOP_K, SLOTS = 64, 48, 3, 4
 
@@ -25,7 +25,7 @@ def _group(num_ranks):
 
 
 def _device(device_type, rank):
-    return torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    return gpu_of(rank) if device_type == "cuda" else torch.device("cpu")
 
 
 class _Scaled:
@@ -111,14 +111,17 @@ def test_gloo_gives_the_oracles_answer(num_ranks):
     _compare_table(answers_W, num_ranks, torch.float32)
 
 
+def _carry_tables(world_rank, num_ranks, dtypes):
+    return [_carry_table(world_rank, num_ranks, "cuda", dtype, ("grouped", "loop")) for dtype in dtypes]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_gpus_give_the_oracles_answer(num_ranks, dtype):
-    _need_gpus(num_ranks)
-    impls = ("grouped", "loop")
-    answers_W = spawn(_carry_table, num_ranks, num_ranks, "cuda", dtype, impls, backend="nccl", timeout_s=120)
-    _compare_table(answers_W, num_ranks, dtype)
+def test_gpus_give_the_oracles_answer(num_ranks):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    tables_W = spawn(_carry_tables, num_ranks, num_ranks, dtypes, backend=_gpus(num_ranks), timeout_s=240)
+    for dtype, answers_W in zip(dtypes, zip(*tables_W, strict=True), strict=True):
+        _compare_table(answers_W, num_ranks, dtype)
 
 
 # What the dispatcher says of itself.
@@ -148,9 +151,7 @@ def _overflow(world_rank, num_ranks, device_type):
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_too_many_rows_poison_the_output_of_every_rank_and_are_told(device_type):
     num_ranks = 2 if device_type == "cuda" else 3
-    if device_type == "cuda":
-        _need_gpus(num_ranks)
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend = _gpus(num_ranks) if device_type == "cuda" else "gloo"
     for y_full, told, y_empty, fits, told_later in spawn(_overflow, num_ranks, num_ranks, device_type, backend=backend):
         assert torch.isnan(y_full).all()
         assert f"needed {num_ranks * TOKENS * TOP_K} rows" in told and "layer.row_factor = 1.0" in told
@@ -225,8 +226,9 @@ def test_gloo_exchanges_repeat():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_a_thousand_routings_repeat_on_gpus(num_ranks):
-    _need_gpus(num_ranks)
-    spawn(_steady, num_ranks, num_ranks, "cuda", 1000, backend="nccl", timeout_s=150)
+    backend = _gpus(num_ranks)
+    num_rounds = 1000 if backend == "nccl" else 100
+    spawn(_steady, num_ranks, num_ranks, "cuda", num_rounds, backend=backend, timeout_s=150)
 
 
 def _interleave(world_rank, num_ranks, device_type):
@@ -259,8 +261,8 @@ def test_gloo_layers_interleave():
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_layers_interleave_on_gpus(num_ranks):
-    _need_gpus(num_ranks)
-    spawn(_interleave, num_ranks, num_ranks, "cuda", backend="nccl", timeout_s=120)
+    backend = _gpus(num_ranks)
+    spawn(_interleave, num_ranks, num_ranks, "cuda", backend=backend, timeout_s=120)
 
 
 # No host in between.
@@ -268,7 +270,7 @@ def test_layers_interleave_on_gpus(num_ranks):
 
 def _captured(world_rank, num_ranks):
     """Forward and backward without a host synchronisation, then from a CUDA graph with other routings."""
-    device = torch.device("cuda", world_rank)
+    device = gpu_of(world_rank)
     case = cases.Case("graph", (32,) * num_ranks, 4 * num_ranks, 2)
     weights = oracle.slots_of_rank(case.weights(), case.placement(), world_rank, torch.bfloat16, device)
     experts = cases.StackedExperts(weights, case.activation, "grouped")
@@ -321,13 +323,12 @@ def _captured(world_rank, num_ranks):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
-    _need_gpus(num_ranks)
+    backend = _gpus(num_ranks)
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
-    assert all(spawn(_captured, num_ranks, num_ranks, backend="nccl", timeout_s=120))
+    assert all(spawn(_captured, num_ranks, num_ranks, backend=backend, timeout_s=120))
 
 
-def _need_gpus(num_ranks):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} CUDA devices")
+def _gpus(num_ranks):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
+    return gpu_backend(num_ranks, may_share=True)

@@ -20,7 +20,7 @@ from smartmoe.replicas import HeldExperts
 from smartmoe.solvers.exact_step import solve_exact_step
 from tests import oracle
 from tests.dispatch import cases
-from tests.dist import spawn
+from tests.dist import gpu_backend, gpu_of, spawn
 
 NUM_REPLICAS = 2
 TOP_K = 2
@@ -55,7 +55,7 @@ class Layer:
     """One rank's part of a layer of `case` with exact replication: plan, weights, dispatch, experts, combine."""
 
     def __init__(self, case, ep_rank: int, dtype, impl: str = "grouped", copy_cost: int = 0):
-        device, placement = torch.device("cuda", ep_rank), case.placement()
+        device, placement = gpu_of(ep_rank), case.placement()
         self.replication = SymmetricReplication(dist.group.WORLD, NUM_REPLICAS, copy_cost)
         weights = oracle.slots_of_rank(case.weights(), placement, ep_rank, dtype, device)
         self.experts = ReplicatedExperts(self.replication, weights, case.activation, impl)
@@ -78,7 +78,7 @@ def load_batch(case, ep_rank: int, dtype):
     x, expert_idx, weight, grad = case.inputs(ep_rank)
     token_id = torch.arange(len(x)) + 1000 * ep_rank
     batch = x.to(dtype), expert_idx, weight.float(), grad.to(dtype), token_id
-    return [tensor.to(torch.device("cuda", ep_rank)) for tensor in batch]
+    return [tensor.to(gpu_of(ep_rank)) for tensor in batch]
 
 
 def inputs_of(batch):
@@ -105,7 +105,7 @@ def draw_experts(rng, kind: str, num_tokens: int, num_experts: int, crowd: np.nd
 
 def _plan(world_rank, num_ranks, num_rounds):
     """Plans for routings that all ranks draw, against the solver in numpy and the table that it stands for."""
-    device, num_different = torch.device("cuda", world_rank), set()
+    device, num_different = gpu_of(world_rank), set()
     for num_owned, num_experts in ((1, num_ranks), (4, 4 * num_ranks - 1), (16, 16 * num_ranks), (40, 40 * num_ranks)):
         for num_replicas in (1, 2, 3):
             for copy_cost in (0, 20):
@@ -138,8 +138,8 @@ def _plan(world_rank, num_ranks, num_rounds):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_plan_is_the_solvers(num_ranks):
-    _need_gpus(num_ranks)
-    num_different_W = spawn(_plan, num_ranks, num_ranks, 18, backend="nccl", timeout_s=240)
+    backend = _gpus(num_ranks)
+    num_different_W = spawn(_plan, num_ranks, num_ranks, 18, backend=backend, timeout_s=240)
     assert min(num_different_W) > 100
 
 
@@ -171,16 +171,19 @@ def _carry_table(world_rank, num_ranks, dtype, impls):
     return answers
 
 
+def _carry_tables(world_rank, num_ranks, dtypes):
+    return {dtype: _carry_table(world_rank, num_ranks, dtype, ("grouped", "loop")) for dtype in dtypes}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_layers_with_replicas_give_the_oracles_answer(num_ranks, dtype):
-    _need_gpus(num_ranks)
-    answers_W = spawn(_carry_table, num_ranks, num_ranks, dtype, ("grouped", "loop"), backend="nccl", timeout_s=240)
+def test_layers_with_replicas_give_the_oracles_answer(num_ranks):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    tables_W = spawn(_carry_tables, num_ranks, num_ranks, dtypes, backend=_gpus(num_ranks), timeout_s=240)
     by_name = {case.name: case for case in cases.cases(num_ranks)}
-    tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    for name, impl in answers_W[0]:
-        answers = [answers[name, impl] for answers in answers_W]
+    for dtype, (name, impl) in [(each, key) for each in dtypes for key in tables_W[0][each]]:
+        tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        answers = [tables[dtype][name, impl] for tables in tables_W]
         cases.compare(by_name[name], answers, f"replicas, {impl}", tolerance)
         assert all(answer["replicas"] == answers[0]["replicas"] for answer in answers)
         if name == "one hot expert":
@@ -230,8 +233,8 @@ def _micro_batches(world_rank, num_ranks):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_micro_batches_in_flight_keep_their_weights(num_ranks):
-    _need_gpus(num_ranks)
-    assert all(spawn(_micro_batches, num_ranks, num_ranks, backend="nccl", timeout_s=120))
+    backend = _gpus(num_ranks)
+    assert all(spawn(_micro_batches, num_ranks, num_ranks, backend=backend, timeout_s=120))
 
 
 def _balanced(world_rank, num_ranks):
@@ -248,8 +251,8 @@ def _balanced(world_rank, num_ranks):
 
 @pytest.mark.gpu
 def test_nothing_is_sent_for_what_is_not_worth_it():
-    _need_gpus(2)
-    assert all(spawn(_balanced, 2, 2, backend="nccl", timeout_s=120))
+    backend = _gpus(2)
+    assert all(spawn(_balanced, 2, 2, backend=backend, timeout_s=120))
 
 
 def _captured(world_rank, num_ranks):
@@ -306,15 +309,15 @@ def _captured(world_rank, num_ranks):
 
 @pytest.mark.gpu
 def test_no_host_synchronisation_and_replays_of_a_graph():
-    _need_gpus(2)
+    backend = _gpus(2)
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
-    assert all(spawn(_captured, 2, 2, backend="nccl", timeout_s=120))
+    assert all(spawn(_captured, 2, 2, backend=backend, timeout_s=120))
 
 
 def _moe_layer(world_rank, num_ranks):
     """A whole MoELayer whose gate sends everything to one expert, with and without replication."""
-    device = torch.device("cuda", world_rank)
+    device = gpu_of(world_rank)
     num_tokens = 4 * COPY_COST
     results = {}
     for mode, slots in (("never", 0), ("exact", 2)):
@@ -343,8 +346,8 @@ def _moe_layer(world_rank, num_ranks):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_layer_replicates_on_the_device_where_it_can(num_ranks):
-    _need_gpus(num_ranks)
-    for rank, results in enumerate(spawn(_moe_layer, num_ranks, num_ranks, backend="nccl", timeout_s=120)):
+    backend = _gpus(num_ranks)
+    for rank, results in enumerate(spawn(_moe_layer, num_ranks, num_ranks, backend=backend, timeout_s=120)):
         for idx, (got, want) in enumerate(zip(results["exact"], results["never"], strict=True)):
             oracle.assert_close(got, want, torch.bfloat16, f"rank {rank}, tensor {idx}")
         assert min(results["hosts"]) > 0, "all tokens are for one expert, and some rank computes none of them"
@@ -358,7 +361,6 @@ def test_a_slot_that_kernels_cannot_copy_is_refused():
         SymmetricReplication(None, NUM_REPLICAS).allocate((6, 3), dtype=torch.float32, device="cpu")
 
 
-def _need_gpus(num_ranks):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} CUDA devices")
+def _gpus(num_ranks):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
+    return gpu_backend(num_ranks, may_share=True)

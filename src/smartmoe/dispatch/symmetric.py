@@ -43,8 +43,10 @@ def _find_reason(group, over_nvlink) -> str | None:
         return "Triton is not installed"
     if group_size(group) == 1:
         return None
-    if "nccl" not in dist.get_backend(group):
-        return f"the group's backend is {dist.get_backend(group)}, not nccl"
+    backend = str(dist.get_backend(group))
+    # symmetric memory meets through the group's store and works with any backend; a plain gloo group is one for CPU tensors
+    if "nccl" not in backend and "cuda:" not in backend:
+        return f"the group's backend is {backend}, none for CUDA tensors (nccl)"
     device = torch.cuda.current_device()
     ranks = _gather_objects((socket.gethostname(), _identity(device)), group)
     mine = _reason_here(ranks, device, over_nvlink)
@@ -61,6 +63,8 @@ def _reason_here(ranks: list[tuple[str, str]], device: int, over_nvlink: bool) -
     if not all(torch.cuda.can_device_access_peer(device, peer) for peer in others):
         return f"GPU {device} cannot reach the memory of all others"
     if over_nvlink:
+        if len({gpu for _, gpu in ranks}) < len(ranks):
+            return "several of its ranks share a GPU"
         links = _nvlinks(device)
         if links is None or any(gpu not in visible for _, gpu in ranks):
             _log.info("GPU %d: torch cannot tell NVLink from another way to its peers, taking it for NVLink", device)
@@ -266,7 +270,15 @@ def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(buffer, group)
+    try:
+        handle = symmetric_memory.rendezvous(buffer, group)
+    except RuntimeError as error:
+        if "overlapping devices" not in str(error):
+            raise
+        raise ValueError(
+            "direct dispatcher: two ranks of the group are on one GPU: give each its own (torch.cuda.set_device), or, to try "
+            "it on one GPU however slowly, set TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1"
+        ) from error
     buffer.zero_()
     bases = [handle.get_buffer(peer, (1,), torch.uint8).data_ptr() for peer in range(group_size(group))]
     # the tensor may stand inside a larger allocation, at the same place on every rank
