@@ -11,13 +11,15 @@
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
 #   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
+# PY=python3 ./RUNME-b.sh uses that Python as it is, with what it has: nothing is installed, no network is needed. On GPUs build the
+# CUDA extension first, then: python3 setup.py build_ext --inplace
 # Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (go on with --resume).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift
