@@ -25,7 +25,9 @@ from smartmoe.bench import profile_parts as parts
 from smartmoe.bench.measure import World, run_in_world, spread
 from smartmoe.bench.profile_parts import Site
 from smartmoe.config import ParallelPlan
+from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.mesh import build_mesh
+from smartmoe.ops.all_to_all import group_size
 from smartmoe.planner.primitives import TILE_ROWS, Point, Profile, held_out_errors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -250,10 +252,10 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
 
 
 def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Case]:
-    """What ranks do together; none on one rank."""
+    """What ranks do together; on one rank only the direct dispatcher, which lays rows out there too."""
     world, cases = site.world, []
     if world.group is None:
-        return cases
+        return _direct_cases(site, shapes, tokens)
     width = max(shape.width for shape in shapes)
     grid = token_grid([*tokens, 2 * tokens[-1]])
     groups = [world.group]
@@ -291,19 +293,27 @@ def _exchange(name, ranks, num_bytes, held, build, *args) -> Case:
 
 
 def _direct_cases(site, shapes, tokens) -> list[Case]:
-    grid = token_grid(tokens[-3:])
-    return [direct_case(site, num, s.top_k, s.width, held) for s in shapes[-2:] for num, held in grid]
+    """None where ranks cannot store into each other's memory. A plan may have all experts on every rank, too: each rank
+    alone."""
+    world, cases = site.world, []
+    if world.device.type == "cuda" and why_unavailable(world.group):
+        return cases
+    for group in dict.fromkeys((None, world.group)):
+        for shape in shapes[-2:]:
+            grid = token_grid(tokens[-3:])
+            cases += [direct_case(site, num, shape.top_k, shape.width, held, group) for num, held in grid]
+    return cases
 
 
-def direct_case(site: Site, tokens: int, top_k: int, width: int, held: bool) -> Case:
-    """The direct dispatcher under even loads."""
-    num_ranks = site.world.num_ranks
+def direct_case(site: Site, tokens: int, top_k: int, width: int, held: bool, group) -> Case:
+    """The direct dispatcher under even loads over `group`, None = this rank alone."""
+    num_ranks = group_size(group)
     reached = 1 - (1 - 1 / num_ranks) ** top_k
     sizes = dict(
         tokens=tokens, copies=tokens * top_k, width=width, ranks=num_ranks,
         off_bytes=reached * tokens * width * site.dtype.itemsize * (num_ranks - 1),
     )  # fmt: skip
-    return both_ways("direct", sizes, held, lambda: parts.direct(site, tokens, top_k, width))
+    return both_ways("direct", sizes, held, lambda: parts.direct(site, tokens, top_k, width, group))
 
 
 def measure_sync(world: World) -> Point:

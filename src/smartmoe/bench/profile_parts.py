@@ -20,6 +20,7 @@ from smartmoe.config import GateConfig, ModelConfig, ParallelPlan, Workload
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import build_gate
 from smartmoe.mesh import Mesh, all_gather, reduce_scatter
+from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.permute import combine, permute
 from smartmoe.ops.plan import count_slots, make_plan
@@ -121,13 +122,13 @@ def route(site: Site, tokens: int, copies: int, width: int) -> Step:
     return _there_and_back(forward, [x_TD, weight_TK])
 
 
-def direct(site: Site, tokens: int, top_k: int, width: int) -> Step:
-    """The direct dispatcher's whole way there and back, experts left out. Collective."""
-    world = site.world
-    dispatcher = DirectDispatcher(world.group, 8, float(world.num_ranks))
+def direct(site: Site, tokens: int, top_k: int, width: int, group) -> Step:
+    """The direct dispatcher's whole way there and back over `group`, experts left out. Collective."""
+    world, num_ranks = site.world, group_size(group)
+    dispatcher = DirectDispatcher(group, 8, float(num_ranks))
     x_TD = site.randn(tokens, width, grad=True)
     weight_TK = torch.rand(tokens, top_k, device=world.device, requires_grad=True)
-    scores = torch.rand(tokens, 8 * world.num_ranks, generator=torch.Generator().manual_seed(world.ep_rank))
+    scores = torch.rand(tokens, 8 * num_ranks, generator=torch.Generator().manual_seed(world.ep_rank))
     slot_TK = scores.topk(top_k, dim=1).indices.to(world.device)
 
     def forward():
