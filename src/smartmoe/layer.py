@@ -6,7 +6,9 @@ Layer 4. Shape letters are those of `smartmoe.ops`, and B samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from smartmoe.placement import Placement, Replicas
 from smartmoe.replicas import HeldExperts, HistoryReplication, build_replication
 
 INIT_STD = 0.02
+MANY_WEIGHTS = 1 << 20
 
 
 class Experts(nn.Module):
@@ -66,10 +69,11 @@ class Experts(nn.Module):
                 self.register_parameter(name, None)
                 continue
             stacked = allocate((num_owned + num_replicas, *shape), dtype=dtype, device=device)
-            for slot, expert in enumerate(expert_of_slot_L):
-                if expert >= 0 and stds[name]:
-                    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, expert, name))
-                    stacked[slot].copy_(torch.empty(shape).normal_(0.0, stds[name], generator=generator))
+            if stds[name]:
+                hosted = {slot: expert for slot, expert in enumerate(expert_of_slot_L) if expert >= 0}
+                keys = [make_key(seed, layer_idx, expert, name) for expert in hosted.values()]
+                for slot, values in zip(hosted, _normal_values(keys, shape, stds[name]), strict=True):
+                    stacked[slot].copy_(values)
             param = nn.Parameter(stacked[:num_owned])
             param.parallel = "expert"
             self.register_parameter(name, param)
@@ -94,6 +98,20 @@ class Experts(nn.Module):
     def compute(self, rows_RD: torch.Tensor, count_L: torch.Tensor, weights) -> torch.Tensor:
         """The same with other weights than its own: a tuple as `weights()` gives, for as many slots as count_L."""
         return expert_ffn(rows_RD, count_L, *weights, activation=self.activation, impl=self.impl)
+
+
+def _normal_values(keys: list[int], shape: tuple[int, ...], std: float) -> Iterator[torch.Tensor]:
+    """Normal numbers of this shape for each key. Large ones are drawn by several threads: one fills no more than some
+    100 million a second, and a rank may hold billions of weights."""
+
+    def draw(key: int) -> torch.Tensor:
+        return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+
+    if math.prod(shape) < MANY_WEIGHTS:
+        yield from map(draw, keys)
+        return
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        yield from threads.map(draw, keys)
 
 
 class MoELayer(nn.Module):
