@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from smartmoe import checkpoint
 from smartmoe.config import RunConfig, to_dict
@@ -173,14 +174,17 @@ class Trainer:
         if self.mesh.world_group is not None:
             dist.barrier()
         start = time.perf_counter()
-        replica_bytes = self.send_replicas()
-        losses = self.runner.run(*batch)
-        replica_bytes += self._return_replica_grads()
-        result = self.optimizer.step(self.iteration)
+        with record_function("smartmoe passes"):
+            replica_bytes = self.send_replicas()
+            losses = self.runner.run(*batch)
+            replica_bytes += self._return_replica_grads()
+        with record_function("smartmoe optimizer"):
+            result = self.optimizer.step(self.iteration)
         if result.skipped:
             self._check_dispatchers()
         self.iteration += 1
-        events = self.online.after_step(self.iteration)
+        with record_function("smartmoe placement"):
+            events = self.online.after_step(self.iteration)
         step_ms = (time.perf_counter() - start) * 1e3
         if self.mesh.world_group is not None:
             dist.all_reduce(losses)

@@ -1,0 +1,241 @@
+"""Whole training iterations of several systems, one after the other, with the real trainer:
+
+    torchrun --nproc-per-node N -m smartmoe.bench.train_step --systems fastmoe deepspeed smartmoe_static smartmoe:direct
+
+All systems train the same model on the same text from the same weights. Tokens/s and TFLOP/s of model FLOPs are those of
+the median iteration after warm-up; with --profile one more iteration runs under torch's profiler, which says where the
+GPU's time goes. A system that runs out of memory or fails is a row, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smartmoe import systems
+from smartmoe.bench.kernel_times import format_breakdown, profile
+from smartmoe.bench.measure import LeftAloneError, World, run_in_world, spread
+from smartmoe.bench.report import Report, add_options, at_least, dtype_of
+from smartmoe.config import DISPATCHERS, GATES, ModelConfig, OnlineConfig, ParallelPlan, RunConfig, check
+from smartmoe.data import TokenDataset, load_tokens
+from smartmoe.gpt import has_experts
+from smartmoe.mesh import build_mesh
+from smartmoe.planner import inputs, pool
+from smartmoe.trainer import Trainer
+
+SYNTHETIC_TOKENS = 1 << 22
+FLOPS = (
+    "model FLOPs of a token, forward and backward (3 x forward): 6 per parameter of the dense matrices, the output "
+    "projection, the router and top_k experts, and causal attention, half of 4 * seq_len * hidden_size; no recomputation"
+)
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Model FLOPs of one token, forward and backward, as FLOPS says."""
+    hidden, ffn = model.hidden_size, model.ffn_size
+    inner = ffn * (3 if model.activation == "swiglu" else 2)
+    num_moe = sum(has_experts(model, layer) for layer in range(model.num_layers))
+    weights = model.num_layers * 4 * hidden**2 + hidden * model.vocab_size
+    weights += num_moe * (model.top_k * hidden * inner + hidden * model.num_experts)
+    weights += (model.num_layers - num_moe) * 2 * hidden * ffn
+    return 6.0 * weights + 3 * model.num_layers * 2 * model.seq_len * hidden
+
+
+def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: int) -> RunConfig:
+    """The run of a system: "name" or "name:dispatcher". Raises ValueError when there is no such system or sizes do not fit."""
+    system, _, dispatcher = name.partition(":")
+    if dispatcher and dispatcher not in DISPATCHERS:
+        raise ValueError(f'system "{name}": dispatcher "{dispatcher}" is not one of {", ".join(DISPATCHERS)}')
+    chosen = systems.get(system)
+    model = dataclasses.replace(
+        base.model,
+        num_experts=args.experts or base.model.num_experts,
+        num_layers=args.layers or base.model.num_layers,
+        expert_bias=base.model.expert_bias and not args.no_bias,
+    )
+    work = dataclasses.replace(
+        base.workload,
+        global_batch_size=args.batch or args.micro_batch * num_ranks * 4,
+        micro_batch_size=args.micro_batch,
+        dtype=dtype_of(args),
+        lr=2e-4,
+        min_lr=2e-5,
+        lr_warmup_iterations=10,
+        iterations=max(100, args.warmup + args.iterations + 1),
+        warmup_iterations=args.warmup,
+        seed=args.seed,
+    )
+    cluster, _, _ = inputs.read_cluster("local" if args.device == "cuda" else "cpu", args.configs)
+    cluster = dataclasses.replace(cluster, num_nodes=1, ranks_per_node=num_ranks)
+    plan = pool.parse_name(f"{args.plan}-mb1")[0] if args.plan else ParallelPlan(dp=num_ranks, ep=num_ranks)
+    online = OnlineConfig(policy=args.policy, interval=args.interval, replicate=args.replicate, replica_slots=args.slots)
+    config = systems.build(
+        system,
+        model=model,
+        gate=dataclasses.replace(base.gate, kind=args.gate or base.gate.kind, capacity=args.capacity),
+        workload=work,
+        cluster=cluster,
+        plan=plan if chosen.plan_given else None,
+        online=online if chosen.online else None,
+    )
+    if dispatcher:
+        config = dataclasses.replace(config, layer=dataclasses.replace(config.layer, dispatcher=dispatcher))
+    return check(config, f'system "{name}"')
+
+
+def read_tokens(args: argparse.Namespace, base: RunConfig) -> TokenDataset:
+    """The text of --data, or with --synthetic independent tokens of Zipf's frequencies."""
+    vocab_size = base.model.vocab_size
+    if not args.synthetic:
+        return load_tokens(args.data or base.workload.data, vocab_size, seed=args.seed)
+    share = 1.0 / np.arange(1, vocab_size + 1)
+    place = np.random.default_rng(args.seed).random(SYNTHETIC_TOKENS)
+    tokens = np.searchsorted(share.cumsum() / share.sum(), place).clip(max=vocab_size - 1)
+    return TokenDataset([("synthetic", tokens)], vocab_size, args.seed)
+
+
+def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argparse.Namespace) -> dict:
+    """Train with one system: times, losses and memory of this rank, and the profile of rank 0. Collective."""
+    is_cuda = world.device.type == "cuda"
+    gc.collect()
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(config, build_mesh(config.plan, world.device), tokens)
+    results = [trainer.run_iteration() for _ in range(args.warmup + args.iterations)]
+    found = {
+        "step_ms": [result.step_ms for result in results],
+        "loss": [result.lm_loss for result in results],
+        "max_over_mean": results[-1].load_max_over_mean,
+        "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else 0,
+    }
+    if args.profile and is_cuda:
+        if world.ep_rank == 0:
+            found["profile"] = profile(trainer.run_iteration)
+        else:
+            trainer.run_iteration()
+    return found
+
+
+def make_row(config: RunConfig, results: list[dict], warmup: int) -> dict:
+    """What the ranks measured, as one row. Times are already those of the slowest rank."""
+    work, num_ranks = config.workload, len(results)
+    tokens = work.global_batch_size * config.model.seq_len
+    step = spread(results[0]["step_ms"][warmup:])
+    seconds = step["median"] / 1e3
+    profiled = results[0].get("profile")
+    return {
+        "step_ms": step,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "tflops_per_gpu": round(flops_per_token(config.model) * tokens / seconds / num_ranks / 1e12, 3),
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+        "max_over_mean": round(results[0]["max_over_mean"], 3),
+        "loss": [round(loss, 6) for loss in results[0]["loss"]],
+        "first_ms": round(results[0]["step_ms"][0], 1),
+        **({"profile": profiled} if profiled else {}),
+    }
+
+
+def format_row(row: dict, top: int) -> str:
+    """One line of the table, then the profile."""
+    if row["status"] != "ok":
+        return f"{row['system']:26s} {row['status']}: {row['reason']}"
+    step = row["step_ms"]
+    line = (
+        f"{row['system']:26s} {step['median']:9.1f} ({step['p10']:.1f} - {step['p90']:.1f}) {row['tokens_per_s']:12,.0f} "
+        f"{row['tflops_per_gpu']:8.2f} {row['peak_bytes'] / 1e9:7.1f} {row['max_over_mean']:6.2f}  "
+        f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}  first {row['first_ms']:.0f} ms"
+    )
+    return line + "\n" + format_breakdown(row["profile"], top) if "profile" in row else line
+
+
+HEADER = f"{'system':26s} step ms, median (p10 - p90)     tokens/s  TFLOP/s  peak GB  load  loss"
+
+
+def run(args: argparse.Namespace, world: World) -> list[dict]:
+    """Measure all systems, print and write. Collective."""
+    base = inputs.read_model(args.model, args.configs)
+    tokens = read_tokens(args, base)
+    configs = {name: config_of(args, base, name, world.num_ranks) for name in args.systems}
+    first = next(iter(configs.values()))
+    settings = {
+        "model": dataclasses.asdict(first.model),
+        "workload": dataclasses.asdict(first.workload),
+        "gate": dataclasses.asdict(first.gate),
+        "data": [name for name, _ in tokens.parts],
+        "flops": FLOPS,
+        "flops_per_token": flops_per_token(first.model),
+        "note": args.note,
+    }
+    report = Report("train_step", world, args.json, settings, keys=("system",))
+    report.say(f"{first.model.name}: {first.model.num_experts} experts, {first.plan.world_size} ranks, "
+               f"{first.num_micro_batches} micro-batches of {first.workload.micro_batch_size}, {first.workload.dtype}; "
+               f"{settings['flops_per_token'] / 1e9:.3f} GFLOP a token")  # fmt: skip
+    report.say(HEADER)
+    try:
+        for name, config in configs.items():
+            row = {"system": name, "plan": config.plan.describe(), "layer": dataclasses.asdict(config.layer)}
+            report.measure(
+                row,
+                lambda config=config: measure(config, world, tokens, args),
+                lambda results, config=config: make_row(config, results, args.warmup),
+                lambda row: format_row(row, args.top),
+            )
+    except LeftAloneError as error:
+        report.give_up(error)
+    return report.data["rows"]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m smartmoe.bench.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, timing=False)
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        metavar="NAME[:DISPATCHER]",
+        default=["fastmoe", "fastermoe", "deepspeed", "smartmoe_static", "smartmoe:auto"],
+    )
+    parser.add_argument("--model", default="gpt-l16-h1536", help="a name in models.toml, or a run's .toml file")
+    parser.add_argument("--configs", type=Path, default=Path("scripts"), help="where names are looked up")
+    parser.add_argument("--experts", type=at_least(1), help="other than the model's")
+    parser.add_argument("--layers", type=at_least(1), help="other than the model's")
+    parser.add_argument("--no-bias", action="store_true", help="experts without biases")
+    parser.add_argument("--plan", help="such as pp2-dp1-ep1, for systems that take one; default: dp = ep = all ranks")
+    parser.add_argument("--micro-batch", type=at_least(1), default=8, help="samples of a rank in a pass; default: 8")
+    parser.add_argument("--batch", type=at_least(1), help="samples in an iteration; default: 4 micro-batches a rank")
+    parser.add_argument("--gate", choices=GATES)
+    parser.add_argument("--capacity", type=float, help="of the gate; default: dropless")
+    parser.add_argument("--policy", default="auto", help="of online placement, for smartmoe; default: auto")
+    parser.add_argument("--interval", type=at_least(1), default=10, help="iterations between decisions; default: 10")
+    parser.add_argument("--replicate", default="never", help="copies of experts, for smartmoe; default: never")
+    parser.add_argument("--slots", type=at_least(0), default=0, help="copies a rank has room for; default: 0")
+    parser.add_argument("--data", nargs="+", help="text files or a .bin/.idx prefix; default: Python's library")
+    parser.add_argument("--synthetic", action="store_true", help="no text: independent tokens of Zipf's frequencies")
+    parser.add_argument("--warmup", type=at_least(1), default=3, help="untimed iterations; default: 3")
+    parser.add_argument("--iterations", type=at_least(1), default=8, help="timed iterations; default: 8")
+    parser.add_argument("--profile", action="store_true", help="profile one more iteration of each system (CUDA)")
+    parser.add_argument("--top", type=at_least(0), default=25, help="kernels to list; default: 25")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run_in_world(args, run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
