@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -46,10 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args, world_rank)
     except Exception as error:
-        record.write_error(args.run_dir, world_rank, error, _is_out_of_memory(error))
-        print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective for this one: leave at once, so that the launcher ends them.
-        os._exit(1)
+        fail(args.run_dir, world_rank, error)
+
+
+def fail(run_dir: Path, world_rank: int, error: Exception) -> NoReturn:
+    """Describe `error`, which is being handled, for the launcher and for people, and end this process."""
+    record.write_error(run_dir, world_rank, error, _is_out_of_memory(error))
+    print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+    # Other ranks may wait in a collective for this one: leave at once, so that the launcher ends them.
+    os._exit(1)
 
 
 def _run(args: argparse.Namespace, world_rank: int) -> int:
@@ -129,7 +135,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
             if counts is not None:
                 trace_parts.append((result.iteration, counts))
             if writer:
-                _write_iteration(writer, config, result, spans, loads, events, progress)
+                write_iteration(writer, config, result, progress, spans, loads, events)
             if result.stop_requested or (interval and result.iteration % interval == 0):
                 try:
                     path = trainer.save(checkpoints)
@@ -168,15 +174,16 @@ class Progress:
         )
 
 
-def _write_iteration(
+def write_iteration(
     writer: record.RunWriter,
     config: RunConfig,
     result: IterationResult,
-    spans: list[dict],
-    loads: list[dict],
-    events: list[dict],
     progress: Progress,
+    spans: Sequence[dict] = (),
+    loads: Sequence[dict] = (),
+    events: Sequence[dict] = (),
 ) -> None:
+    """Write one iteration into the run's files, and print its line."""
     work = config.workload
     tokens = work.global_batch_size * config.model.seq_len
     metric = {
