@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
 LAYERS = {
     "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
-    "planner": 1, "mesh": 1, "systems": 1, "controller": 1, "load_map": 1,
+    "planner": 1, "mesh": 1, "slow_links": 1, "slow_links_kernel": 1, "systems": 1, "controller": 1, "load_map": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
@@ -24,10 +24,11 @@ TORCH_FREE = {
 ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
-    ("layer", "replicas"),
+    ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("online", "migrate"), ("online", "observe"), ("online", "timing"),
-    ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
+    ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"), ("hosts", "train"),
+    ("hosts", "trainer"),
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))

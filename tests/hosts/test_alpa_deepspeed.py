@@ -21,6 +21,8 @@ from tests.dist import spawn
 deepspeed = pytest.importorskip("deepspeed", reason='needs the extra: pip install --no-build-isolation ".[deepspeed]"')
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
+from smartmoe.hosts.deepspeed import engine as host_engine  # noqa: E402
+from smartmoe.hosts.deepspeed import moe as host_moe  # noqa: E402
 from smartmoe.hosts.deepspeed_alpa import bench, engine, moe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,9 +113,9 @@ def norms(built) -> list[float]:
 
 def world(rank: int, runs: list[Run]) -> tuple[dict[Run, Curve], Seen | None]:
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    engine.init_world("gloo")
+    host_engine.init_world("gloo")
     # experts and routers that matter: with the usual 0.02 the loss hardly notices them
-    layer.INIT_STD = moe.INIT_STD = 0.2
+    layer.INIT_STD = host_moe.INIT_STD = 0.2
     engine.OPTIMIZERS["sgd"] = lambda groups: torch.optim.SGD(groups, lr=0.5)
     blocks = build_blocks() if dist.get_world_size() == 4 else {}
     seen = Seen(block_results(blocks), refusals(blocks)) if blocks else None
@@ -162,15 +164,15 @@ def refusals(blocks) -> dict[str, str]:
             problems[name] = str(error)
 
     attempt("zero 3", engine.engine_config, case, 3, "fp32")
-    attempt("ep", moe.create_expert_groups, 3)
+    attempt("ep", host_moe.create_expert_groups, 3)
     for kind, block in blocks.items():
-        groups = engine.parameter_groups(block)
-        attempt(f"plain {kind}", engine.make_engine, block, torch.optim.SGD(block.parameters(), lr=1.0), {})
-        attempt(f"missing {kind}", engine.check_groups, block, groups[:1])
-        attempt(f"twice {kind}", engine.check_groups, block, [*groups, groups[-1]])
-        attempt(f"fine {kind}", engine.check_groups, block, groups)
-        small = engine.parameter_groups(block, max_numel=100)
-        attempt(f"small {kind}", engine.check_groups, block, small)
+        groups = host_engine.parameter_groups(block)
+        attempt(f"plain {kind}", host_engine.make_engine, block, torch.optim.SGD(block.parameters(), lr=1.0), {})
+        attempt(f"missing {kind}", host_engine.check_groups, block, groups[:1])
+        attempt(f"twice {kind}", host_engine.check_groups, block, [*groups, groups[-1]])
+        attempt(f"fine {kind}", host_engine.check_groups, block, groups)
+        small = host_engine.parameter_groups(block, max_numel=100)
+        attempt(f"small {kind}", host_engine.check_groups, block, small)
         assert all(group["params"] for group in small) and len(small) > len(groups)
     attempt("backend", lambda: moe.build_moe("tutel", None, 1, sample=True, device="cpu"))
     return problems

@@ -18,14 +18,10 @@ import torch
 import torch.distributed as dist
 
 from smartmoe.data import TokenDataset, load_tokens
+from smartmoe.hosts.deepspeed.engine import init_world, make_engine, parameter_groups
+from smartmoe.hosts.deepspeed.text import micro_batch
 from smartmoe.hosts.deepspeed_alpa import options, report
-from smartmoe.hosts.deepspeed_alpa.engine import (
-    engine_config,
-    init_world,
-    make_engine,
-    make_optimizer,
-    parameter_groups,
-)
+from smartmoe.hosts.deepspeed_alpa.engine import engine_config, make_optimizer
 from smartmoe.hosts.deepspeed_alpa.model import MoETransformer
 from smartmoe.hosts.deepspeed_alpa.moe import build_moe, layer_config
 from smartmoe.hosts.deepspeed_alpa.suites import Case
@@ -51,20 +47,17 @@ def build(args: argparse.Namespace, case: Case, device: torch.device):
     return engine
 
 
-def micro_batch(tokens: TokenDataset, case: Case, iteration: int, micro_step: int, device: torch.device):
-    """(token_BT, target_BT, token_id_BT) of this rank, all [B, T] int64: real text, each sample once an epoch."""
-    seq_len, size = case.model.seq_len, case.micro_batch_size
-    first = iteration * case.batch_size + (micro_step * case.num_gpus + dist.get_rank()) * size
-    samples = range(first, first + size)
-    window = torch.stack([torch.from_numpy(tokens.sample(idx, seq_len)) for idx in samples]).to(device)
-    token_id = torch.tensor(samples, device=device).unsqueeze(1) * seq_len + torch.arange(seq_len, device=device)
-    return window[:, :-1].contiguous(), window[:, 1:].contiguous(), token_id
+def _samples(case: Case, iteration: int, micro_step: int) -> range:
+    """The samples of this rank in one micro-step: each of the text's once an epoch."""
+    first = iteration * case.batch_size + (micro_step * case.num_gpus + dist.get_rank()) * case.micro_batch_size
+    return range(first, first + case.micro_batch_size)
 
 
 def run_iteration(engine, tokens: TokenDataset, case: Case, iteration: int, device) -> tuple[float, float]:
     """(loss, seconds): the mean loss over micro-batches and ranks, and the time of the slowest rank. Batches are made
     before the clock starts. Collective; synchronises with the host."""
-    batches = [micro_batch(tokens, case, iteration, step, device) for step in range(case.num_micro_batches)]
+    steps, seq_len = range(case.num_micro_batches), case.model.seq_len
+    batches = [micro_batch(tokens, _samples(case, iteration, step), seq_len, device) for step in steps]
     _synchronise(device)
     dist.barrier()
     start, total = time.perf_counter(), torch.zeros((), device=device)

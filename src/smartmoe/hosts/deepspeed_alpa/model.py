@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from smartmoe.config import ModelConfig
-from smartmoe.hosts.deepspeed_alpa.moe import Expert
+from smartmoe.hosts.deepspeed.moe import Expert
 from smartmoe.layer import INIT_STD
 from smartmoe.ops.hashing import make_key
 

@@ -18,11 +18,11 @@ from torch.distributions import Gumbel
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
 from smartmoe.gates import Gate, Tokens, first_choice_loss
+from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
+from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups, router_values
 from smartmoe.hosts.deepspeed_alpa.options import BACKENDS
-from smartmoe.hosts.deepspeed_alpa.suites import MIN_CAPACITY, TOP_K, Case
-from smartmoe.layer import INIT_STD, Experts, MoELayer
-from smartmoe.ops.activation import activate
-from smartmoe.ops.hashing import make_key
+from smartmoe.hosts.deepspeed_alpa.suites import TOP_K, Case
+from smartmoe.layer import MoELayer
 
 
 class DeepSpeedGumbelGate(Gate):
@@ -64,42 +64,6 @@ class DeepSpeedGumbelGate(Gate):
         return self._routing(pruned_TK, weight_TK, loss, x_TD.shape[0])
 
 
-class Expert(nn.Module):
-    """One expert as DeepSpeed computes it; also the MLP of the layers without experts."""
-
-    def __init__(self, hidden_size: int, ffn_size: int, activation: str):
-        super().__init__()
-        self.up, self.down = nn.Linear(hidden_size, ffn_size), nn.Linear(ffn_size, hidden_size)
-        self.activation = activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(activate(self.up(x), self.activation))
-
-
-class DeepSpeedMoE(MoE):
-    """DeepSpeed's layer, called as SmartMoE's: (x_BTD, token_id_BT) -> (y_BTD, balance loss)."""
-
-    def __init__(self, config: RunConfig, layer_idx: int, *, sample: bool, device):
-        model, ep = config.model, config.plan.ep
-        expert = Expert(model.hidden_size, model.ffn_size, model.activation).to(device)
-        super().__init__(
-            model.hidden_size, expert, num_experts=model.num_experts, ep_size=ep, k=model.top_k, capacity_factor=1.0,
-            min_capacity=MIN_CAPACITY, use_rts=False, top2_2nd_expert_sampling=sample,
-        )  # fmt: skip
-        create_expert_groups(ep)
-        self.to(device)
-        gate, experts = self.deepspeed_moe.gate, self.deepspeed_moe.experts.deepspeed_experts
-        with torch.no_grad():
-            gate.wg.weight.copy_(router_values(model, config.workload.seed, layer_idx))
-            for place, logical in zip(experts, _experts_of_this_rank(model.num_experts, ep), strict=True):
-                w1, b1, w2, b2 = _experts(config, layer_idx, (logical,), device).weights()
-                place.up.weight.copy_(w1[0].t()), place.up.bias.copy_(b1[0])
-                place.down.weight.copy_(w2[0].t()), place.down.bias.copy_(b2[0])
-
-    def forward(self, x_BTD, token_id_BT):
-        return super().forward(x_BTD)[:2]
-
-
 class SmartMoE(MoE):
     """SmartMoE's layer as the DeepSpeed engine knows layers of experts: by this base class, and parameters that say which
     of DeepSpeed's expert groups they are reduced over. Nothing else of the base class is used."""
@@ -132,10 +96,11 @@ def build_moe(backend: str, config: RunConfig, layer_idx: int, *, sample: bool, 
 
     config: from `layer_config`. sample: draw the second expert. Collective over the world (DeepSpeed's groups are made).
     """
-    kinds = {"deepspeed": DeepSpeedMoE, "smartmoe": SmartMoE}
-    if backend not in kinds:
+    if backend not in BACKENDS:
         raise ValueError(f'back end "{backend}" is not one of {", ".join(BACKENDS)}')
-    return kinds[backend](config, layer_idx, sample=sample, device=device)
+    if backend == "deepspeed":
+        return DeepSpeedMoE(config, layer_idx, capacity=1.0, sample=sample, device=device)
+    return SmartMoE(config, layer_idx, sample=sample, device=device)
 
 
 def layer_config(case: Case, *, dispatcher: str, activation: str, seed: int, ranks_per_node: int) -> RunConfig:
@@ -154,35 +119,3 @@ def layer_config(case: Case, *, dispatcher: str, activation: str, seed: int, ran
         plan=ParallelPlan(dp=case.num_gpus, ep=case.ep, recompute=True),
         cluster=ClusterSpec(num_nodes=-(-case.num_gpus // ranks_per_node), ranks_per_node=ranks_per_node),
     )  # fmt: skip
-
-
-def create_expert_groups(ep: int) -> str:
-    """DeepSpeed's name of its expert groups of `ep` consecutive ranks, which are made unless they are there.
-
-    Collective over the world. Raises ValueError when `ep` does not divide the world.
-    """
-    world_size = torch.distributed.get_world_size()
-    if ep < 1 or world_size % ep:
-        raise ValueError(f"ep = {ep} does not divide the {world_size} ranks: take a divisor of {world_size}")
-    name = f"ep_size_{ep}"
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep)
-    return name
-
-
-def router_values(model: ModelConfig, seed: int, layer_idx: int) -> torch.Tensor:
-    """Initial weights of a router: [E, D] float32."""
-    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, "gate", "weight"))
-    return torch.empty(model.num_experts, model.hidden_size).normal_(0.0, INIT_STD, generator=generator)
-
-
-def _experts_of_this_rank(num_experts: int, ep: int) -> range:
-    first, count = torch.distributed.get_rank() % ep * (num_experts // ep), num_experts // ep
-    return range(first, first + count)
-
-
-def _experts(config: RunConfig, layer_idx: int, logical: tuple[int, ...], device) -> Experts:
-    seed = config.workload.seed
-    return Experts(
-        config.model, logical, impl="loop", layer_idx=layer_idx, seed=seed, dtype=torch.float32, device=device
-    )

@@ -11,9 +11,10 @@ import difflib
 import math
 from dataclasses import dataclass, replace
 
+from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
+
 FFN_FACTOR = 8
 TOP_K = 2
-MIN_CAPACITY = 4  # DeepSpeed's default
 ALPA_GROUP = 2048
 RECOMPUTE_FACTOR = 4
 NO_RECOMPUTE_FACTOR = 3
