@@ -24,8 +24,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Shard
 
 from smartmoe import record
+from smartmoe.mesh import Mesh
 from smartmoe.optimizer import MixedAdamW, layer_of
-from smartmoe.placement import Placement
+from smartmoe.parallel.data import ParamRef, Share
+from smartmoe.parallel.zero import cut_dim
+from smartmoe.placement import EMPTY, Placement
 
 _PREFIX = "iter_"
 
@@ -264,25 +267,38 @@ def export(path: Path, out: Path, with_optimizer: bool = False) -> dict[str, int
 
 
 def _logical_state(optimizer: MixedAdamW, placements: dict[int, Placement]) -> dict[str, torch.Tensor]:
-    """Name -> tensor that shares memory with the optimizer's state; every expert is an entry of its own."""
+    """Name -> tensor that shares memory with the optimizer's state; every expert is an entry of its own. A part of a
+    parameter is a DTensor, which says where in the whole it belongs."""
     state: dict[str, torch.Tensor] = {}
-    for idx, ref in enumerate(optimizer.buffers.refs):
+    for idx, (ref, share) in enumerate(zip(optimizer.buffers.refs, optimizer.buffers.shares, strict=True)):
         for kind, tensor in optimizer.state_tensors(idx).items():
             if ref.kind == "expert":
                 placement = placements[layer_of(ref.name)]
                 first = optimizer.mesh.ep_rank * placement.slots_per_rank
                 for slot in range(placement.slots_per_rank):
                     expert = placement.expert_of_slot[first + slot]
-                    if expert >= 0:
-                        state[f"{kind}.{ref.name}.{expert}"] = tensor[slot]
-            elif ref.kind == "tensor":
-                layout = [Shard(ref.param.sliced_dim)]
-                state[f"{kind}.{ref.name}"] = DTensor.from_local(
-                    tensor, optimizer.mesh.tp_mesh, layout, run_check=False
-                )
+                    if expert != EMPTY:
+                        one = _describe(tensor[slot], ref, share, optimizer.mesh, ref.local.shape[1:])
+                        state[f"{kind}.{ref.name}.{expert}"] = one
             else:
-                state[f"{kind}.{ref.name}"] = tensor
+                state[f"{kind}.{ref.name}"] = _describe(tensor, ref, share, optimizer.mesh, ref.local.shape)
     return state
+
+
+def _describe(tensor: torch.Tensor, ref: ParamRef, share: Share, mesh: Mesh, shape: torch.Size) -> torch.Tensor:
+    """This rank's `tensor` as what it is of the parameter, which has `shape` on one rank (of one expert)."""
+    if ref.kind == "tensor":
+        sliced = ref.param.sliced_dim
+        shape = torch.Size(size * mesh.plan.tp if dim == sliced else size for dim, size in enumerate(shape))
+        if share.num == 1:
+            return DTensor.from_local(tensor, mesh.tp_mesh, [Shard(sliced)], run_check=False)
+        layout = [Shard(cut_dim(ref)), Shard(sliced)]
+    elif share.num == 1:
+        return tensor
+    else:
+        layout = [Shard(0)]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(tensor, mesh.share_mesh[ref.kind], layout, run_check=False, shape=shape, stride=stride)
 
 
 class _Writer(dcp.FileSystemWriter):

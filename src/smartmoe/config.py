@@ -99,7 +99,11 @@ class OnlineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library."""
+    """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library.
+
+    `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 0: of
+    all of it.
+    """
 
     global_batch_size: int = 16
     micro_batch_size: int = 2
@@ -115,6 +119,7 @@ class Workload:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    zero: int = 0
     initial_loss_scale: float = 65536.0
     data: tuple[str, ...] = ()
     checkpoint_interval: int = 0
@@ -394,6 +399,10 @@ def from_dict(cls: type, data: dict, where: str = "config"):
     hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
+    if work.zero not in (0, 1):
+        problems.append(
+            f"workload.zero = {work.zero} must be 0 or 1: gradients (2) and weights (3) are not sharded by this trainer"
+        )
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else f"; known keys: {', '.join(known)}"

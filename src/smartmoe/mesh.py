@@ -6,7 +6,7 @@ World rank = pp_stage * (dp * tp) + dp_rank * tp + tp_rank. The dp * tp ranks of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,10 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's coordinates and groups. A group of one rank is None: there is nobody to talk to."""
+    """This process's coordinates and groups. A group of one rank is None: there is nobody to talk to.
+
+    share_mesh: by kind of parameter, the ranks that have it: "dense" (stage), "expert" (expert_dp), "tensor" (dp, tp), of
+    which the second axis has the slices."""
 
     plan: ParallelPlan
     device: torch.device
@@ -45,6 +48,7 @@ class Mesh:
 
     @property
     def world_rank(self) -> int:
+    share_mesh: dict[str, DeviceMesh] = field(default_factory=dict)
         return self.pp_stage * self.plan.stage_size + self.stage_rank
 
 
@@ -87,3 +91,4 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
         ep_group=group(experts, "ep", plan.ep),
         expert_dp_group=group(experts, "expert_dp", plan.expert_dp),
     )
+        share_mesh={"dense": stages["stage"], "tensor": dense["dp", "tp"], "expert": experts["expert_dp"]},

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from smartmoe.config import Workload
 from smartmoe.mesh import Mesh
-from smartmoe.parallel.data import GradientBuffers, ParamRef
+from smartmoe.parallel.data import KINDS, GradientBuffers, ParamRef, Share
 from smartmoe.placement import Placement
 
 
@@ -30,10 +30,11 @@ class StepResult:
 
 
 class MixedAdamW:
-    """torch.optim.AdamW over fp32 masters of one rank's parameters.
+    """torch.optim.AdamW over fp32 masters of one rank's shares of its parameters (parallel.data.Share).
 
-    A master shares the parameter's storage when that is fp32 already. placement_of(name) gives the current Placement of
-    the layer that an expert parameter belongs to. num_layers and num_experts are the model's, over all stages.
+    A master shares the parameter's storage when that is fp32 already and the share is all of it. placement_of(name) gives
+    the current Placement of the layer that an expert parameter belongs to. num_layers and num_experts are the model's, over
+    all stages.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class MixedAdamW:
         self._placement_of = placement_of
         self.loss_scale = workload.initial_loss_scale if workload.dtype == "float16" else 1.0
         self.good_steps = 0
-        self.masters = [ref.local if ref.local.dtype == torch.float32 else ref.local.float() for ref in buffers.refs]
+        self.masters = [_master(share) for share in buffers.shares]
         decayed = [m for m, ref in zip(self.masters, buffers.refs, strict=True) if _is_matrix(ref)]
         others = [m for m, ref in zip(self.masters, buffers.refs, strict=True) if not _is_matrix(ref)]
         self.adamw = torch.optim.AdamW(
@@ -62,8 +63,8 @@ class MixedAdamW:
             eps=workload.adam_eps,
             fused=True,
         )
-        for master, ref in zip(self.masters, buffers.refs, strict=True):
-            master.grad = ref.grad
+        for master, share in zip(self.masters, buffers.shares, strict=True):
+            master.grad = share.grad
             # State exists from the start, so that a migration or a checkpoint before the first step sees all of it.
             self.adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
@@ -72,7 +73,7 @@ class MixedAdamW:
             }
 
     def state_tensors(self, ref_idx: int) -> dict[str, torch.Tensor]:
-        """fp32 master and both moments of parameter `ref_idx`, each shaped like the parameter on this rank."""
+        """fp32 master and both moments of parameter `ref_idx`, each shaped like this rank's share of it."""
         master = self.masters[ref_idx]
         state = self.adamw.state[master]
         return {"master": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
@@ -90,10 +91,8 @@ class MixedAdamW:
 
     @torch.no_grad()
     def refresh_params(self) -> None:
-        """Write the masters into the compute-precision parameters."""
-        for master, ref in zip(self.masters, self.buffers.refs, strict=True):
-            if master.data_ptr() != ref.local.data_ptr():
-                ref.local.copy_(master)
+        """Write the masters into the compute-precision parameters. Collective where those are shared by several."""
+        self.buffers.publish(self.masters)
 
     @torch.no_grad()
     def step(self, iteration: int) -> StepResult:
@@ -130,24 +129,30 @@ class MixedAdamW:
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients. Collective over the world; synchronises with the host."""
         plan, mesh = self.mesh.plan, self.mesh
-        # Entries: one per stage (dense), one per stage and tensor slice, one per layer and logical expert. Each entry is
-        # written by exactly one rank, so summing over ranks is exact and the order of the final sum is fixed.
-        num_dense, num_tensor, num_experts = plan.pp, plan.pp * plan.tp, self._num_experts
-        parts = torch.zeros(
-            num_dense + num_tensor + self._num_layers * num_experts, dtype=torch.float64, device=mesh.device
-        )
-        for ref in self.buffers.refs:
-            if ref.kind == "dense" and mesh.stage_rank == 0:
-                parts[mesh.pp_stage] += _square_sum(ref.grad)
-            elif ref.kind == "tensor" and mesh.dp_rank == 0:
-                parts[num_dense + mesh.pp_stage * plan.tp + mesh.tp_rank] += _square_sum(ref.grad)
-            elif ref.kind == "expert" and mesh.expert_dp_rank == 0:
-                first = num_dense + num_tensor + layer_of(ref.name) * num_experts
+        # Entries: one per stage and share (dense), per stage, tensor slice and share, per layer, logical expert and share.
+        # Each is written by exactly one rank, so summing over ranks is exact and the order of the final sum is fixed.
+        shares_of = {ref.kind: share.num for ref, share in zip(self.buffers.refs, self.buffers.shares, strict=True)}
+        num_dense, num_tensor, num_expert = (shares_of.get(kind, 1) for kind in KINDS)
+        first_tensor = plan.pp * num_dense
+        first_expert = first_tensor + plan.pp * plan.tp * num_tensor
+        num_entries = first_expert + self._num_layers * self._num_experts * num_expert
+        parts = torch.zeros(num_entries, dtype=torch.float64, device=mesh.device)
+        for ref, share in zip(self.buffers.refs, self.buffers.shares, strict=True):
+            if share.idx is None or not share.grad.numel():
+                continue
+            if ref.kind == "dense":
+                parts[mesh.pp_stage * num_dense + share.idx] += _square_sum(share.grad)
+            elif ref.kind == "tensor":
+                slice_idx = mesh.pp_stage * plan.tp + mesh.tp_rank
+                parts[first_tensor + slice_idx * num_tensor + share.idx] += _square_sum(share.grad)
+            else:
                 placement = self._placement_of(ref.name)
                 slots = range(mesh.ep_rank * placement.slots_per_rank, (mesh.ep_rank + 1) * placement.slots_per_rank)
                 hosted = torch.tensor([placement.expert_of_slot[slot] for slot in slots], device=mesh.device)
                 # An empty slot (-1) has no gradient: its zero may go to any entry of the layer.
-                parts.index_add_(0, first + hosted.clamp(min=0), _square_sum(ref.grad.flatten(1), dim=1))
+                expert = layer_of(ref.name) * self._num_experts + hosted.clamp(min=0)
+                entry = first_expert + expert * num_expert + share.idx
+                parts.index_add_(0, entry, _square_sum(share.grad.flatten(1), dim=1))
         if mesh.world_group is not None:
             dist.all_reduce(parts, group=mesh.world_group)
         return math.sqrt(total) if math.isfinite(total := parts.sum().item()) else math.nan
@@ -169,6 +174,13 @@ def layer_of(name: str) -> int:
 
 def _square_sum(grad: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return torch.linalg.vector_norm(grad, dim=dim, dtype=torch.float64).square()
+
+
+def _master(share: Share) -> torch.Tensor:
+    is_whole = share.num == 1 and share.value.dtype == torch.float32
+    if is_whole:
+        return share.value
+    return share.value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _is_matrix(ref: ParamRef) -> bool:

@@ -7,11 +7,14 @@ global number of tokens, so gradients are summed, never averaged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from smartmoe.ops.all_to_all import group_rank
 
 KINDS = ("dense", "tensor", "expert")
 
@@ -27,10 +30,23 @@ class ParamRef:
     grad: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """What of a parameter the optimizer of this rank updates: its values, a view of the parameter's storage, and their fp32
+    gradient, contiguous and reduced. It is share `idx` of `num`; idx None = another rank that has the same answers for it.
+    """
+
+    value: torch.Tensor
+    grad: torch.Tensor
+    idx: int | None
+    num: int
+
+
 class GradientBuffers:
     """Flat fp32 gradient buffers of a module, filled by autograd hooks and reduced over the right groups.
 
-    module: parameters of any dtype on one device. groups: kind -> process group (None = nobody else has a copy).
+    named_params: of any dtype on one device. groups: kind -> process group (None = nobody else has a copy). refs: the
+    parameters; shares: what of each the optimizer of this rank updates, here all of it.
     """
 
     def __init__(self, named_params: list[tuple[str, nn.Parameter]], groups: dict[str, dist.ProcessGroup | None]):
@@ -41,6 +57,9 @@ class GradientBuffers:
             members = [(name, p) for name, p in named_params if getattr(p, "parallel", "dense") == kind]
             if members:
                 self._add(kind, members)
+        self.shares = [
+            Share(ref.local, ref.grad, 0 if group_rank(groups.get(ref.kind)) == 0 else None, 1) for ref in self.refs
+        ]
 
     def _add(self, kind: str, members: list[tuple[str, nn.Parameter]]) -> None:
         locals_ = [param.detach() for _, param in members]
@@ -66,6 +85,13 @@ class GradientBuffers:
     def scale(self, factor: float) -> None:
         for flat in self._flat.values():
             flat.mul_(factor)
+
+    @torch.no_grad()
+    def publish(self, masters: Sequence[torch.Tensor]) -> None:
+        """Write the fp32 values of all shares, given this rank's in their order, into the parameters."""
+        for master, share in zip(masters, self.shares, strict=True):
+            if share.num == 1 and master.data_ptr() != share.value.data_ptr():
+                share.value.copy_(master)
 
 
 def _accumulate_into(grad: torch.Tensor):
