@@ -24,6 +24,7 @@ from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
 from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.placement import Placement
+from smartmoe.parallel.zero import ShardedBuffers
 from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
 
 
@@ -56,7 +57,7 @@ class Trainer:
         named = [(name, p) for chunk in self.chunks for name, p in chunk.named_parameters()]
         groups = {"dense": mesh.stage_group, "tensor": mesh.dp_group, "expert": mesh.expert_dp_group}
         self.optimizer = MixedAdamW(
-            GradientBuffers(named, groups),
+            (ShardedBuffers if work.zero else GradientBuffers)(named, groups),
             work,
             mesh,
             model.num_layers,
@@ -132,9 +133,10 @@ class Trainer:
         config = self.config
         model, cluster, element = config.model, config.cluster, self.dtype.itemsize
         numel = sum(p[0].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
-        masters_and_moments = 8 if self.dtype == torch.float32 else 12
+        sharers = config.plan.expert_dp if config.workload.zero else 1
+        masters_and_moments = 8 if self.dtype == torch.float32 and sharers == 1 else 12
         return Sizes(
-            state_bytes=numel * (element + masters_and_moments),
+            state_bytes=numel * element + numel * masters_and_moments // sharers,
             replica_bytes=bytes_of_replica(config.online, numel, element, config.num_micro_batches),
             copy_bytes=4 * model.hidden_size * element,
             gbytes_per_s=cluster.intra_node_gbytes_per_s,
