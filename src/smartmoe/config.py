@@ -376,6 +376,10 @@ def _batch_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"workload.warmup_iterations = {work.warmup_iterations} must be below iterations = {work.iterations}"
         )
+    if work.zero not in (0, 1):
+        problems.append(
+            f"workload.zero = {work.zero} must be 0 or 1: gradients (2) and weights (3) are not sharded by this trainer"
+        )
     if work.clip_grad < 0:
         problems.append(f"workload.clip_grad = {work.clip_grad} must be positive, or 0 for no clipping")
     return problems
@@ -399,10 +403,6 @@ def from_dict(cls: type, data: dict, where: str = "config"):
     hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
-    if work.zero not in (0, 1):
-        problems.append(
-            f"workload.zero = {work.zero} must be 0 or 1: gradients (2) and weights (3) are not sharded by this trainer"
-        )
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else f"; known keys: {', '.join(known)}"

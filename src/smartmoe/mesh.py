@@ -41,6 +41,7 @@ class Mesh:
     stage_group: dist.ProcessGroup | None
     ep_group: dist.ProcessGroup | None
     expert_dp_group: dist.ProcessGroup | None
+    share_mesh: dict[str, DeviceMesh] = field(default_factory=dict)
 
     @property
     def stage_rank(self) -> int:
@@ -48,7 +49,6 @@ class Mesh:
 
     @property
     def world_rank(self) -> int:
-    share_mesh: dict[str, DeviceMesh] = field(default_factory=dict)
         return self.pp_stage * self.plan.stage_size + self.stage_rank
 
 
@@ -90,5 +90,5 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
         stage_group=group(stages, "stage", plan.stage_size),
         ep_group=group(experts, "ep", plan.ep),
         expert_dp_group=group(experts, "expert_dp", plan.expert_dp),
-    )
         share_mesh={"dense": stages["stage"], "tensor": dense["dp", "tp"], "expert": experts["expert_dp"]},
+    )
