@@ -157,7 +157,11 @@ class ParallelPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """A cluster by what plans and placement need to know of it. Bandwidths are per rank and direction."""
+    """A cluster by what plans and placement need to know of it. Bandwidths are per rank and direction.
+
+    slow_links_gbytes_per_s: every exchange between ranks is slowed down to it, to stand in for a slow network
+    (smartmoe.slow_links); 0 leaves links as they are.
+    """
 
     name: str = "cpu"
     device: str = "cpu"
@@ -167,6 +171,7 @@ class ClusterSpec:
     inter_node_gbytes_per_s: float = 1.0
     tflops: float = 0.02
     memory_gbytes: float = 4.0
+    slow_links_gbytes_per_s: float = 0.0
 
     @property
     def num_ranks(self) -> int:
@@ -191,6 +196,17 @@ class RunConfig:
     @property
     def num_micro_batches(self) -> int:
         return self.workload.global_batch_size // (self.workload.micro_batch_size * self.plan.dp)
+
+
+def slowed(cluster: ClusterSpec, gbytes_per_s: float) -> ClusterSpec:
+    """`cluster` with its links slowed down to a rate (0: as it is), and with the name and the bandwidths of that."""
+    if not gbytes_per_s:
+        return cluster
+    rates = {
+        key: min(getattr(cluster, key), gbytes_per_s) for key in ("intra_node_gbytes_per_s", "inter_node_gbytes_per_s")
+    }
+    name = f"{cluster.name}, links slowed to {gbytes_per_s:g} GB/s"
+    return dataclasses.replace(cluster, name=name, slow_links_gbytes_per_s=gbytes_per_s, **rates)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -266,6 +282,13 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
     if not config.layer.row_factor >= 1:
         problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, an even share of the rows")
+    if not config.cluster.slow_links_gbytes_per_s >= 0:
+        problems.append("cluster.slow_links_gbytes_per_s must be positive, or 0 for links as they are")
+    if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher in ("direct", "auto"):
+        problems.append(
+            f'layer.dispatcher = "{config.layer.dispatcher}" stores into the memory of other GPUs, which '
+            'cluster.slow_links_gbytes_per_s does not slow down: take "basic" or "overlapped"'
+        )
     if config.layer.shadowing and config.layer.dispatcher != "overlapped":
         problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')
     return problems

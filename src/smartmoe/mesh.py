@@ -14,9 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from smartmoe.config import ParallelPlan
 
-# Equal parts, concatenated along dim 0. torch 2.13 gave both collectives new names and deprecated the old ones.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# torch 2.13 gave both collectives new names and deprecated the old ones; looked up at the call, as slow_links changes them.
+def all_gather(whole: torch.Tensor, part: torch.Tensor, group) -> None:
+    """Fill `whole` with the equal parts of all ranks along dim 0. Collective over `group`."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, part, group=group)
+
+
+def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group) -> None:
+    """Sum `whole` over the ranks and leave this rank's equal part of it, along dim 0, in `part`. Collective over `group`."""
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(part, whole, group=group)
 
 
 @dataclass(frozen=True)
