@@ -8,6 +8,7 @@
 #               another (a Slurm job for each run); auto (default): Slurm where it answers, else GPUs, else cpu
 #   --figures   only these (default: all)
 #   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
+#   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
 #   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
@@ -19,7 +20,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift

@@ -182,10 +182,10 @@ class Configs:
 
     def _run(self, figure, grid, row, parts, gate, cluster, source, where) -> Run:
         label = capacity_label(gate)
-        names = {"ranks": cluster.num_ranks, "capacity": label}
+        names, slow = {"ranks": cluster.num_ranks, "capacity": label}, cluster.slow_links_gbytes_per_s
         bar = {
             "figure": figure,
-            "panel": _fill(grid.panel, names, where),
+            "panel": _fill(grid.panel, names, where) + (f", links slowed to {slow:g} GB/s" if slow else ""),
             "group": _fill(grid.group, names, where),
             "series": row.series or row.system,
         }

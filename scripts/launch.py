@@ -31,7 +31,7 @@ from runner import Interrupted, Launcher, device_name, run_environment  # noqa: 
 from slurm import Site  # noqa: E402
 
 from smartmoe import data, record  # noqa: E402
-from smartmoe.config import ClusterSpec  # noqa: E402
+from smartmoe.config import ClusterSpec, slowed  # noqa: E402
 
 HERE = ("cpu", "local")  # clusters that are this machine
 
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         configs = Configs(args.configs)
         kind, cluster, site = choose_cluster(args, configs)
+        cluster = slowed(cluster, args.slow_links)
         figures = configs.select(args.figures.split())
         left_out = configs.left_out(figures, kind, cluster)
         for figure, reason in left_out.items():
@@ -78,6 +79,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
                         help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library)")  # fmt: skip
+    parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S", help="slow every exchange between ranks "
+                        "down to this rate, to stand in for a slow network; panels say so (default: as links are)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
     parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others")
     parser.add_argument("--max-jobs", type=int, default=0, metavar="N",
@@ -198,6 +201,7 @@ def same_again(args: argparse.Namespace) -> str:
         words += ["--configs", str(args.configs.resolve())]
     words += ["--figures", args.figures] if args.figures else []
     words += ["--max-jobs", str(args.max_jobs)] if args.max_jobs else []
+    words += ["--slow-links", f"{args.slow_links:g}"] if args.slow_links else []
     return shlex.join([*words, *(["--data", *args.data] if args.data else [])])
 
 

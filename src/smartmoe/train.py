@@ -27,6 +27,7 @@ from smartmoe.data import load_tokens
 from smartmoe.load_map import load_line
 from smartmoe.mesh import build_mesh
 from smartmoe.online import is_due
+from smartmoe.slow_links import slow_links
 from smartmoe.timing import LayerTimer
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import IterationResult, Trainer
@@ -71,7 +72,8 @@ def _run(args: argparse.Namespace, world_rank: int) -> int:
     if found is not None:
         trainer.resume(found)
         notes.append(f"resumed from checkpoint {found.name}")
-    interrupted = train(trainer, args.run_dir, resumed=found is not None, notes=notes)
+    with slow_links(config.cluster.slow_links_gbytes_per_s):
+        interrupted = train(trainer, args.run_dir, resumed=found is not None, notes=notes)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

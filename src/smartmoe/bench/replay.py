@@ -30,6 +30,7 @@ from smartmoe.layer import MoELayer
 from smartmoe.load_map import fullest_over_mean
 from smartmoe.mesh import Mesh, build_mesh
 from smartmoe.placement import Placement
+from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace, read_trace
 from smartmoe.train import start_world
 
@@ -89,7 +90,8 @@ def _replay_run(args: argparse.Namespace) -> int:
         layer_idx = num_layers // 2 if args.layer is None else args.layer
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"--layer {layer_idx}: the trace has layers 0 .. {num_layers - 1}")
-        replay(config, trace, layer_idx, mesh, args.run_dir)
+        with slow_links(config.cluster.slow_links_gbytes_per_s):
+            replay(config, trace, layer_idx, mesh, args.run_dir)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
