@@ -155,7 +155,7 @@ class Launcher:
         with (run_dir / "console.log").open("ab") as console:
             child = subprocess.Popen(
                 self.command(run, run_dir, resume), stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                cwd=self.cwd, env=self.env, start_new_session=True, preexec_fn=_end_with_parent,
+                cwd=self.cwd, env=self.env, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
         try:
             while child.poll() is None:
@@ -223,7 +223,7 @@ def _clear_line() -> None:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child before exec: ask Linux for a SIGTERM when the launcher dies, even by kill -9."""
     with contextlib.suppress(AttributeError):
         _LIBC.prctl(1, signal.SIGTERM)
