@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
-from smartmoe import config, mesh
+from smartmoe import config, dispatch, mesh
 from smartmoe import slow_links as slow_links_module
 from smartmoe.config import ParallelPlan, RunConfig
 from smartmoe.data import load_tokens
+from smartmoe.dispatch.basic import BasicDispatcher
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.mesh import build_mesh
 from smartmoe.ops.all_to_all import exchange_rows
 from smartmoe.slow_links import slow_links
@@ -125,13 +127,16 @@ def test_every_exchange_takes_its_bytes_over_the_rate_and_training_stays_the_sam
         assert slowed_loss == loss and slow >= least_ms, (plan, slow)
 
 
-def test_what_no_exchange_slows_down_is_refused():
+def test_what_no_exchange_slows_down_is_refused_or_avoided(monkeypatch):
     slow = config.slowed(RUN.cluster, 2.0)
     assert slow.intra_node_gbytes_per_s == 1.0 and slow.name.endswith("links slowed to 2 GB/s")
     run = dataclasses.replace(RUN, plan=ParallelPlan(dp=2, ep=2), cluster=slow)
-    for dispatcher in ("direct", "auto"):
-        with pytest.raises(ValueError, match="stores into the memory of other GPUs"):
-            config.check(dataclasses.replace(run, layer=config.LayerConfig(dispatcher=dispatcher)))
+    with pytest.raises(ValueError, match="stores into the memory of other GPUs"):
+        config.check(dataclasses.replace(run, layer=config.LayerConfig(dispatcher="direct")))
+    auto = config.check(dataclasses.replace(run, layer=config.LayerConfig(dispatcher="auto")))
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda *args, **more: None)  # as if over NVLink
+    assert type(dispatch.build_dispatcher(auto.layer, None, slots_per_rank=2, cluster=slow)) is BasicDispatcher
+    assert type(dispatch.build_dispatcher(auto.layer, None, slots_per_rank=2, cluster=RUN.cluster)) is DirectDispatcher
     backwards = dataclasses.replace(slow, slow_links_gbytes_per_s=-1.0)
     with pytest.raises(ValueError, match="must be positive, or 0"):
         config.check(dataclasses.replace(run, cluster=backwards))

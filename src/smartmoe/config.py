@@ -65,7 +65,8 @@ class LayerConfig:
     """Which mechanism carries tokens to experts and back, and how experts are computed.
 
     `row_factor` bounds the rows of a rank in dispatcher "direct", in multiples of an even share; as many as there are
-    ranks holds any routing. "auto" is "direct" where the GPUs of a group are linked by NVLink, else "basic".
+    ranks holds any routing. "auto" is "direct" where the GPUs of a group are linked by NVLink, else, and where links are
+    slowed down, "basic".
     """
 
     dispatcher: str = "basic"
@@ -284,10 +285,10 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, an even share of the rows")
     if not config.cluster.slow_links_gbytes_per_s >= 0:
         problems.append("cluster.slow_links_gbytes_per_s must be positive, or 0 for links as they are")
-    if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher in ("direct", "auto"):
+    if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher == "direct":
         problems.append(
-            f'layer.dispatcher = "{config.layer.dispatcher}" stores into the memory of other GPUs, which '
-            'cluster.slow_links_gbytes_per_s does not slow down: take "basic" or "overlapped"'
+            'layer.dispatcher = "direct" stores into the memory of other GPUs, which cluster.slow_links_gbytes_per_s does '
+            'not slow down: take "auto" or "basic"'
         )
     if config.layer.shadowing and config.layer.dispatcher != "overlapped":
         problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')

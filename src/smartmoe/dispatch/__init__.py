@@ -29,7 +29,8 @@ def build_dispatcher(layer: LayerConfig, ep_group, *, slots_per_rank: int, clust
     over the group. Raises ValueError for an unknown name, or shadowing without a cluster.
     """
     if layer.dispatcher == "auto":
-        reason = why_unavailable(ep_group, over_nvlink=True)
+        slow = cluster is not None and cluster.slow_links_gbytes_per_s
+        reason = "links are slowed down" if slow else why_unavailable(ep_group, over_nvlink=True)
         _log_choice("direct" if reason is None else f"basic: {reason}")
         if reason is not None:
             return BasicDispatcher(ep_group, slots_per_rank)
