@@ -2,14 +2,23 @@ import dataclasses
 
 import pytest
 
-from smartmoe import systems
-from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, OnlineConfig, ParallelPlan, Workload
+from smartmoe import hosts, systems
+from smartmoe.config import (
+    ClusterSpec,
+    GateConfig,
+    LayerConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+)
 
 BASE = {"model": ModelConfig(), "gate": GateConfig(), "workload": Workload(), "cluster": ClusterSpec(ranks_per_node=4)}
 PLAN = ParallelPlan(pp=2, dp=2, ep=2)
 
 
-@pytest.mark.parametrize("system", ["fastmoe", "fastermoe", "deepspeed"])
+@pytest.mark.parametrize("system", ["fastmoe", "fastermoe", "padded", "deepspeed"])
 def test_baselines_bring_their_own_plan(system):
     config = systems.build(system, **BASE)
     assert config.system == system and config.plan == ParallelPlan(dp=4, ep=4)
@@ -18,10 +27,50 @@ def test_baselines_bring_their_own_plan(system):
 
 
 def test_mechanisms_differ_as_described():
-    built = {name: systems.build(name, **BASE) for name in ("fastmoe", "fastermoe", "deepspeed")}
+    built = {name: systems.build(name, **BASE) for name in ("fastmoe", "fastermoe", "padded", "deepspeed")}
     assert built["fastmoe"].layer.dispatcher == "basic" and built["fastmoe"].gate.scope == "global"
     assert built["fastermoe"].layer.dispatcher == "overlapped" and built["fastermoe"].layer.shadowing
-    assert built["deepspeed"].layer.dispatcher == "padded" and built["deepspeed"].gate.scope == "local"
+    assert built["padded"].layer.dispatcher == "padded" and built["padded"].gate.scope == "local"
+    assert built["deepspeed"].workload.zero == 1 and built["padded"].workload.zero == 0
+
+
+def test_only_deepspeed_has_a_host_of_its_own():
+    assert {name for name, system in systems.SYSTEMS.items() if system.host} == {"deepspeed", "deepspeed_artifact"}
+    assert hosts.host_of("deepspeed").module.endswith("deepspeed.pretrain_gpt")
+    assert hosts.host_of("smartmoe") is hosts.host_of("my own name") is None
+    assert set(system.host for system in systems.SYSTEMS.values()) - {""} == set(hosts.HOSTS)
+
+
+def test_deepspeed_as_in_the_artifact_is_another_model():
+    config = systems.build("deepspeed_artifact", **{**BASE, "gate": GateConfig(kind="gshard", capacity=1.2)})
+    model = config.model
+    assert (model.top_k, model.ffn_size, model.moe_every) == (1, 4 * model.hidden_size, 2)
+    assert config.workload.micro_batch_size == 1 and config.workload.zero == 0
+    assert config.gate.kind == "switch" and config.gate.capacity == 1.2
+    assert hosts.check(config, "x") is config
+
+
+def test_a_host_names_all_that_it_cannot_do():
+    plan = ParallelPlan(pp=2, tp=2)
+    online, work = OnlineConfig(policy="greedy"), Workload(dtype="float16", initial_loss_scale=1000.0, checkpoint_interval=5)
+    parts = {"plan": plan, "online": online, "workload": work, "gate": GateConfig(kind="swipe"), "record_trace": True}
+    config = RunConfig(system="deepspeed", layer=LayerConfig(dispatcher="direct"), **parts)
+    with pytest.raises(ValueError) as error:
+        hosts.check(config, "my.toml")
+    words = ["my.toml", "plan.pp = 2", "plan.tp = 2", "swipe", "online", "[layer]", "power of two", "float16", "record_trace",
+             "checkpoint_interval"]  # fmt: skip
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+    for gate, model, word in (
+        (GateConfig(kind="gshard"), ModelConfig(top_k=1), "top_k = 1"),
+        (GateConfig(kind="naive"), ModelConfig(top_k=3), "top_k = 1 or 2"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            hosts.check(RunConfig(system="deepspeed", gate=gate, model=model), "x")
+    recompute = RunConfig(system="deepspeed", plan=ParallelPlan(recompute=True), gate=GateConfig(kind="gshard"))
+    with pytest.raises(ValueError, match="at random"):
+        hosts.check(recompute, "x")
+    for fine in (dataclasses.replace(recompute, gate=GateConfig()), dataclasses.replace(config, system="padded")):
+        assert hosts.check(fine, "x") is fine
 
 
 @pytest.mark.parametrize("system", ["alpa", "smartmoe_static", "smartmoe"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smartmoe import record
+from smartmoe import hosts, record, systems
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
 from smartmoe.data import load_tokens
 from smartmoe.load_map import fullest_over_mean, load_over_time
@@ -37,6 +37,8 @@ A run.toml needs nothing; each table is optional, each key has a default (all ke
   [plan]      pp = 2, dp = 2, ep = 2     # without it: data and expert parallel over all ranks
   [online]    policy = "greedy", interval = 10     # or "auto", with replicate = "history" and replica_slots = 1
   [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
+
+system = "deepspeed" trains the same run with DeepSpeed's engine and MoE layer, where that package is installed.
 """
 
 
@@ -109,7 +111,12 @@ def read_config(path: Path, num_ranks: int | None) -> RunConfig:
 def _train(args: argparse.Namespace) -> int:
     if args.ranks is not None and args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: at least 1")
-    config = read_config(args.config, args.ranks)
+    config = hosts.check(read_config(args.config, args.ranks), str(args.config))
+    host = hosts.host_of(config.system)
+    if host and host.lacking:
+        raise ValueError(f'system "{config.system}": {host.lacking}')
+    if host and args.resume:
+        raise ValueError(f'system "{config.system}" writes no checkpoints to resume from: start it with another --out')
     if args.data:
         config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, data=tuple(args.data)))
     if args.resume and args.out is None:
@@ -121,13 +128,14 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
     load_tokens(config.workload.data, config.model.vocab_size)  # before the ranks ask for it all at once
     world_size = config.plan.world_size
-    facts = record.provenance(num_ranks=world_size, entry="train")
+    entry = systems.SYSTEMS[config.system].host if host else "train"
+    facts = record.provenance(num_ranks=world_size, entry=entry)
     record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
     (run_dir / "error.json").unlink(missing_ok=True)
     command = [sys.executable]
-    if world_size > 1:
+    if world_size > 1 or host:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command += ["-m", "smartmoe.train", str(run_dir), *(["--resume"] if args.resume else [])]
+    command += ["-m", host.module if host else "smartmoe.train", str(run_dir), *(["--resume"] if args.resume else [])]
     print(f"{config.plan.describe()}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
     record.set_status(run_dir, "running")
     code, interrupted = _run(command)

@@ -302,9 +302,9 @@ def provenance(**facts: object) -> dict:
         "created": utc_now(),
         "git": _git_commit(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "numpy": _version("numpy"),
-        "smartmoe": _version("smartmoe"),
+        "torch": version_of("torch"),
+        "numpy": version_of("numpy"),
+        "smartmoe": version_of("smartmoe"),
         "device": cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **facts,
@@ -322,7 +322,8 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, "absent" where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -24,13 +24,20 @@ from smartmoe.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """How one system differs from the others. `scope` is that of gate statistics and capacity (see GateConfig)."""
+    """How one system differs from the others. `scope` is that of gate statistics and capacity (see GateConfig).
+
+    `host`: who trains it, a name in smartmoe.hosts.HOSTS; "" is smartmoe.train. `zero`: its ZeRO stage where the workload
+    asks for none. `artifact`: with the model and settings of the paper's artifact, which were not those of its other systems.
+    """
 
     about: str
     layer: LayerConfig = LayerConfig()
     scope: str = "global"
     plan_given: bool = False
     online: bool = False
+    host: str = ""
+    zero: int = 0
+    artifact: bool = False
     unavailable: str = ""
 
 
@@ -38,7 +45,8 @@ class System:
 # is, as in the paper, the plan that Alpa would take carried out by the same code as SmartMoE's: the two differ in the
 # plan alone.
 _LOOP = LayerConfig(dispatcher="basic", experts="loop")
-_OURS = LayerConfig(dispatcher="basic", experts="grouped")
+_PADDED = LayerConfig(dispatcher="padded", experts="loop")
+_OURS = LayerConfig(dispatcher="auto", experts="grouped")
 
 SYSTEMS: dict[str, System] = {
     "fastmoe": System(
@@ -49,10 +57,26 @@ SYSTEMS: dict[str, System] = {
         about="FastMoE's plan with exchange and computation overlapped in groups of ranks, and hot experts shadowed",
         layer=LayerConfig(dispatcher="overlapped", experts="loop", shadowing=True),
     ),
-    "deepspeed": System(
-        about="FastMoE's plan with padded expert buffers; each rank limits its own tokens; no drops without capacity",
-        layer=LayerConfig(dispatcher="padded", experts="loop"),
+    "padded": System(
+        about="FastMoE's plan with padded expert buffers, DeepSpeed's way in our code; each rank limits its own tokens; no "
+        "drops without capacity",
+        layer=_PADDED,
         scope="local",
+    ),
+    "deepspeed": System(
+        about="the package deepspeed: its engine with ZeRO-1 (or workload.zero) and its own MoE layer, on FastMoE's plan",
+        layer=_PADDED,
+        scope="local",
+        host="deepspeed",
+        zero=1,
+    ),
+    "deepspeed_artifact": System(
+        about="the package deepspeed as the paper's artifact ran it: another model (top-1, experts twice as wide, in every "
+        "second layer), one sample a micro-batch, no ZeRO",
+        layer=_PADDED,
+        scope="local",
+        host="deepspeed",
+        artifact=True,
     ),
     "tutel": System(
         about="adaptive parallelism and pipelining of padded exchanges",
@@ -107,15 +131,32 @@ def build(
         system=system,
         model=model,
         gate=dataclasses.replace(gate, scope=chosen.scope),
-        layer=chosen.layer,
+        layer=_room_for_any_routing(chosen.layer, plan),
         online=online or OnlineConfig(),
-        workload=workload,
+        workload=dataclasses.replace(workload, zero=workload.zero or chosen.zero),
         plan=plan,
         cluster=cluster,
         record_trace=record_trace,
         record_spans=record_spans,
     )
-    return check(config, f'system "{system}"')
+    return check(_as_in_artifact(config) if chosen.artifact else config, f'system "{system}"')
+
+
+def _room_for_any_routing(layer: LayerConfig, plan: ParallelPlan) -> LayerConfig:
+    """`layer` with buffers of the direct exchange that a rank which gets all rows does not overflow."""
+    if layer.dispatcher != "auto":
+        return layer
+    return dataclasses.replace(layer, row_factor=max(layer.row_factor, float(plan.ep)))
+
+
+def _as_in_artifact(config: RunConfig) -> RunConfig:
+    """What the artifact's scripts (smartmoe-ae, 2023) gave DeepSpeed where they gave the other systems `config`: the defaults
+    of its training script (top-1, experts of width 4 D, in every second layer), its own gate, micro-batches of one sample,
+    ZeRO off, a loss scale of 2^11 at first."""
+    model = dataclasses.replace(config.model, top_k=1, ffn_size=4 * config.model.hidden_size, moe_every=2)
+    gate = dataclasses.replace(config.gate, kind="switch")
+    workload = dataclasses.replace(config.workload, micro_batch_size=1, zero=0, initial_loss_scale=2048.0)
+    return dataclasses.replace(config, model=model, gate=gate, workload=workload)
 
 
 def get(system: str) -> System:

@@ -29,6 +29,8 @@ def problems(config: RunConfig) -> list[str]:
             f'model.top_k = {config.model.top_k} with gate.kind = "{gate.kind}": DeepSpeed routes with '
             f"top_k = {' or '.join(map(str, GATES[gate.kind]))} there"
         )
+    if plan.dp > 1 and gate.scope == "global" and (gate.kind != "naive" or gate.capacity is not None):
+        found.append('gate.scope = "global": DeepSpeed limits and balances each rank by itself: set gate.scope = "local"')
     if config.online.policy != "static" or config.online.replicate != "never":
         found.append(
             "online placement and copies need SmartMoE's layer: leave [online] out, or take system \"smartmoe\""
