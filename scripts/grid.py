@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm import Site
 
-from smartmoe import systems
+from smartmoe import hosts, systems
 from smartmoe.config import (
     ClusterSpec,
     GateConfig,
@@ -25,11 +26,13 @@ from smartmoe.config import (
 )
 from smartmoe.record import safe_run_id
 
-ENTRIES = {
+OWN_ENTRIES = {
     "train": "smartmoe.train",
     "replay": "smartmoe.bench.replay",
     "layer_accuracy": "smartmoe.bench.layer_accuracy",
 }
+ENTRIES = {**OWN_ENTRIES, **{name: host.module for name, host in hosts.HOSTS.items()}}
+TRAINING = ("train", *hosts.HOSTS)  # entries that read text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,8 @@ class Grid:
 
     `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars;
     {ranks} and {capacity} are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the
-    progress line estimate with.
+    progress line estimate with. `repeats`: each run so many times, the later ones with the next seeds: the figure's error bars.
+    A system with a host of its own (smartmoe.hosts) is trained by that.
     """
 
     cluster: str
@@ -51,6 +55,7 @@ class Grid:
     timeout_s: float = 900.0
     start_s: float = 10.0
     step_s: float = 1.0
+    repeats: int = 1
     record_spans: bool = False
     workload: Workload = field(default_factory=Workload)
 
@@ -82,6 +87,7 @@ class Run:
     start_s: float
     step_s: float
     needs: Run | None = None  # the run that records the trace this one replays
+    repeat: int = 1  # which of the grid's repeats this is
 
     @property
     def folder(self) -> Path:
@@ -91,7 +97,7 @@ class Run:
     @property
     def key(self) -> str:
         """Equal for runs that would do exactly the same."""
-        return json.dumps([self.entry, to_dict(self.config)], sort_keys=True)
+        return json.dumps([self.entry, self.repeat, to_dict(self.config)], sort_keys=True)
 
     @property
     def estimate_s(self) -> float:
@@ -164,12 +170,14 @@ class Configs:
             for number, grid, gates, rows in _fitting(experiment, kind, cluster):
                 where = f"{experiment.path}: grid {number}"
                 parsed = [_row(table, f"{where}, system {place}") for place, table in enumerate(rows, 1)]
-                for gate in gates:  # gate by gate: the systems that a figure compares run close to one another
+                # gate by gate, and all systems before a repeat: those that a figure compares run close to one another
+                for gate, repeat in itertools.product(gates, range(1, grid.repeats + 1)):
                     for place, (row, parts) in enumerate(parsed, 1):
                         if gate in _gates_of(row, gates, f"{where}, system {place}"):
                             source = _source(row, by_series, where)
-                            run = self._run(figure, grid, row, parts, gate, cluster, source, where)
-                            by_series[f"{figure}/{run.bars[0]['series']}"] = _merge(runs, run)
+                            first = self._run(figure, grid, row, parts, gate, cluster, source, where)
+                            run = _merge(runs, _as_repeat(first, repeat))
+                            by_series[f"{figure}/{first.bars[0]['series']}"] = run
         _check_bars(list(runs.values()))
         for run in runs.values():
             run.bars = [bar for bar in run.bars if bar["figure"] in figures]
@@ -203,9 +211,11 @@ class Configs:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        hosts.check(config, where)
+        entry = systems.get(row.system).host or grid.entry
         step_s = row.step_s or grid.step_s
         run_id = safe_run_id(bar["series"], gate.kind, label.lstrip("+"), _short(config.plan))
-        return Run(run_id, figure, grid.entry, config, [bar], grid.timeout_s, grid.start_s, step_s, source)
+        return Run(run_id, figure, entry, config, [bar], grid.timeout_s, grid.start_s, step_s, source)
 
 
 def capacity_label(gate: GateConfig) -> str:
@@ -239,10 +249,12 @@ def _experiment(path: Path) -> Experiment:
         if not gates or not rows:
             raise ValueError(f"{where}: needs gates = [{{ kind = .. }}, ..] and at least one [[grid.systems]]")
         settings = from_dict(Grid, grid, where)
-        if settings.entry not in ENTRIES:
-            raise ValueError(f'{where}: entry = "{settings.entry}" is not one of {", ".join(ENTRIES)}')
-        for row_number, row in enumerate(rows, 1):
-            _row(row, f"{where}, system {row_number}")
+        if settings.entry not in OWN_ENTRIES:
+            raise ValueError(f'{where}: entry = "{settings.entry}" is not one of {", ".join(OWN_ENTRIES)}')
+        if settings.repeats < 1:
+            raise ValueError(f"{where}: repeats = {settings.repeats} must be at least 1")
+        for row_number, table in enumerate(rows, 1):
+            _check_row(settings, table, f"{where}, system {row_number}")
         parsed.append((settings, gates, rows))
     return Experiment(figure, about, waits_for, parsed, path)
 
@@ -261,6 +273,14 @@ def _row(table: dict, where: str) -> tuple[Row, dict]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return row, parts
+
+
+def _check_row(grid: Grid, table: dict, where: str) -> None:
+    row, _ = _row(table, where)
+    if grid.entry != "train" and systems.get(row.system).host:
+        raise ValueError(f'{where}: "{row.system}" is a program of its own, which has no entry "{grid.entry}"')
+    if grid.repeats > 1 and (row.record_trace or row.trace_from or grid.entry != "train"):
+        raise ValueError(f"{where}: repeats = {grid.repeats} is for runs that train, without traces: leave it out")
 
 
 def _tables(value, where: str) -> list[dict]:
@@ -298,6 +318,16 @@ def _gates_of(row: Row, gates: list[GateConfig], where: str) -> list[GateConfig]
     return [gate for label, gate in labels.items() if not row.gates or label in row.gates]
 
 
+def _as_repeat(run: Run, repeat: int) -> Run:
+    """Repeat number `repeat` of `run`, from 1: the same config with another seed, which initial weights and the order of the
+    text follow from."""
+    if repeat == 1:
+        return run
+    seed = run.config.workload.seed + repeat - 1
+    config = dataclasses.replace(run.config, workload=dataclasses.replace(run.config.workload, seed=seed))
+    return dataclasses.replace(run, run_id=safe_run_id(run.run_id, f"r{repeat}"), config=config, repeat=repeat)
+
+
 def _merge(runs: dict[str, Run], run: Run) -> Run:
     """Add `run`, or its bars to the equal run that is there already."""
     known = runs.setdefault(run.key, run)
@@ -310,7 +340,7 @@ def _check_bars(runs: list[Run]) -> None:
     seen, folders = {}, set()
     for run in runs:
         for bar in run.bars:
-            place = tuple(bar.values())
+            place = (*bar.values(), run.repeat)
             if place in seen:
                 raise ValueError(f"two different runs serve the same bar {bar}: {seen[place]} and {run.run_id}")
             seen[place] = run.run_id

@@ -132,7 +132,7 @@ def do(run_dir: Path, run: dict, config: RunConfig, allocation: Allocation, comm
     with (run_dir / "console.log").open("ab") as console:
         step = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, cwd=ROOT,
-            env=run_environment(),
+            env=run_environment(config.cluster.device),
         )  # fmt: skip
     asked = False
     while (code := _wait(step)) is None:

@@ -26,11 +26,11 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts")]
 
 import slurm  # noqa: E402
 import slurm_launch  # noqa: E402
-from grid import Configs, Run  # noqa: E402
+from grid import TRAINING, Configs, Run  # noqa: E402
 from runner import Interrupted, Launcher, device_name, run_environment  # noqa: E402
 from slurm import Site  # noqa: E402
 
-from smartmoe import data, record  # noqa: E402
+from smartmoe import data, hosts, record  # noqa: E402
 from smartmoe.config import ClusterSpec, slowed  # noqa: E402
 
 HERE = ("cpu", "local")  # clusters that are this machine
@@ -54,10 +54,16 @@ def main(argv: list[str] | None = None) -> int:
                 run.config = dataclasses.replace(
                     run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
                 )
+        runs, skipped = without_what_lacks(runs, site)
+        for reason, lacking in skipped.items():
+            names = ", ".join(dict.fromkeys(run.config.system for run in lacking))
+            print(f"{len(lacking)} runs of {names} are skipped: {reason}")
+        if not runs:
+            raise ValueError("nothing to run: all runs are skipped")
         if args.dry_run:
             print_plan(runs, site)
             return 0
-        return launch(args, runs, cluster, site)
+        return launch(args, runs, skipped, cluster, site)
     except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
@@ -162,8 +168,24 @@ def print_plan(runs: list[Run], site: Site | None) -> None:
         print("\n".join(f"each a job: sbatch {words} scripts/job.sbatch RUN_DIR" for words in sorted(options)))
 
 
-def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec, site: Site | None) -> int:
-    """Do `runs` under args.out/logs. Returns the exit code."""
+def without_what_lacks(runs: list[Run], site: Site | None) -> tuple[list[Run], dict[str, list[Run]]]:
+    """The runs that this Python can start, and the others by reason: a program that is not installed. What a container or
+    another Python on the nodes of a Slurm cluster has, only the runs find out."""
+    skipped: dict[str, list[Run]] = {}
+    if site and (site.container or site.python):
+        return runs, skipped
+    for run in runs:
+        host = hosts.HOSTS.get(run.entry)
+        if host and host.lacking:
+            skipped.setdefault(host.lacking, []).append(run)
+    lacking = {run.key for group in skipped.values() for run in group}
+    return [run for run in runs if run.key not in lacking], skipped
+
+
+def launch(
+    args: argparse.Namespace, runs: list[Run], skipped: dict[str, list[Run]], cluster: ClusterSpec, site: Site | None
+) -> int:
+    """Do `runs` under args.out/logs, and write `skipped` down there as such. Returns the exit code."""
     root = args.out / "logs"
     if site:
         try:
@@ -172,7 +194,7 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec, site
             raise ValueError(f"cluster {cluster.name}, as its file in clusters/ describes it: {error}") from None
     if root.exists() and any(root.iterdir()) and not args.resume:
         raise ValueError(f"{root} has runs already: add --resume to go on there, or give another --out")
-    trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry == "train"}
+    trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry in TRAINING}
     for files, vocab_size in sorted(trained):  # before the ranks ask for them all at once
         tokens = data.load_tokens(files, vocab_size, cache_dir=ROOT / data.CACHE_DIR)
         print(f"{tokens.num_tokens} tokens of {', '.join(files) or 'Python library source'}", flush=True)
@@ -185,9 +207,12 @@ def launch(args: argparse.Namespace, runs: list[Run], cluster: ClusterSpec, site
         launcher = Launcher(
             root=root.resolve(),
             provenance=record.provenance(device=device_name(cluster)),
-            env=run_environment(),
+            env=run_environment(cluster.device),
             cwd=ROOT,
         )
+        for reason, lacking in skipped.items():
+            for run in lacking:
+                launcher.set_aside(run, reason)
         if site is None:
             return interruptible(lambda: do_all(launcher, runs), f"{launcher.root} can be continued with --resume")
         campaign = slurm_launch.Campaign(launcher, site, args.out.resolve(), runs, args.max_jobs, same_again(args))

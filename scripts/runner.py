@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grid import ENTRIES, Run
 
-from smartmoe import record
+from smartmoe import hosts, record
 from smartmoe.config import ClusterSpec, RunConfig, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,10 +44,13 @@ class Interrupted(Exception):
     """The user asked to stop (Ctrl-C or SIGTERM)."""
 
 
-def run_environment() -> dict:
-    """The environment of a run's processes."""
+def run_environment(device: str) -> dict:
+    """The environment of the processes of a run on `device`, "cpu" or "cuda"."""
     python_path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        own["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU where there is one
+    return {**os.environ, **own}
 
 
 def device_name(cluster: ClusterSpec) -> str:
@@ -104,8 +107,18 @@ class Launcher:
             aside.mkdir()
             for path in left:
                 path.rename(aside / path.name)
-        facts = {**self.provenance, "num_ranks": run.config.plan.world_size, "entry": run.entry}
+        facts = {**self.provenance, "num_ranks": run.config.plan.world_size, "entry": run.entry, "repeat": run.repeat}
+        if host := hosts.HOSTS.get(run.entry):
+            facts[host.package] = record.version_of(host.package)
         record.create_run(run_dir, run.run_id, to_dict(run.config), run.bars, provenance=facts)
+
+    def set_aside(self, run: Run, reason: str) -> None:
+        """Declare a run that cannot be done here as skipped, unless it was done before."""
+        if self.needs_running(run):
+            self.declare(run)
+            record.set_status(self.root / run.folder, "skipped", reason)
+        else:
+            self.keep(run)
 
     def do(self, run: Run, label: str, left_s: float) -> str:
         """Do one run and return its status. Raises Interrupted after stopping it when the user asks to stop."""
@@ -146,7 +159,8 @@ class Launcher:
         try:
             old = record.read_run(self.root / run.folder)
             same = from_dict(RunConfig, old["config"]) == run.config
-            return old if same and old.get("provenance", {}).get("entry") == run.entry else None
+            facts = old.get("provenance", {})
+            return old if same and (facts.get("entry"), facts.get("repeat", 1)) == (run.entry, run.repeat) else None
         except ValueError:
             return None
 

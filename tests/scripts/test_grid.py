@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from grid import Configs
+from grid import ENTRIES, Configs
 
 from smartmoe.config import ClusterSpec, check
 
@@ -57,6 +57,25 @@ def test_a_run_of_two_figures_is_done_once_and_keeps_its_home(folder):
     assert alone[0].folder.parts[0] == "fig8" and [bar["figure"] for bar in alone[0].bars] == ["fig10"]
 
 
+def test_repeats_are_runs_of_other_seeds_for_the_same_bar(folder):
+    (folder / "experiments" / "fig8.toml").write_text(GRID.replace('panel', 'repeats = 3\npanel'))
+    runs = expand(folder)
+    assert len(runs) == 9 and len({run.folder for run in runs}) == 9
+    last = [run for run in runs if run.bars[0]["group"] == "4/+inf"]
+    assert [(run.config.system, run.repeat) for run in last] == [
+        (system, repeat) for repeat in (1, 2, 3) for system in ("fastmoe", "smartmoe_static")
+    ]
+    assert [run.config.workload.seed for run in last[::2]] == [1234, 1235, 1236]
+    assert [run.run_id[-3:] for run in last[::2]] == ["ep4", "-r2", "-r3"] and last[0].bars == last[2].bars
+
+
+def test_a_program_of_its_own_is_the_entry_of_its_runs(folder):
+    (folder / "experiments" / "fig8.toml").write_text(GRID.replace('"fastmoe"', '"deepspeed"'))
+    runs = expand(folder)
+    assert [run.entry for run in runs] == ["deepspeed", "deepspeed", "train"]
+    assert runs[0].config.workload.zero == 1 and set(ENTRIES) >= {run.entry for run in runs}
+
+
 REPLAY = """figure = "fig13"
 [[grid]]
 cluster = "cpu"
@@ -107,6 +126,12 @@ BROKEN = {
     "name of the figure": (GRID.replace('"fig8"', '"fig10"'), "must be the name of the file"),
     "nothing": ('figure = "fig8"\n', "give a .*waits_for"),
     "not toml": ("figure = ", "fig8.toml: cannot read"),
+    "repeats": (GRID.replace("panel", "repeats = 0\npanel"), "repeats = 0 must be"),
+    "repeated trace": (
+        GRID.replace("panel", "repeats = 2\npanel").replace('gates = ["+inf"]', "record_trace = true"), "without traces",
+    ),
+    "host's limits": (GRID.replace('"fastmoe"', '"deepspeed"').replace('"gshard"', '"swipe"'), "cannot do this run"),
+    "host's entry": (GRID.replace('"fastmoe"', '"deepspeed"').replace("panel", 'entry = "replay"\npanel'), "no entry"),
     "same bar twice": (GRID.replace('gates = ["+inf"]', 'series = "fastmoe"'), "same bar"),
 }
 

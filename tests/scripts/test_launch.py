@@ -1,3 +1,5 @@
+import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +10,10 @@ from pathlib import Path
 
 import launch
 import pytest
+from slurm import Site
+
+from smartmoe import hosts
+from smartmoe.config import ClusterSpec
 
 HERE = Path(__file__).resolve().parent
 CLUSTER = 'device = "cpu"\nranks_per_node = 4\n'
@@ -194,6 +200,24 @@ def test_dry_run_prints_plans_and_minutes_and_writes_nothing(setup, tmp_path, ca
     text = capsys.readouterr().out
     assert text.count("pp1 dp4 tp1 ep4") == 2 and "2 runs, about 1 minutes" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_a_program_that_is_missing_are_skipped_and_said(setup, tmp_path, monkeypatch, capsys):
+    missing = dataclasses.replace(hosts.HOSTS["deepspeed"], package="no_such_package")
+    monkeypatch.setitem(hosts.HOSTS, "deepspeed", missing)
+    monkeypatch.setattr(launch.data, "load_tokens", lambda *args, **kwargs: argparse.Namespace(num_tokens=0))
+    monkeypatch.setattr(launch.Launcher, "do", lambda self, run, label, left_s: "ok")
+    arguments = setup(grid(1), grid(2).replace('"fastmoe"', '"deepspeed"'))
+    assert launch.main(arguments) == 0
+    assert "1 runs of deepspeed are skipped: the package no_such_package is not installed" in capsys.readouterr().out
+    found = runs_of(tmp_path)
+    assert found[1]["status"] == "pending" and found[2]["status"] == "skipped" and "pip install" in found[2]["message"]
+    assert found[2]["provenance"]["entry"] == "deepspeed" and found[2]["provenance"]["no_such_package"] == "absent"
+    alone = setup(grid(2).replace('"fastmoe"', '"deepspeed"'))
+    assert launch.main([*alone, "--resume"]) == 2 and "all runs are skipped" in capsys.readouterr().err
+    container = Site(container=("apptainer",))
+    runs = launch.Configs(tmp_path / "configs").expand(["fig8"], "cpu", ClusterSpec(ranks_per_node=4))
+    assert launch.without_what_lacks(runs, container) == (runs, {}), "what a container has is not known here"
 
 
 def test_bad_input_starts_nothing(setup, tmp_path, capsys):
