@@ -129,6 +129,8 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
     try:
         while trainer.iteration < config.workload.iterations:
             in_force = {idx: (layer.placement, layer.replicas) for idx, layer in trainer.layers.items()}
+            if config.cluster.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             result = trainer.run_iteration(stop_requested=bool(stop))
             spans = _gather_spans(timer, trainer) if timer else []
             loads = _gather_loads(in_force, trainer) if config.record_spans else []
@@ -198,9 +200,12 @@ def write_iteration(
         "learning_rate": result.optimizer.lr,
         "tokens_per_s": round(tokens / result.step_ms * 1e3, 1),
         "load_max_over_mean": round(result.load_max_over_mean, 4),
+        "replica_bytes": result.replica_bytes,
         "skipped": result.optimizer.skipped,
         "consumed_samples": result.iteration * work.global_batch_size,
     }
+    if result.peak_memory_bytes:
+        metric["peak_memory_bytes"] = result.peak_memory_bytes
     writer.metric(metric)
     for span in spans:
         writer.span({"iteration": result.iteration, **span})

@@ -23,15 +23,16 @@ from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
 from smartmoe.parallel.tensor import apply_tensor_parallel
-from smartmoe.placement import Placement
 from smartmoe.parallel.zero import ShardedBuffers
+from smartmoe.placement import Placement
 from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
 
 
 @dataclass(frozen=True)
 class IterationResult:
     """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
-    that a rank sent of weights and gradients of replicas, as far as the host knows it (collectives)."""
+    that a rank sent of weights and gradients of replicas, as far as the host knows it (collectives). peak_memory_bytes is the
+    most that torch held of a GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
 
     iteration: int
     step_ms: float
@@ -42,6 +43,7 @@ class IterationResult:
     replica_bytes: int
     events: list[dict]
     stop_requested: bool
+    peak_memory_bytes: int = 0
 
 
 class Trainer:
@@ -190,12 +192,13 @@ class Trainer:
         step_ms = (time.perf_counter() - start) * 1e3
         if self.mesh.world_group is not None:
             dist.all_reduce(losses)
-        mine = [step_ms, self.online.load_max_over_mean(), float(replica_bytes), float(stop_requested)]
+        peak = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
+        mine = [step_ms, self.online.load_max_over_mean(), float(replica_bytes), float(peak), float(stop_requested)]
         worst = torch.tensor(mine, dtype=torch.float64)
         worst = worst.to(self.mesh.device)
         if self.mesh.world_group is not None:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_ms, load, replica_bytes, stop = worst.tolist()
+        step_ms, load, replica_bytes, peak, stop = worst.tolist()
         tokens = work.global_batch_size * self.config.model.seq_len
         return IterationResult(
             iteration=self.iteration,
@@ -207,6 +210,7 @@ class Trainer:
             replica_bytes=int(replica_bytes),
             events=events,
             stop_requested=stop > 0,
+            peak_memory_bytes=int(peak),
         )
 
     def send_replicas(self) -> int:
