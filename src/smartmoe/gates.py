@@ -21,6 +21,7 @@ from smartmoe.config import GateConfig, ModelConfig
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.capacity import CopyOrder, admitted, capacity_limit, order_copies, rebalance
 from smartmoe.ops.hashing import make_key, normal, uniform
+from smartmoe.ops.wide_linear import wide_linear
 from smartmoe.trace import read_trace
 
 SWITCH_JITTER = 0.1
@@ -105,8 +106,7 @@ class Gate(nn.Module, abc.ABC):
         """Told where experts live: [E] ep_rank of each, [W] node of each ep_rank. Only topology-aware gates care."""
 
     def _logits(self, x_TD):
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), self.weight_ED.to(dtype), self.bias_E.to(dtype))
+        return wide_linear(x_TD, self.weight_ED, self.bias_E)
 
     @property
     def _num_stat_ranks(self) -> int:
