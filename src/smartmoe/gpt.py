@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from smartmoe.config import ModelConfig
+from smartmoe.ops.residual_norm import residual_norm
+from smartmoe.ops.token_loss import summed_cross_entropy
 
 
 class Attention(nn.Module):
@@ -30,8 +32,10 @@ class Attention(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         qkv_BTX = self.qkv(x_BTD)
         batch, tokens, _ = qkv_BTX.shape
-        qkv = qkv_BTX.view(batch, tokens, -1, 3, self.head_dim).permute(3, 0, 2, 1, 4)
-        y_BHTd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+        # unbind and not indexing: its backward writes the three gradients side by side once, instead of adding three
+        # arrays of the size of qkv
+        q, k, v = (part.transpose(1, 2) for part in qkv_BTX.view(batch, tokens, -1, 3, self.head_dim).unbind(3))
+        y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHTd.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -59,8 +63,8 @@ class Block(nn.Module):
         self.mlp = DenseMLP(model) if moe is None else None
 
     def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        h_BTD = self.mlp_norm(x_BTD)
+        x_BTD, h_BTD = residual_norm(x_BTD, None, self.attention_norm)
+        x_BTD, h_BTD = residual_norm(x_BTD, self.attention(h_BTD), self.mlp_norm)
         if self.moe is None:
             return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
         y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
@@ -127,8 +131,8 @@ class GPT(nn.Module):
             balance_loss = balance_loss + block_loss
         if not self.is_last:
             return x, balance_loss
-        logits_SV = self.head(self.final_norm(x)).flatten(0, 1).float()
-        return F.cross_entropy(logits_SV, target_BT.flatten(), reduction="sum").view(1), balance_loss
+        logits_SV = self.head(residual_norm(x, None, self.final_norm)[1]).flatten(0, 1)
+        return summed_cross_entropy(logits_SV, target_BT.flatten()).view(1), balance_loss
 
 
 def has_experts(model: ModelConfig, layer_idx: int) -> bool:
