@@ -16,7 +16,7 @@ venv_prepare() {
   if [ "$1" != plot ]; then wanted+=" torch tokenizers setuptools"; fi
   if [ "$1" = test ]; then wanted+=" pytest pytest-xdist ruff scipy hypothesis"; fi
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
-  if [ -x "${VIRTUAL_ENV:-}/bin/python" ]; then dir="$VIRTUAL_ENV"; else dir="$root/.venv"; fi
+  if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then dir="$VIRTUAL_ENV"; else dir="$root/.venv"; fi
   read -ra wanted_words <<<"${wanted/ setuptools/}" # which only an installation needs
   if [ "${PY:-$dir/bin/python}" != "$dir/bin/python" ]; then venv_as_it_is "$root" "$PY" "${wanted_words[@]}"; return; fi
   if ! [ -x "$dir/bin/python" ] && venv_as_it_is "$root" python3 "${wanted_words[@]}" 2>/dev/null; then return 0; fi
