@@ -150,6 +150,7 @@ def test_the_device_waits_beside_the_training_stream_and_the_host_does_not():
         slow_links_module._HeldOnDevice([], "warm-up", 1e-6, ()).wait()
         torch.cuda.synchronize()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda._sleep(50_000_000)  # the host gets ahead: none of its time lies between the marks
         start = time.perf_counter()
         marks[0].record()
         held = slow_links_module._HeldOnDevice([], "link", seconds, ())

@@ -1,22 +1,31 @@
 import json
 
 import numpy as np
+import pytest
 
 from smartmoe.bench import measure, profile_cluster
-from smartmoe.planner.primitives import KINDS, Primitives, Profile
+from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
+from smartmoe.planner import inputs
+from smartmoe.planner.primitives import EXCHANGES, KINDS, Primitives, Profile
 from tests.dist import spawn
 
 TINY = ["--device", "cpu", "--shapes", "16,32,2,4,2,32,300", "--tokens", "16", "64", "128", "--seconds", "0.001"]
 
 
-def _run(_world_rank, path):
-    args = profile_cluster.parse_args([*TINY, "--out", str(path)])
-    profile_cluster.run(args, measure.start_world("cpu"))
+SLOW = 0.0005  # GB/s
+
+
+def _run(_world_rank, path, slow):
+    world = measure.start_world("cpu")
+    profile_cluster.run(profile_cluster.parse_args([*TINY, "--out", str(path)]), world)
+    few = [*TINY[:4], "--tokens", "16", "--seconds", "0.001"]
+    args = profile_cluster.parse_args([*few, "--slow-links", str(SLOW), "--out", str(slow)])
+    profile_cluster.run(args, world)
 
 
 def test_two_ranks_profile_every_primitive(tmp_path):
     path = tmp_path / "profile.json"
-    spawn(_run, 2, path)
+    spawn(_run, 2, path, tmp_path / "slow.json")
     profile = Profile.load(path)
     assert set(profile.points) == set(KINDS)
     assert profile.facts["ranks"] == 2 and profile.facts["torch"] and profile.dtype == "float32"
@@ -28,6 +37,18 @@ def test_two_ranks_profile_every_primitive(tmp_path):
         assert primitives.ms(name, **dict.fromkeys(kind.sizes, 64)) > 0
     assert "held-out sizes" in profile_cluster.format_errors(profile, 1.0)
     assert json.loads(path.read_text())["facts"]["seconds"] > 0
+    slow = Profile.load(tmp_path / "slow.json")
+    for name in EXCHANGES:
+        for point in slow.points[name]:
+            assert point.device_ms["p10"] >= point.sizes["intra_bytes"] / SLOW / 1e6, (name, point)
+    assert all(point.sizes["ranks"] == 1 for point in slow.points["direct_forward"])  # nothing slows stores down
+    run = RunConfig(cluster=ClusterSpec(ranks_per_node=2), plan=ParallelPlan(dp=2))
+    for found, cluster in ((profile, slowed(run.cluster, SLOW)), (slow, run.cluster)):
+        with pytest.raises(
+            ValueError, match="p.json was measured with links .*, this is about links .* smartmoe profile"
+        ):
+            inputs.check_links(found, cluster, "p.json")
+    inputs.check_links(slow, slowed(run.cluster, SLOW), "p.json")
 
 
 def test_rows_of_an_exchange_and_sizes_between():

@@ -29,9 +29,10 @@ from smartmoe.bench.replay import open_trace
 from smartmoe.config import RunConfig, check, from_dict
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.layer import MoELayer
-from smartmoe.planner import loads
+from smartmoe.planner import inputs, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.primitives import Primitives, Profile
+from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 
 
@@ -79,10 +80,13 @@ def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = Non
     known = Profile.load(profile) if profile else None
     if known and known.dtype != config.workload.dtype:
         raise ValueError(f"{profile} was measured in {known.dtype}, the run is in {config.workload.dtype}")
-    known = known or profile_layer(config, world, run_dir / "profile.json")
-    places = choose_iterations(trace, config.workload.iterations)
-    writer = record.RunWriter(run_dir) if world.ep_rank == 0 else None
-    measured_IL = measure(config, trace, places, world, repeat, writer)
+    if known:
+        inputs.check_links(known, config.cluster, profile)
+    with slow_links(config.cluster.slow_links_gbytes_per_s):
+        known = known or profile_layer(config, world, run_dir / "profile.json")
+        places = choose_iterations(trace, config.workload.iterations)
+        writer = record.RunWriter(run_dir) if world.ep_rank == 0 else None
+        measured_IL = measure(config, trace, places, world, repeat, writer)
     if writer is None:
         return []
     rows = predict(config, known, trace, places, measured_IL)
@@ -107,7 +111,8 @@ def open_run(run_dir: Path, world: World) -> tuple[RunConfig, ExpertTrace]:
             f'{world.num_ranks} ranks, online.policy = "{config.online.policy}"'
         )
     if layer.dispatcher == "auto":
-        found = "direct" if why_unavailable(world.group, over_nvlink=True) is None else "basic"
+        slow = config.cluster.slow_links_gbytes_per_s
+        found = "basic" if slow or why_unavailable(world.group, over_nvlink=True) else "direct"
         layer = dataclasses.replace(layer, dispatcher=found)
     work = dataclasses.replace(work, global_batch_size=work.micro_batch_size * plan.dp)
     model = dataclasses.replace(config.model, num_layers=trace.counts.shape[2], moe_every=1)

@@ -28,6 +28,7 @@ from smartmoe.planner import loads, pool, search
 from smartmoe.planner.commands import add_setting, setting_of
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.loads import Loads
+from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import Trainer
 
@@ -99,7 +100,10 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     for plan, micro_batch in [recorder, *plans]:
         run_config = pool.config_of(config, cluster, plan, micro_batch)
         work = dataclasses.replace(run_config.workload, iterations=1000, warmup_iterations=args.warmup)
-        row, counts = measure(dataclasses.replace(run_config, workload=work), world, tokens, args.warmup + args.steps)
+        with slow_links(cluster.slow_links_gbytes_per_s):
+            row, counts = measure(
+                dataclasses.replace(run_config, workload=work), world, tokens, args.warmup + args.steps
+            )
         if trace is None:
             trace = counts[args.warmup :]
             continue
@@ -113,7 +117,15 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
             facts = record.provenance(
                 device=torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
             )
-            record.write_json(args.out, {"provenance": facts, "rows": [vars(row) for row in rows], **statistics(rows)})
+            record.write_json(
+                args.out,
+                {
+                    "provenance": facts,
+                    "cluster": vars(cluster),
+                    "rows": [vars(row) for row in rows],
+                    **statistics(rows),
+                },
+            )
     return rows
 
 

@@ -29,6 +29,7 @@ from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.mesh import build_mesh
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.planner.primitives import TILE_ROWS, Point, Profile, held_out_errors
+from smartmoe.slow_links import slow_links
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHAPES = {
@@ -220,7 +221,9 @@ def _token_cases(site, shape, tokens, held) -> list[Case]:
     cases.append(both_ways("route", route, held, lambda s=route: parts.route(site, **s)))
     choice = {**plain, "experts": shape.experts, "top_k": shape.top_k}
     for name, limited in (("gate", False), ("gate_limited", True)):
-        cases.append(both_ways(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit)))
+        cases.append(
+            both_ways(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit))
+        )
     vocab = dict(tokens=tokens, vocab=shape.vocab)
     cases.append(both_ways("loss", vocab, held, lambda s=vocab: parts.loss(site, **s)))
     table = {**plain, "vocab": shape.vocab}
@@ -270,7 +273,10 @@ def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[C
         num_bytes = float(rows * width * site.dtype.itemsize)
         cases.append(_exchange("point_to_point", 2, num_bytes, held, parts.point_to_point, site, rows * width))
     for rows in (16, 256):
-        cases += [collective_case(site, "all_reduce", rows, world.group, False), all_to_all_case(site, rows, 2, 1.0, False)]
+        cases += [
+            collective_case(site, "all_reduce", rows, world.group, False),
+            all_to_all_case(site, rows, 2, 1.0, False),
+        ]
     return cases + _direct_cases(site, shapes, tokens)
 
 
@@ -354,17 +360,21 @@ def run(args: argparse.Namespace, world: World) -> Profile:
     torch.manual_seed(1)
     tokens = sorted(args.tokens or TOKENS[world.device.type])
     cases = compute_cases(profiler.site, shapes, tokens) + exchange_cases(profiler.site, shapes, tokens)
-    return measure(profiler, cases, args.out, [vars(s) for s in shapes])
+    if args.slow_links:  # a store into another rank's memory is not slowed down
+        cases = [case for case in cases if case.sizes.get("ranks", 1) == 1 or case.name != "direct"]
+    with slow_links(args.slow_links):
+        return measure(profiler, cases, args.out, [vars(s) for s in shapes], args.slow_links)
 
 
-def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict]) -> Profile:
-    """Measure `cases`, and write the profile and print its held-out errors from rank 0. `shapes`: what they are sizes of.
-    Collective."""
+def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict], slow_links_rate: float) -> Profile:
+    """Measure `cases`, and write the profile and print its held-out errors from rank 0. `shapes`: what they are sizes of;
+    slow_links_rate: what links are slowed down to by the caller, 0 = not. Collective."""
     start, world = time.monotonic(), profiler.site.world
     for case in cases:
         profiler.run(case)
     profiler.points["sync"] = [measure_sync(world)]
     facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
+    facts["slow_links_gbytes_per_s"] = slow_links_rate
     profile = Profile(profiler.points, profiler.dtype, facts)
     if world.ep_rank == 0:
         took = time.monotonic() - start
@@ -394,6 +404,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a rank in a micro-batch to measure at")
     parser.add_argument("--seconds", type=float, default=0.06, help="time for each of some hundred cases")
+    parser.add_argument(
+        "--slow-links", type=float, default=0.0, metavar="GB/S", help="slow exchanges down to this rate"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the profile to write")
     return parser.parse_args(argv)
 

@@ -39,7 +39,8 @@ def profile_layer(config: RunConfig, world: World, path: Path) -> Profile:
     profiler = Profiler(world, config.workload.dtype, SECONDS_PER_CASE[world.device.type])
     model, tokens = config.model, config.workload.micro_batch_size * config.model.seq_len
     sizes = {"width": model.hidden_size, "ffn": model.ffn_size, "experts": model.num_experts, "tokens": tokens}
-    return measure(profiler, layer_cases(profiler.site, config, tokens), path, [sizes])
+    cases, slow = layer_cases(profiler.site, config, tokens), config.cluster.slow_links_gbytes_per_s
+    return measure(profiler, cases, path, [sizes], slow)
 
 
 def hot_shares(num_ranks: int) -> list[tuple[float, bool]]:

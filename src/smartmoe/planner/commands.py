@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smartmoe.config import DTYPES, GATES, OnlineConfig, RunConfig
+from smartmoe.config import DTYPES, GATES, OnlineConfig, RunConfig, slowed
 from smartmoe.planner import inputs, loads, pool, search, simulate
 from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.record import safe_run_id
@@ -49,6 +49,7 @@ def _add_profile(commands, start) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes (GPUs) that measure together; default: 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where torch sees one")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the profile to write")
+    parser.add_argument("--slow-links", metavar="GB/S", help="slow exchanges between ranks down to this rate")
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(command=lambda args: _profile(args, start))
 
@@ -58,6 +59,7 @@ def _profile(args: argparse.Namespace, start) -> int:
         raise ValueError(f"--ranks {args.ranks}: at least 1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command += ["-m", "smartmoe.bench.profile_cluster", "--out", str(args.out), *args.more]
+    command += ["--slow-links", args.slow_links] if args.slow_links else []
     return start(command + (["--device", args.device] if args.device else []))
 
 
@@ -99,6 +101,13 @@ def add_setting(parser) -> None:
     parser.add_argument(
         "--profile", type=Path, help="a measured profile (default: <cluster>.profile.json beside its file)"
     )
+    parser.add_argument(
+        "--slow-links",
+        type=float,
+        default=0.0,
+        metavar="GB/S",
+        help="of exchanges between ranks, as if they were slower",
+    )
     parser.add_argument("--gate", choices=GATES, help="default: the run's, or naive")
     parser.add_argument("--capacity", type=float, help="capacity of the gate; default: the run's, or none")
     parser.add_argument("--batch", type=int, help="samples in a step; default: the run's, or 256 for a model by name")
@@ -114,6 +123,7 @@ def add_setting(parser) -> None:
 def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     """The run without its plan, and the cost model that the options describe."""
     cluster, rates, cluster_file = inputs.read_cluster(args.cluster, args.configs)
+    cluster = slowed(cluster, args.slow_links)
     config = inputs.read_model(args.model, args.configs)
     by_name = not args.model.endswith((".toml", ".json"))
     work, gate = config.workload, config.gate
@@ -130,6 +140,9 @@ def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: at least 1")
     primitives = inputs.read_primitives(cluster, rates, cluster_file, args.profile, work.dtype)
+    if cluster.num_nodes == 1:  # a node that ranks were profiled on has them, whatever its file says
+        there = max(cluster.ranks_per_node, primitives.facts.get("ranks", 1))
+        cluster = dataclasses.replace(cluster, ranks_per_node=there)
     chosen = inputs.choose_loads(config.model, gate, args.trace, args.loads, args.samples)
     return config, CostModel(config, cluster, primitives, chosen, getattr(args, "placement", "identity"))
 

@@ -169,6 +169,7 @@ class CostModel:
         layer = config.layer
         if layer.dispatcher == "auto":
             near = plan.ep <= self.cluster.ranks_per_node and self.cluster.device == "cuda"
+            near = near and not self.cluster.slow_links_gbytes_per_s
             layer = dataclasses.replace(layer, dispatcher="direct" if near else "basic")
         return LayerSetting(
             model=config.model, gate=config.gate, layer=layer, tokens=micro_batch * config.model.seq_len // plan.tp,

@@ -70,9 +70,21 @@ def read_primitives(
         raise ValueError(
             f"{found} was measured in {measured.dtype}, the plan is for {dtype}: profile with --dtype {dtype}"
         )
+    check_links(measured, cluster, found)
     rates = rates or described.Rates()
     inter_ms = 1 / (cluster.inter_node_gbytes_per_s * rates.link_efficiency)
     return Primitives.fit(measured).with_links(inter_ms, rates.inter_latency_us / 1e3)
+
+
+def check_links(profile: Profile, cluster: ClusterSpec, path: Path) -> None:
+    """Raise ValueError when `profile`, of file `path`, was measured with other links than `cluster` says."""
+    measured, wanted = profile.facts.get("slow_links_gbytes_per_s", 0.0), cluster.slow_links_gbytes_per_s
+    if measured != wanted:
+        words = [f"links slowed to {rate:g} GB/s" if rate else "links as they are" for rate in (measured, wanted)]
+        raise ValueError(
+            f"{path} was measured with {words[0]}, this is about {words[1]}: take another --profile, or make one with "
+            f"smartmoe profile{f' --slow-links {wanted:g}' if wanted else ''}"
+        )
 
 
 def read_trace(path: Path) -> ExpertTrace:
