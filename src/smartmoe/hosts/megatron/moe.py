@@ -1,0 +1,139 @@
+"""The MoE layer in Megatron-LM: Megatron's router, SmartMoE's exchange, experts and placement, put in by a layer spec.
+
+The router stays Megatron's own with all its arguments (losses, score functions, biases, dropping), so both layers train
+the same model. Shape letters are those of `smartmoe.ops`; Megatron's hidden states are [sequence, batch, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import nn
+
+from smartmoe.config import RunConfig
+from smartmoe.gates import Routing
+from smartmoe.layer import INIT_STD, MoELayer
+
+
+class MegatronGate(nn.Module):
+    """Megatron's router with SmartMoE's result. `router` is not a child: it belongs to the Megatron layer."""
+
+    def __init__(self, router: nn.Module, top_k: int):
+        super().__init__()
+        self._router, self.top_k = [router], top_k
+        self.padding_mask: torch.Tensor | None = None
+
+    def forward(self, x_TD: torch.Tensor, token_id_T: torch.Tensor, num_segments: int | None = None) -> Routing:
+        """Choose experts; num_segments is Megatron's sequence length here. See gates.Gate."""
+        x_SBD = x_TD.view(num_segments, -1, x_TD.shape[1])
+        prob_TE, chosen_TE = self._router[0](x_SBD, self.padding_mask)
+        return routing_of(prob_TE.view(x_TD.shape[0], -1), chosen_TE.view(x_TD.shape[0], -1), self.top_k)
+
+    def set_placement(self, *args) -> None:
+        """Megatron's router does not care where experts live."""
+
+
+def routing_of(prob_TE: torch.Tensor, chosen_TE: torch.Tensor, top_k: int) -> Routing:
+    """A Routing from Megatron's weights [T, E] and bool map [T, E] of kept copies, at most top_k of a token; its losses
+    hang on the weights already, so the balance loss is 0. Experts of a token are in ascending order, as Megatron adds."""
+    kept_TK, expert_idx_TK = chosen_TE.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    kept_TK, expert_idx_TK = kept_TK[:, :top_k].bool(), expert_idx_TK[:, :top_k]
+    weight_TK = prob_TE.gather(1, expert_idx_TK).float().masked_fill(~kept_TK, 0)
+    return Routing(expert_idx_TK.masked_fill(~kept_TK, -1), weight_TK, prob_TE.new_zeros((), dtype=torch.float32))
+
+
+class SmartMoELayer(BaseMoELayer):
+    """A `BaseMoELayer` of Megatron around SmartMoE's MoELayer, which is `moe` once the layer's number is known.
+
+    Parameters of experts carry `allreduce = False`, by which Megatron reduces them over the ranks with the same experts.
+    """
+
+    def __init__(self, config, submodules, *, run: RunConfig, pg_collection, is_mtp_layer=False, name=None):
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        if is_mtp_layer:
+            raise ValueError("multi-token prediction layers with experts are not supported: leave --mtp-num-layers out")
+        self._run, self._num_passes = run, 0
+        self._stage_group, self._expert_dp_group = pg_collection.tp_dp_cp, pg_collection.expt_dp
+        self.router = submodules.router(config=config, pg_collection=pg_collection, is_mtp_layer=False)
+        self.moe: MoELayer | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron calls this right after the layer is made; experts' first values depend on the number (from 1)."""
+        super().set_layer_number(layer_number)
+        config = self.config
+        self.moe = MoELayer(
+            self._run,
+            layer_idx=layer_number - 1,
+            ep_group=self.ep_group if get_pg_size(self.ep_group) > 1 else None,
+            stage_group=self._stage_group if get_pg_size(self._stage_group) > 1 else None,
+            dtype=config.params_dtype,
+            device=torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device(),
+        )
+        self.moe.gate = MegatronGate(self.router, config.moe_router_topk)
+        for param in self.moe.experts.parameters():
+            param.allreduce = False
+            with torch.no_grad():
+                param.mul_(config.init_method_std / INIT_STD)
+
+    def forward(self, hidden_states: torch.Tensor, intermediate_tensors=None, padding_mask=None):
+        """(y, None) of hidden_states [sequence, batch, D]; collective over the expert group."""
+        self.moe.gate.padding_mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        num_tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        is_first_pass = torch._C._current_graph_task_id() == -1  # else recomputed in a backward pass
+        first = self._num_passes * num_tokens if is_first_pass else 0
+        self._num_passes += is_first_pass
+        token_id_SB = torch.arange(first, first + num_tokens, device=hidden_states.device).view(hidden_states.shape[:2])
+        observers = self.moe.observers
+        if not self.training:  # online placement looks at training alone
+            self.moe.observers = []
+        y_SBD, _ = self.moe(hidden_states, token_id_SB)
+        self.moe.observers = observers
+        return y_SBD, None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """What Megatron's distributed checkpoints hold: each weight of the experts as one tensor [.., E, ..] of which this
+        rank has its part. Experts must stand in plain order: the part's place says which they are."""
+        experts, axis = self.moe.experts, len(sharded_offsets)
+        part = (axis, get_pg_rank(self.ep_group), get_pg_size(self.ep_group))
+        sharded = sharded_state_dict_default(self.router, f"{prefix}router.", sharded_offsets, metadata)
+        for name, param in experts.named_parameters():
+            sharded[f"{prefix}moe.experts.{name}"] = ShardedTensor.from_rank_offsets(
+                f"{prefix}experts.{name}", param, *sharded_offsets, part,
+                replica_id=(0, 0, get_pg_rank(self._expert_dp_group)), prepend_axis_num=axis,
+            )  # fmt: skip
+        return sharded
+
+
+def with_smartmoe(layer_spec: Callable, run: RunConfig) -> Callable:
+    """The layer spec that `layer_spec(model_config, vp_stage)` makes, with SmartMoE's layer for each of Megatron's."""
+
+    def spec(model_config, vp_stage=None):
+        made = layer_spec(model_config, vp_stage=vp_stage)
+        layers = made.layer_specs if hasattr(made, "layer_specs") else [made]
+        for layer in layers:
+            _replace(layer, run)
+        return made
+
+    return spec
+
+
+def _replace(layer: ModuleSpec, run: RunConfig) -> None:
+    builder = getattr(layer.submodules, "mlp", None)
+    is_moe = isinstance(builder, partial) and builder.func is MegatronMoELayer
+    if is_moe and issubclass(layer.module, TransformerLayer):
+        layer.submodules.mlp = partial(SmartMoELayer, submodules=builder.keywords["submodules"], run=run)
+
+
+def smartmoe_layers(model_chunks) -> list[SmartMoELayer]:
+    """SmartMoE's layers of this rank's chunks of the model, in the order of their numbers."""
+    found = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, SmartMoELayer)]
+    return sorted(found, key=lambda layer: layer.layer_number)

@@ -1,0 +1,229 @@
+"""What `--smartmoe` means: a RunConfig from Megatron's own arguments and a system's name or a TOML file, and what does not
+go together, said before any process group is made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from smartmoe import config as configs
+from smartmoe import systems
+from smartmoe.config import (
+    ClusterSpec,
+    GateConfig,
+    LayerConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+)
+
+HOST_ONLY = "megatron"  # Megatron's own MoE layer, with SmartMoE's run directory
+TABLES = ("system", "layer", "online", "record_spans")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add SmartMoE's arguments to Megatron's."""
+    group = parser.add_argument_group(title="smartmoe")
+    group.add_argument(
+        "--smartmoe",
+        metavar="SYSTEM|TOML",
+        default="smartmoe",
+        help=f'which MoE layer trains: "{HOST_ONLY}" (Megatron\'s own), one of {", ".join(systems.SYSTEMS)}, or a TOML '
+        f"file with the keys {', '.join(TABLES)}; plan, model and workload are Megatron's arguments (default: smartmoe)",
+    )
+    group.add_argument(
+        "--smartmoe-run",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="run directory to write: run.json, train.log, metrics.jsonl, events.jsonl (default: none)",
+    )
+    group.add_argument(
+        "--smartmoe-text",
+        metavar="FILE",
+        nargs="*",
+        default=None,
+        help="train on these text files, or without any on the Python standard library's source, instead of --data-path",
+    )
+    return parser
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The run that Megatron's validated `args` and `args.smartmoe` describe.
+
+    Raises ValueError for what does not fit: the sizes, the system, or arguments of Megatron that SmartMoE's layer does not
+    have. The router stays Megatron's, so `gate` tells of it no more than capacity and scope.
+    """
+    asked = _asked(args.smartmoe)
+    is_ours = asked["system"] != HOST_ONLY
+    problems = _problems(args) if is_ours else []
+    problems += _online_problems(args, asked) if is_ours else []
+    if problems:
+        raise ValueError("--smartmoe " + str(args.smartmoe) + ": " + "; ".join(problems))
+    parts = {
+        "model": _model(args),
+        "gate": GateConfig(
+            kind="naive", capacity=args.moe_expert_capacity_factor, scope="local", balance_weight=_balance_weight(args)
+        ),
+        "workload": _workload(args),
+        "cluster": _cluster(args),
+    }
+    plan = ParallelPlan(
+        pp=args.pipeline_model_parallel_size,
+        vpp=args.virtual_pipeline_model_parallel_size or 1,
+        dp=args.data_parallel_size * args.context_parallel_size,
+        tp=args.tensor_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        recompute=args.recompute_granularity is not None,
+    )
+    if not is_ours:
+        run = RunConfig(system=HOST_ONLY, plan=plan, layer=LayerConfig(dispatcher="basic", experts="loop"), **parts)
+        return configs.check(run, f"--smartmoe {HOST_ONLY}")
+    run = systems.build(asked["system"], plan=plan, online=asked.get("online"), **parts)
+    layer = asked.get("layer", run.layer)
+    return configs.check(dataclasses.replace(run, layer=layer, gate=parts["gate"]), f"--smartmoe {args.smartmoe}")
+
+
+def _asked(name: str) -> dict:
+    if not name.endswith((".toml", ".json")):
+        if name != HOST_ONLY:
+            try:
+                systems.get(name)
+            except ValueError as error:
+                also = f"{HOST_ONLY} (Megatron's own layer) or a .toml file"
+                raise ValueError(f"--smartmoe: {error}; it may be {also}, too") from None
+        return {"system": name}
+    table = configs.read_table(name)
+    wrong = [key for key in table if key not in TABLES]
+    if wrong:
+        raise ValueError(
+            f"{name}: {', '.join(wrong)}: plan, model, gate and workload are Megatron's arguments here; this file may have "
+            f"{', '.join(TABLES)}"
+        )
+    kinds = {"layer": LayerConfig, "online": OnlineConfig}
+    parsed = {
+        key: configs.from_dict(kinds[key], value, f"{name}: {key}") for key, value in table.items() if key in kinds
+    }
+    return {"system": "smartmoe", **table, **parsed}
+
+
+def _problems(args) -> list[str]:
+    """Arguments of Megatron that SmartMoE's layer does not have, and what to take instead."""
+    problems = []
+    if not args.num_experts:
+        problems.append("there are no experts: give --num-experts")
+    if args.add_bias_linear:
+        problems.append("experts have no biases here: add --disable-bias-linear")
+    if not (args.swiglu or args.openai_gelu):
+        problems.append("experts know silu gates and the tanh form of gelu: add --swiglu or --openai-gelu")
+    if args.swiglu and args.squared_relu:
+        problems.append("--squared-relu is not available: leave it out")
+    if args.expert_tensor_parallel_size != 1:
+        problems.append("experts are whole on their rank: add --expert-tensor-parallel-size 1")
+    if args.context_parallel_size > 1:
+        problems.append("--context-parallel-size must be 1")
+    if args.moe_pad_expert_input_to_capacity:
+        problems.append("--moe-pad-expert-input-to-capacity is the work of dispatchers here: leave it out")
+    for name in (
+        "moe_shared_expert_intermediate_size", "moe_latent_size", "mtp_num_layers", "use_megatron_fsdp",
+        "use_torch_fsdp2", "overlap_moe_expert_parallel_comm", "moe_apply_probs_on_input", "moe_input_jitter_eps",
+    ):  # fmt: skip
+        if getattr(args, name, None):
+            problems.append(f"--{name.replace('_', '-')} is not available: leave it out")
+    if getattr(args, "fp8", None) or getattr(args, "fp4", None):
+        problems.append("experts in fp8 or fp4 are not available: leave --fp8-format and --fp4-format out")
+    if (args.virtual_pipeline_model_parallel_size or 1) > 1 and not args.overlap_p2p_comm:
+        problems.append(
+            "interleaved pipelines with batched point-to-point calls exchange wrong gradients at 2 stages: leave "
+            "--no-overlap-p2p-communication out"
+        )
+    return problems
+
+
+def _online_problems(args, asked: dict) -> list[str]:
+    """What stands in the way of moving experts while Megatron trains."""
+    online = asked.get("online")
+    if online is not None and online.replicate != "never":
+        return [
+            "online.replicate is not available: Megatron's buffers own the memory of weights, which copies of experts "
+            'would have to be part of; take replicate = "never"'
+        ]
+    moves = systems.get(asked["system"]).online
+    problems = []
+    if moves and args.overlap_param_gather:
+        problems.append("experts move between steps, when weights must be in place: leave --overlap-param-gather out")
+    if moves and args.async_save:
+        problems.append("experts stand in plain order while a checkpoint is written: leave --async-save out")
+    if moves and args.use_precision_aware_optimizer:
+        problems.append("--use-precision-aware-optimizer keeps states that cannot be moved: leave it out")
+    if moves and args.optimizer_cpu_offload:
+        problems.append("--optimizer-cpu-offload keeps states that cannot be moved: leave it out")
+    if moves and args.num_distributed_optimizer_instances > 1:
+        problems.append("--num-distributed-optimizer-instances must be 1")
+    return problems
+
+
+def _model(args) -> ModelConfig:
+    frequency = args.moe_layer_freq if isinstance(args.moe_layer_freq, int) else 1
+    return ModelConfig(
+        name="megatron",
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        num_heads=args.num_attention_heads,
+        seq_len=args.seq_length,
+        vocab_size=args.padded_vocab_size or args.vocab_size,
+        num_experts=args.num_experts or 1,
+        top_k=args.moe_router_topk,
+        moe_every=frequency,
+        activation="swiglu" if args.swiglu else "gelu",
+        expert_bias=args.add_bias_linear,
+    )
+
+
+def _balance_weight(args) -> float:
+    coefficient = args.moe_aux_loss_coeff
+    return float(sum(coefficient) if isinstance(coefficient, list) else coefficient)
+
+
+def _workload(args) -> Workload:
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return Workload(
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        iterations=args.train_iters,
+        warmup_iterations=min(5, args.train_iters - 1),
+        seed=args.seed,
+        dtype=dtype,
+        lr=args.lr or 0.0,
+        min_lr=args.min_lr or 0.0,
+        lr_warmup_iterations=args.lr_warmup_iters or 0,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        data=tuple(args.smartmoe_text or ()),
+        checkpoint_interval=(args.save_interval or 0) if args.save else 0,
+    )
+
+
+def _cluster(args) -> ClusterSpec:
+    import torch
+
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    is_gpu = torch.cuda.is_available()
+    return ClusterSpec(
+        name="megatron",
+        device="cuda" if is_gpu else "cpu",
+        num_nodes=-(-args.world_size // per_node),
+        ranks_per_node=per_node,
+        intra_node_gbytes_per_s=300.0 if is_gpu else 1.0,
+        inter_node_gbytes_per_s=25.0 if is_gpu else 1.0,
+        tflops=400.0 if is_gpu else 0.02,
+        memory_gbytes=torch.cuda.get_device_properties(0).total_memory / 1e9 if is_gpu else 4.0,
+    )

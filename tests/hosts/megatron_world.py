@@ -1,0 +1,220 @@
+"""Runs of Megatron-LM's loop in worlds of CPU processes: `python -m tests.hosts.megatron_world FOLDER`, as test_megatron.py
+starts it. One process imports Megatron once and forks the ranks of every world; a world runs its cases one after another.
+
+FOLDER gets a run directory for every case, and in error.txt what went wrong.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS, MOVE_AT = 10, 5
+SIZES = {
+    "num-layers": 2, "hidden-size": 32, "num-attention-heads": 2, "seq-length": 16, "max-position-embeddings": 16,
+    "micro-batch-size": 1, "global-batch-size": 4, "train-iters": ITERATIONS, "lr": 1e-2, "min-lr": 1e-3,
+    "num-experts": 4, "moe-router-topk": 2, "moe-aux-loss-coeff": 1e-2, "moe-ffn-hidden-size": 32, "vocab-size": 512,
+    "expert-tensor-parallel-size": 1, "moe-token-dispatcher-type": "alltoall", "eval-iters": 0, "eval-interval": 1000,
+    "transformer-impl": "local", "tokenizer-type": "NullTokenizer", "distributed-backend": "gloo", "num-workers": 0,
+    "hidden-dropout": 0, "attention-dropout": 0, "ckpt-format": "torch_dist", "log-interval": 1000,
+}  # fmt: skip
+FLAGS = (
+    "swiglu", "disable-bias-linear", "smartmoe-text", "no-persist-layer-norm", "no-gradient-accumulation-fusion",
+    "no-masked-softmax-fusion", "no-rope-fusion", "use-cpu-initialization", "untie-embeddings-and-output-weights",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run: `system` is given to --smartmoe, `words` are further arguments."""
+
+    name: str
+    system: str
+    words: tuple[str, ...] = ()
+
+
+MOVING = "moving.toml"
+MOVING_TEXT = f"""
+system = "smartmoe"
+[online]
+policy = "greedy"
+interval = {MOVE_AT}
+"""
+SYSTEMS = {"megatron": "megatron", "ours": "smartmoe_static", "moving": MOVING}
+EP2 = ("--expert-model-parallel-size", "2")
+TP2_EP2 = (*EP2, "--tensor-model-parallel-size", "2", "--sequence-parallel")
+PP2 = ("--pipeline-model-parallel-size", "2")
+# without clipping a migration changes no bit: Megatron sums the gradient norm in an order that depends on where experts are
+SHARDED = ("--use-distributed-optimizer", "--clip-grad", "0")
+HALF = (*EP2, *SHARDED, "--bf16")
+RESHARDABLE = (*SHARDED, "--dist-ckpt-optim-fully-reshardable")
+SAVE = ("--save", "{folder}/saved", "--save-interval", str(MOVE_AT))
+LOAD = ("--load", "{folder}/saved", "--ckpt-step", str(MOVE_AT))
+
+
+def plan(name: str, words: tuple[str, ...], systems=tuple(SYSTEMS)) -> list[Case]:
+    return [Case(f"{name}-{key}", SYSTEMS[key], words) for key in systems]
+
+
+def worlds() -> dict[int, list[Case]]:
+    """Number of ranks -> the cases that they run."""
+    return {
+        2: [
+            *plan("ep2", EP2),
+            *plan("tp2", TP2_EP2),
+            *plan("half", HALF, ("ours", "moving")),
+            Case("saved-whole", MOVING, (*EP2, *RESHARDABLE, *SAVE)),
+            Case("saved-same", MOVING, (*EP2, *RESHARDABLE, *LOAD)),
+            Case("saved-one", "smartmoe_static", (*RESHARDABLE, *LOAD)),
+        ],
+        4: [
+            *plan("edp2", (*EP2, *SHARDED), ("ours", "moving")),
+            *plan("pp2ep2", (*EP2, *PP2, *SHARDED)),
+        ],
+    }
+
+
+# -------------------------------------------------------------------------------------------------- inside a rank
+
+
+def run_case(case: Case, folder: Path) -> None:
+    """Train as a user would, from weights that depend on their names alone, written to folder/<case's name>."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.training import training
+
+    from smartmoe.hosts.megatron import pretrain_gpt
+
+    words = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
+    words += [f"--{flag}" for flag in FLAGS]
+    own = [word.format(folder=folder) for word in case.words]
+    sys.argv = ["pretrain_gpt", *words, *own, "--smartmoe", case.system, "--smartmoe-run", str(folder / case.name)]
+    originals = {name: getattr(training, name) for name in ("train_step", "save_checkpoint", "load_checkpoint")}
+    describe = pretrain_gpt.model_config
+    pretrain_gpt.model_config = partial(_with_equal_weights, describe)
+    try:
+        pretrain_gpt.main()
+    finally:
+        pretrain_gpt.model_config = describe
+        for name, original in originals.items():
+            setattr(training, name, original)
+        get_moe_metrics_tracker().clear()
+        training.destroy_global_state()
+
+
+def _with_equal_weights(describe, *args):
+    config = describe(*args)
+    config.pre_wrap_hooks.append(fill)
+    return config
+
+
+@torch.no_grad()
+def fill(chunks):
+    """Give every matrix the values that belong to its layer and name, in Megatron's layer and in ours."""
+    from megatron.core import mpu
+
+    from smartmoe.hosts.megatron.moe import SmartMoELayer
+
+    part = mpu.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        layers = list(chunk.decoder.layers)
+        inside = {id(param) for layer in layers for param in layer.parameters()}
+        named = [("", name, param) for name, param in chunk.named_parameters() if id(param) not in inside]
+        for layer in layers:
+            named += [
+                (layer.layer_number, name, param) for name, param in layer.named_parameters() if "experts" not in name
+            ]
+            fill_experts(layer, isinstance(layer.mlp, SmartMoELayer))
+        for number, name, param in named:
+            if param.dim() > 1:
+                cut = 0 if "router" in name else part
+                param.copy_(values(tuple(param.shape), number, name, cut))
+    return chunks
+
+
+def fill_experts(layer, is_ours: bool) -> None:
+    count = layer.mlp.num_local_experts
+    first = torch.distributed.get_rank(layer.mlp.ep_group) * count
+    for slot in range(count):
+        shapes = {"fc1": (2 * SIZES["moe-ffn-hidden-size"], SIZES["hidden-size"])}
+        shapes["fc2"] = (SIZES["hidden-size"], SIZES["moe-ffn-hidden-size"])
+        up, down = (values(shape, layer.layer_number, name, first + slot) for name, shape in shapes.items())
+        if is_ours:
+            experts = layer.mlp.moe.experts
+            experts.w1_LDF[slot].copy_(up.t()), experts.w2_LFD[slot].copy_(down.t())
+        else:
+            expert = layer.mlp.experts.local_experts[slot]
+            expert.linear_fc1.weight.copy_(up), expert.linear_fc2.weight.copy_(down)
+
+
+def values(shape: tuple[int, ...], *key) -> torch.Tensor:
+    """Experts and routers that matter: with the usual 0.02 the loss hardly notices them."""
+    from smartmoe.ops.hashing import make_key
+
+    generator = torch.Generator().manual_seed(make_key(*key))
+    return torch.empty(shape).normal_(0.0, 0.2, generator=generator)
+
+
+def rank_main(rank: int, size: int, cases: list[Case], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    log = os.open(folder / f"log.{size}.{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+        for case in cases:
+            start = time.perf_counter()
+            run_case(case, folder)
+            print(f"## {case.name} {time.perf_counter() - start:.1f} s", flush=True)
+        dist.barrier()
+    except BaseException:
+        (folder / f"error{size}.{rank}").write_text(f"rank {rank} of {size}, {case}:\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    os.chdir(ROOT)
+    (folder / MOVING).write_text(MOVING_TEXT)
+    import tests.hosts.megatron_cpu as cpu
+
+    cpu.install()
+    import smartmoe.hosts.megatron.pretrain_gpt  # noqa: F401
+
+    cpu.allow_norms_with_sequence_parallel()
+    chosen = set(sys.argv[2:])
+    for size, cases in worlds().items():
+        cases = [
+            dataclasses.replace(case, system=str(folder / MOVING) if case.system == MOVING else case.system)
+            for case in cases
+            if not chosen or case.name.split("-")[0] in chosen
+        ]
+        if not cases:
+            continue
+        pids = []
+        for rank in range(size):
+            pid = os.fork()
+            if pid == 0:
+                rank_main(rank, size, cases, folder)
+            pids.append(pid)
+        failed = False
+        while pids:
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status and not failed:
+                failed = True
+                for other in pids:
+                    os.kill(other, 9)
+        if failed:
+            break
+
+
+if __name__ == "__main__":
+    main()

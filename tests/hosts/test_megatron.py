@@ -1,0 +1,98 @@
+"""SmartMoE's layer in Megatron-LM's own training loop (the package megatron-core) on CPU worlds of 2 and 4 processes:
+the same losses as Megatron's layer, whatever moves, and after a checkpoint read by another plan."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smartmoe import record
+from tests.hosts import megatron_world as world
+
+ROOT = Path(__file__).resolve().parents[2]
+LACKING = [name for name in ("megatron", "psutil") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(LACKING), reason=f'needs {", ".join(LACKING)}: pip install --no-build-isolation ".[megatron]"'
+)
+TOLERANCE = 1e-5  # relative, fp32; 1e-6 was seen
+PLANS = ("ep2", "tp2", "pp2ep2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with a run directory for each case."""
+    folder = tmp_path_factory.mktemp("megatron")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.hosts.megatron_world", str(folder)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error*")))
+    assert done.returncode == 0 and not errors, errors or done.stderr[-4000:]
+    return folder
+
+
+def losses(runs: Path, case: str) -> list[float]:
+    lines = (runs / case / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["lm_loss"] for line in lines]
+
+
+def events(runs: Path, case: str) -> list[dict]:
+    return [json.loads(line) for line in (runs / case / "events.jsonl").read_text().splitlines()]
+
+
+def moved(runs: Path, case: str, iteration: int) -> int:
+    return sum(event["num_moved"] for event in events(runs, case) if event["iteration"] == iteration)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_losses_as_megatrons_own_layer(runs, plan):
+    own = losses(runs, f"{plan}-megatron")
+    assert len(own) == world.ITERATIONS and own[-1] < own[0] - 0.3
+    assert losses(runs, f"{plan}-ours") == pytest.approx(own, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_moving_experts_changes_no_loss(runs, plan):
+    assert moved(runs, f"{plan}-moving", world.MOVE_AT) > 0
+    assert losses(runs, f"{plan}-moving") == pytest.approx(losses(runs, f"{plan}-ours"), rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["half", "edp2", "pp2ep2"])
+def test_moving_experts_changes_no_bit_where_gradients_are_not_clipped(runs, plan):
+    """bf16 with fp32 masters; states of an expert cut over two ranks; two stages."""
+    assert moved(runs, f"{plan}-moving", world.MOVE_AT) > 0
+    assert losses(runs, f"{plan}-moving") == losses(runs, f"{plan}-ours")
+
+
+def test_more_data_parallel_ranks_and_no_pipeline_give_the_same_losses(runs):
+    assert losses(runs, "edp2-ours") == pytest.approx(losses(runs, "pp2ep2-megatron"), rel=TOLERANCE)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_with_its_placement(runs):
+    whole = losses(runs, "saved-whole")
+    assert moved(runs, "saved-whole", world.MOVE_AT) > 0
+    assert losses(runs, "saved-same") == whole[world.MOVE_AT :]
+    last = [
+        [event for event in events(runs, case) if event["iteration"] == 10] for case in ("saved-whole", "saved-same")
+    ]
+    timeless = [[{**event, "cost_ms": 0} for event in each] for each in last]
+    assert timeless[0] == timeless[1]  # they would differ if experts had come back to plain order
+
+
+def test_a_checkpoint_is_read_by_another_number_of_expert_parallel_ranks(runs):
+    assert losses(runs, "saved-one") == pytest.approx(losses(runs, "saved-whole")[world.MOVE_AT :], rel=TOLERANCE)
+
+
+def test_the_run_directory_is_complete(runs):
+    run = record.read_run(runs / "tp2-moving")
+    assert (run["status"], run["system"]) == ("ok", "smartmoe")
+    assert {key: run["config"]["plan"][key] for key in ("pp", "dp", "tp", "ep")} == {"pp": 1, "dp": 1, "tp": 2, "ep": 2}
+    assert run["provenance"]["host"] == "megatron" and run["provenance"]["num_ranks"] == 2
+    log = (runs / "tp2-moving" / "train.log").read_text().splitlines()
+    assert len(log) == world.ITERATIONS and " lm loss: " in log[0]
+    assert record.read_run(runs / "tp2-megatron")["system"] == "megatron"
