@@ -30,13 +30,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        qkv_BTX = self.qkv(x_BTD)
-        batch, tokens, _ = qkv_BTX.shape
-        # unbind and not indexing: its backward writes the three gradients side by side once, instead of adding three
-        # arrays of the size of qkv
-        q, k, v = (part.transpose(1, 2) for part in qkv_BTX.view(batch, tokens, -1, 3, self.head_dim).unbind(3))
-        y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y_BHTd.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.out(attend(self.qkv(x_BTD), self.head_dim))
+
+
+def attend(qkv_BTX: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Causal attention between the two products: [B, T, H * 3 * head_dim], by head q, k and v, -> [B, T, H * head_dim]."""
+    batch, tokens, _ = qkv_BTX.shape
+    # unbind and not indexing: its backward writes the three gradients side by side once, instead of adding three arrays of
+    # the size of qkv
+    q, k, v = (part.transpose(1, 2) for part in qkv_BTX.view(batch, tokens, -1, 3, head_dim).unbind(3))
+    y_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y_BHTd.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 class DenseMLP(nn.Module):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from smartmoe import gpt
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
 from smartmoe.gpt import GPT
 from smartmoe.layer import MoELayer
@@ -23,6 +24,15 @@ def _config(dtype="bfloat16", kind="naive", capacity=None, dispatcher="basic", i
 
 def _cost(config):
     return CostModel(config, config.cluster, None, loads.uniform(config.model))
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """What the loss keeps on a GPU: the logits in their own type, and a number a token."""
+
+    @staticmethod
+    def forward(ctx, logits_SV, target_S):
+        ctx.save_for_backward(logits_SV, target_S, logits_SV[:, 0].float())
+        return logits_SV.float().sum()
 
 
 def _saved(config, recompute):
@@ -63,6 +73,7 @@ def _saved(config, recompute):
 )
 def test_activations_are_what_autograd_keeps(monkeypatch, settings, recompute):
     monkeypatch.setattr(expert_ffn, "_grouped", expert_ffn.fused_ffn)  # as on a GPU
+    monkeypatch.setattr(gpt, "summed_cross_entropy", _LossOfLogits.apply)
     config = _config(**settings)
     kept, num_parameters = _saved(config, recompute)
     plan, cost = ParallelPlan(recompute=recompute), _cost(config)

@@ -3,8 +3,9 @@
 RUN_DIR/run.json has the config: experts over all ranks, routed by the trace that gate.trace names, relative to RUN_DIR or to
 the current folder. The ranks first measure the primitives of this layer on this cluster (profile.json), then each layer,
 forward and backward of one micro-batch, in workload.iterations iterations of the trace, evenly spread. Nothing of the trace
-or of these times is in the profile: every point is held out. Measured is the median of some repetitions, each from an idle
-device to an idle device, of the slowest rank. Beside the prediction stands that of uniform loads.
+or of these times is in the profile: every point is held out. Measured is the median of some repetitions, of the slowest rank;
+on a GPU between events of the device, which idles before each, so that the host is ahead as in training: launches cost
+time only where the layer makes the host wait. Beside the prediction stands that of uniform loads.
 
 RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, and
 accuracy.json: R2 and MAPE over all points. With --profile a profile made before serves in place of the run's own.
@@ -15,15 +16,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.measure import World, describe_failure, start_world
+from smartmoe.bench.measure import Timing, World, describe_failure, start_world, time_steps
 from smartmoe.bench.profile_layer import profile_layer
 from smartmoe.bench.replay import open_trace
 from smartmoe.config import RunConfig, check, from_dict
@@ -34,6 +35,8 @@ from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.primitives import Primitives, Profile
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
+
+LEAD_CYCLES = 6_000_000  # that a GPU idles before each step: 3 ms, more than the host takes to launch one
 
 
 class LayerSteps:
@@ -56,19 +59,17 @@ class LayerSteps:
         first = row * work.global_batch_size + self.world.ep_rank * work.micro_batch_size
         sample_B = torch.arange(first, first + work.micro_batch_size, device=self.world.device)
         token_id_BT = sample_B[:, None] * seq_len + torch.arange(seq_len, device=self.world.device)
-        times = []
-        for _ in range(repeat + 1):
-            x_BTD = self.x_BTD.detach().requires_grad_()
-            self.world.align()
-            self.world.synchronize()
-            start = time.perf_counter()
-            y_BTD, _ = self.layer(x_BTD, token_id_BT)
-            y_BTD.backward(self.grad_BTD)
-            self.world.synchronize()
-            times.append((time.perf_counter() - start) * 1e3)
-            for param in self.layer.parameters():
-                param.grad = None
-        return float(np.median([self.world.largest(ms) for ms in times[1:]]))
+        times_IP, _ = time_steps(self.world, lambda mark: self._step(token_id_BT), Timing(
+            warmup=1, iterations=repeat, seconds=math.inf), self._drop_gradients, LEAD_CYCLES)  # fmt: skip
+        return float(np.median([self.world.largest(ms) for ms in times_IP[:, 0].tolist()]))
+
+    def _step(self, token_id_BT: torch.Tensor) -> None:
+        y_BTD, _ = self.layer(self.x_BTD.detach().requires_grad_(), token_id_BT)
+        y_BTD.backward(self.grad_BTD)
+
+    def _drop_gradients(self) -> None:
+        for param in self.layer.parameters():
+            param.grad = None
 
 
 def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = None) -> list[dict]:

@@ -19,12 +19,15 @@ from smartmoe.bench.measure import World
 from smartmoe.config import GateConfig, ModelConfig, ParallelPlan, Workload
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import build_gate
+from smartmoe.gpt import attend
 from smartmoe.mesh import Mesh, all_gather, reduce_scatter
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import count_slots, make_plan
+from smartmoe.ops.plan import count_slots, make_plan, slots_of
 from smartmoe.ops.regroup import order_by_slot, reorder, restore
+from smartmoe.ops.residual_norm import residual_norm
+from smartmoe.ops.token_loss import summed_cross_entropy
 from smartmoe.optimizer import MixedAdamW
 from smartmoe.parallel.data import GradientBuffers
 
@@ -61,15 +64,9 @@ def linear(site: Site, tokens: int, inner: int, outer: int) -> Step:
 
 
 def attention(site: Site, samples: int, heads: int, tokens: int, head_dim: int) -> Step:
-    """As in smartmoe.gpt: q, k and v are views of one tensor, the result goes back to one row a token."""
+    """Of a block, between its two products."""
     qkv_BTX = site.randn(samples, tokens, heads * 3 * head_dim, grad=True)
-
-    def forward():
-        q, k, v = qkv_BTX.view(samples, tokens, heads, 3, head_dim).permute(3, 0, 2, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return y.transpose(1, 2).reshape(samples, tokens, -1)
-
-    return _there_and_back(forward, [qkv_BTX])
+    return _there_and_back(lambda: attend(qkv_BTX, head_dim), [qkv_BTX])
 
 
 def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: str, impl: str) -> Step:
@@ -85,16 +82,20 @@ def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: s
 
 
 def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited: bool) -> Step:
-    """The naive gate, or with `limited` a gate with capacity and balance loss; statistics of this rank alone."""
+    """The naive gate, or with `limited` a gate with capacity and balance loss, statistics of this rank alone; then what the
+    layer makes of its choice: slots, and counts for whoever watches."""
     model = ModelConfig(hidden_size=width, num_heads=1, num_experts=experts, top_k=top_k, seq_len=tokens)
     config = GateConfig(kind="gshard" if limited and top_k == 2 else "naive", capacity=1.2 if limited else None)
     module = build_gate(model, config, layer_idx=0, seed=1, seq_len=tokens, device=site.world.device)
     x_TD = site.randn(tokens, width, grad=True)
     token_id = torch.arange(tokens, device=site.world.device)
     params = [p for p in module.parameters()]
+    slot_of_expert_E = torch.arange(experts, device=site.world.device)
 
     def step(mark):
         routing = module(x_TD, token_id, num_segments=1)
+        slots_of(routing.expert_idx_TK, slot_of_expert_E.unsqueeze(1))
+        count_slots(routing.expert_idx_TK, experts)
         out = routing.weight_TK.sum() + routing.balance_loss
         mark()
         torch.autograd.grad(out, [x_TD, *params], allow_unused=True)
@@ -141,10 +142,16 @@ def direct(site: Site, tokens: int, top_k: int, width: int, group) -> Step:
 
 
 def norm(site: Site, tokens: int, width: int) -> Step:
-    """Layer norm of a block's input and the addition to it behind attention or experts."""
-    x, y = site.randn(tokens, width, grad=True), site.randn(tokens, width, grad=True)
-    w, b = site.randn(width, grad=True), site.randn(width, grad=True)
-    return _there_and_back(lambda: F.layer_norm(x + y, (width,), w, b), [x, y, w, b])
+    """The two layer norms of a block, the addition between them and the one at its end; attention and experts left out."""
+    x = site.randn(tokens, width, grad=True)
+    first, second = (torch.nn.LayerNorm(width).to(site.world.device, site.dtype) for _ in range(2))
+
+    def forward():
+        same, normed = residual_norm(x, None, first)
+        total, normed = residual_norm(same, normed, second)
+        return total + normed
+
+    return _there_and_back(forward, [x, *first.parameters(), *second.parameters()])
 
 
 def embedding(site: Site, tokens: int, width: int, vocab: int) -> Step:
@@ -157,7 +164,7 @@ def embedding(site: Site, tokens: int, width: int, vocab: int) -> Step:
 def loss(site: Site, tokens: int, vocab: int) -> Step:
     logits = site.randn(tokens, vocab, grad=True)
     target = torch.randint(vocab, (tokens,), device=site.world.device)
-    return _there_and_back(lambda: F.cross_entropy(logits.float(), target, reduction="sum").view(1), [logits])
+    return _there_and_back(lambda: summed_cross_entropy(logits, target).view(1), [logits])
 
 
 def _params(site: Site, numel: int, tensors: int) -> list[tuple[str, torch.nn.Parameter]]:

@@ -138,12 +138,13 @@ class CostModel:
         )  # fmt: skip
 
     def layer_ms(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
-        """[S, M, L] forward + backward of the MoE layer alone, from an idle device to an idle device."""
+        """[S, M, L] forward + backward of the MoE layer alone, where the host is ahead of the device when it begins; it falls
+        behind where it has to wait for the sizes of an exchange."""
         times, setting = self.layer_times(plan, micro_batch), self.setting(plan, micro_batch)
-        sync = 0.0 if self.cluster.device == "cpu" else float(self.primitives.ms("sync"))
-        forward = np.maximum(times.forward_ms(), times.host_forward_ms)
-        backward = np.maximum(times.backward_ms(), times.host_backward_ms)
-        return forward + backward + sync * (1 + setting.has_sync)
+        if self.cluster.device == "cpu" or not setting.has_sync:
+            return times.forward_ms() + times.backward_ms()
+        before = times.forward["gate"] + times.forward.get("counts", 0.0) + float(self.primitives.ms("sync"))
+        return before + times.behind_the_sync_ms()
 
     def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
         """The MoE layer's parts, each [S, M, L] or less. Needs primitives of the layer only."""
@@ -259,7 +260,6 @@ class CostModel:
         gathered, width = tokens * plan.tp, model.hidden_size
         pieces = [
             ("norm", dict(tokens=tokens, width=width)),
-            ("norm", dict(tokens=tokens, width=width)),
             ("linear", dict(tokens=gathered, inner=width, outer=3 * width / plan.tp)),
             ("linear", dict(tokens=gathered, inner=width / plan.tp, outer=width)),
             ("attention", dict(samples=micro_batch, heads=model.num_heads / plan.tp, tokens=model.seq_len,
@@ -275,7 +275,7 @@ class CostModel:
         pieces = [
             ("linear", dict(tokens=gathered, inner=model.hidden_size, outer=inner)),
             ("linear", dict(tokens=gathered, inner=inner, outer=model.hidden_size)),
-            ("norm", dict(tokens=gathered, width=inner)),  # its activation: a pass over as many elements
+            ("norm", dict(tokens=gathered / 2, width=inner)),  # its activation: as many passes as a half of the norms
         ]
         return self._sum(pieces, plan, setting, gathers=1)
 
@@ -356,7 +356,7 @@ class CostModel:
         for pieces in (
             [("embedding", dict(tokens=setting.tokens, width=model.hidden_size, vocab=model.vocab_size))],
             [
-                ("norm", dict(tokens=setting.tokens, width=model.hidden_size)),
+                ("norm", dict(tokens=setting.tokens / 2, width=model.hidden_size)),  # one of the two of a block
                 ("linear", dict(tokens=setting.tokens, inner=model.hidden_size, outer=model.vocab_size)),
                 ("loss", dict(tokens=setting.tokens, vocab=model.vocab_size)),
             ],

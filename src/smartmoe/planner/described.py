@@ -41,11 +41,11 @@ class Rates:
 # (kernels forward, backward) of each part, as the trainer launches them.
 _KERNELS = {
     "linear": (1, 2), "attention": (2, 3), "experts": (6, 10), "experts_loop": (3, 4), "gate": (14, 14),
-    "gate_limited": (60, 24), "route": (14, 8), "norm": (2, 4), "embedding": (3, 4), "loss": (4, 4),
+    "gate_limited": (60, 24), "route": (14, 8), "norm": (4, 8), "embedding": (3, 4), "loss": (4, 4),
 }  # fmt: skip
 # Passes over the elements of an amount (its place in the primitive's amounts), (forward, backward).
 _PASSES = {
-    "norm": {1: (5, 7)},
+    "norm": {1: (10, 14)},  # both of a block, and the additions
     "route": {1: (4, 4), 2: (2, 3)},
     "gate": {1: (4, 5), 2: (6, 6)},
     "gate_limited": {1: (4, 5), 2: (8, 6)},

@@ -51,12 +51,36 @@ class LayerSetting:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Device times [...] in ms by part, and the host's launch time, forward and backward."""
+    """Device times [...] in ms by part, and the host's launch times of the same parts, forward and backward."""
 
     forward: dict[str, np.ndarray]
     backward: dict[str, np.ndarray]
-    host_forward_ms: float
-    host_backward_ms: float
+    host_forward: dict[str, float]
+    host_backward: dict[str, float]
+
+    @property
+    def host_forward_ms(self) -> float:
+        return sum(self.host_forward.values())
+
+    @property
+    def host_backward_ms(self) -> float:
+        return sum(self.host_backward.values())
+
+    def behind_the_sync_ms(self) -> np.ndarray:
+        """From the moment on at which the host knows the sizes of an exchange, forward and backward: the device does the
+        parts in turn, each not before the host, which is ahead only as far as it was faster, has launched it."""
+        half = {"route": 0.5, "exchange": 0.5}  # before the experts, and behind them
+        order = ("route", "exchange", "experts", "exchange", "route")
+        device, host = 0.0, 0.0
+        for times, launches, names in (
+            (self.forward, self.host_forward, order),
+            (self.backward, self.host_backward, (*order, "gate")),
+        ):
+            for name in names:
+                if name in times:
+                    begin, host = host, host + half.get(name, 1.0) * launches[name]
+                    device = np.maximum(np.maximum(device, begin) + half.get(name, 1.0) * times[name], host)
+        return device
 
     def forward_ms(self) -> np.ndarray:
         return sum(self.forward.values())
@@ -107,7 +131,7 @@ def _times(primitives, setting, travel, count):
     model, layer = setting.model, setting.layer
     ways = ("forward", "backward")
     parts = {way: {} for way in ways}
-    host = dict.fromkeys(ways, 0.0)
+    host = {way: {} for way in ways}
     gate = "gate_limited" if setting.gate.capacity is not None else "gate"
     experts = "experts" if layer.experts == "grouped" else "experts_loop"
     sizes = dict(tokens=setting.tokens, width=model.hidden_size, experts=model.num_experts, top_k=model.top_k)
@@ -124,23 +148,25 @@ def _times(primitives, setting, travel, count):
     for way in ways:
         part = parts[way]
         part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
-        host[way] += float(primitives.host_ms(f"{gate}_{way}", **sizes))
+        host[way]["gate"] = float(primitives.host_ms(f"{gate}_{way}", **sizes))
         part["experts"] = primitives.slowest_ms(f"{experts}_{way}", **work)
-        host[way] += float(primitives.host_ms(f"{experts}_{way}", **{**work, "rows": 0, "padded_rows": 0, "active": 0}))
+        idle = {**work, "rows": 0, "padded_rows": 0, "active": 0}
+        host[way]["experts"] = float(primitives.host_ms(f"{experts}_{way}", **idle))
         if layer.dispatcher == "direct":
             size = dict(tokens=setting.tokens, copies=rows.max(-1), width=model.hidden_size, ranks=setting.ep)
             part["exchange"] = primitives.ms(f"direct_{way}", **size, off_bytes=_direct_bytes(setting, travel))
-            host[way] += float(primitives.host_ms(f"direct_{way}", **{**size, "copies": 0}, off_bytes=0))
+            host[way]["exchange"] = float(primitives.host_ms(f"direct_{way}", **{**size, "copies": 0}, off_bytes=0))
             continue
         # rows are put in order twice: those sent, and those received
         moved = dict(tokens=setting.tokens, copies=0.5 * (kept + rows.max(-1)), width=model.hidden_size)
         part["route"] = primitives.ms(f"route_{way}", **moved)
-        host[way] += float(primitives.host_ms(f"route_{way}", **{**moved, "copies": 0}))
+        host[way]["route"] = float(primitives.host_ms(f"route_{way}", **{**moved, "copies": 0}))
         if setting.ep > 1:
             intra, inter = busiest_bytes(travel, setting)
             once = exchange_ms(primitives, "all_to_all", setting.ep, intra, inter)
             part["exchange"] = 2 * once
-            host[way] += 2 * float(primitives.host_ms("all_to_all", ranks=setting.ep, intra_bytes=0, inter_bytes=0))
+            launch = float(primitives.host_ms("all_to_all", ranks=setting.ep, intra_bytes=0, inter_bytes=0))
+            host[way]["exchange"] = 2 * launch
             if layer.dispatcher == "overlapped":
                 both = _overlapped(once, part["experts"], min(layer.overlap_groups, setting.ep))
                 part["exchange"] = np.maximum(both - part["experts"], 0.0)

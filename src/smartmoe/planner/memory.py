@@ -230,9 +230,9 @@ def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int)
 def _head(setting: LayerSetting) -> tuple[float, float]:
     """(bytes that head and loss save, bytes that they need for a moment beside that)."""
     model, tokens = setting.model, setting.tokens
-    logits = tokens * model.vocab_size
-    saved = 4 * logits + 2 * setting.dtype_bytes * tokens * model.hidden_size
-    return saved, (4 + setting.dtype_bytes) * logits
+    hidden = setting.dtype_bytes * tokens * model.hidden_size
+    # the logits, which their gradients overwrite, and one number a token
+    return setting.dtype_bytes * tokens * model.vocab_size + 2 * hidden + 12 * tokens, hidden
 
 
 def _symmetric(setting: LayerSetting) -> float:
