@@ -64,16 +64,16 @@ class GateConfig:
 class LayerConfig:
     """Which mechanism carries tokens to experts and back, and how experts are computed.
 
-    `row_factor` bounds the rows of a rank in dispatcher "direct", in multiples of an even share; as many as there are
-    ranks holds any routing. "auto" is "direct" where the GPUs of a group are linked by NVLink, else, and where links are
-    slowed down, "basic".
+    `row_factor`: room for rows of a rank in dispatcher "direct", in multiples of what the fullest rank needed so far
+    (an even share at least); as many as there are ranks has room for any routing from the start. "auto" is "direct"
+    where the GPUs of a group are linked by NVLink, else, and where links are slowed down, "basic".
     """
 
     dispatcher: str = "basic"
     experts: str = "grouped"
     overlap_groups: int = 2
     shadowing: bool = False
-    row_factor: float = 2.0
+    row_factor: float = 1.125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
     if config.layer.overlap_groups < 1:
         problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
     if not config.layer.row_factor >= 1:
-        problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, an even share of the rows")
+        problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, what is needed")
     if not config.cluster.slow_links_gbytes_per_s >= 0:
         problems.append("cluster.slow_links_gbytes_per_s must be positive, or 0 for links as they are")
     if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher == "direct":

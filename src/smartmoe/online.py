@@ -205,6 +205,10 @@ class OnlinePlacement:
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._stage_group)
         return lack_of_room(float(least))
 
+    def forget_passes(self) -> None:
+        """Those since the last `after_step` will be repeated: do not count them."""
+        self._recorder.turn()
+
     def _decide(self, load_E: np.ndarray, current: Placement) -> tuple[Placement, str]:
         """The placement to have from now on, and why."""
         new, min_gain = SOLVERS[self._online.policy](load_E, current), self._online.min_gain or 0.0

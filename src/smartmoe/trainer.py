@@ -15,6 +15,7 @@ from smartmoe import checkpoint
 from smartmoe.config import RunConfig, to_dict
 from smartmoe.controller import Sizes
 from smartmoe.data import TokenDataset
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gpt import GPT, init_weights
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh
@@ -26,6 +27,10 @@ from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.parallel.zero import ShardedBuffers
 from smartmoe.placement import Placement
 from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
+
+
+def _is_direct(layer: MoELayer) -> bool:
+    return isinstance(layer.dispatcher, DirectDispatcher)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Trainer:
             dtype=self.dtype,
             device=mesh.device,
         )
+        if _is_direct(layer):
+            layer.dispatcher.waits_to_be_asked = True
         self.layers[layer_idx] = layer
         return layer
 
@@ -174,18 +181,16 @@ class Trainer:
 
         stop_requested: this rank was asked to stop; the result says whether any rank was.
         """
-        work, batch = self.config.workload, self.batch(self.iteration)
+        work, batch, good_steps = self.config.workload, self.batch(self.iteration), self.optimizer.good_steps
         if self.mesh.world_group is not None:
             dist.barrier()
         start = time.perf_counter()
-        with record_function("smartmoe passes"):
-            replica_bytes = self.send_replicas()
-            losses = self.runner.run(*batch)
-            replica_bytes += self._return_replica_grads()
-        with record_function("smartmoe optimizer"):
-            result = self.optimizer.step(self.iteration)
-        if result.skipped:
-            self._check_dispatchers()
+        result, losses, replica_bytes = self._step(batch)
+        while result.skipped and self._ran_out_of_room():
+            self.online.forget_passes()
+            self.optimizer.loss_scale, self.optimizer.good_steps = result.loss_scale, good_steps
+            result, losses, more_bytes = self._step(batch)
+            replica_bytes += more_bytes
         self.iteration += 1
         with record_function("smartmoe placement"):
             events = self.online.after_step(self.iteration)
@@ -213,6 +218,15 @@ class Trainer:
             peak_memory_bytes=int(peak),
         )
 
+    def _step(self, batch) -> tuple[StepResult, torch.Tensor, int]:
+        """Passes and update: what the optimizer did, the losses, and the bytes that were sent for replicas."""
+        with record_function("smartmoe passes"):
+            replica_bytes = self.send_replicas()
+            losses = self.runner.run(*batch)
+            replica_bytes += self._return_replica_grads()
+        with record_function("smartmoe optimizer"):
+            return self.optimizer.step(self.iteration), losses, replica_bytes
+
     def send_replicas(self) -> int:
         """Fill the replica slots that stay for whole steps (online.replicate = "history") with the weights of now; returns
         bytes sent. `run_iteration` does so first. Collective over the expert group."""
@@ -234,14 +248,17 @@ class Trainer:
                 layer.replication.num_bytes = 0
         return num_bytes
 
-    def _check_dispatchers(self) -> None:
-        """Raise the ValueError of a dispatcher whose routing did not fit: its NaN is why there was no step.
+    def _ran_out_of_room(self) -> bool:
+        """Whether the NaN that prevented a step comes from a direct dispatcher, of any rank, whose routing did not fit; it
+        does now. Collective over the world.
 
         The host has just waited for the gradient norm and a skipped step launches no update: this wait is short.
         """
-        for layer in self.layers.values():
-            if hasattr(layer.dispatcher, "check"):
-                layer.dispatcher.check()
+        found = [layer.dispatcher.overflow() for layer in self.layers.values() if _is_direct(layer)]
+        needed = torch.tensor(max(found, default=0), device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+        return bool(needed)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the state after the last iteration. Collective over the world."""

@@ -128,35 +128,94 @@ def test_gpus_give_the_oracles_answer(num_ranks):
 
 
 def _overflow(world_rank, num_ranks, device_type):
+    """A routing that needs more rows than any before it: what comes of it, with and without someone who asks."""
     device = _device(device_type, world_rank)
     dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
-    seen = []
-    for kind in ("one rank", "nothing"):
-        routed = _routed(num_ranks, world_rank, device, kind)
-        seen.append(_exchange(dispatcher, *routed, world_rank)[0])
+    routed = {kind: _routed(num_ranks, world_rank, device, kind) for kind in ("random", "one rank", "nothing")}
+
+    def call(kind):
+        results = _exchange(dispatcher, *routed[kind], world_rank)
+        dispatcher._transport.wait()
+        return results
+
+    def told(ask):
         try:
-            dispatcher.check()
-            seen.append("fits")
+            return ask()
         except ValueError as error:
-            seen.append(str(error))
-    _exchange(dispatcher, *_routed(num_ranks, world_rank, device, "one rank"), world_rank)
-    if device_type == "cuda":
-        torch.cuda.synchronize()
-    try:
-        dispatcher.dispatch(*_routed(num_ranks, world_rank, device, "nothing")[:3])
-    except ValueError as error:
-        return [*seen, str(error)]
+            return str(error)
+
+    call("random")
+    roomy = dispatcher._num_rows
+    seen = {"y": call("one rank")[0], "check": told(dispatcher.check), "again": told(dispatcher.check)}
+    assert roomy < dispatcher._num_rows == num_ranks * TOKENS * TOP_K
+    _check_exchange(call("one rank"), _wanted(*routed["one rank"]), "with the room that it needed")
+    seen["nothing"] = call("nothing")[0]
+    # a call tells the host behind it; the next one hears
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    call("random"), call("one rank")
+    seen["next call"] = told(lambda: call("nothing"))
+    call("one rank")
+    # whoever asks is not interrupted, and the room grows all the same
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher.waits_to_be_asked = True
+    call("random"), call("one rank"), call("nothing")
+    seen["asked"] = dispatcher.overflow(), dispatcher.overflow()
+    _check_exchange(call("one rank"), _wanted(*routed["one rank"]), "after the question")
+    return seen
 
 
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_too_many_rows_poison_the_output_of_every_rank_and_are_told(device_type):
+def test_too_many_rows_poison_the_output_of_every_rank_are_told_and_then_fit(device_type):
     num_ranks = 2 if device_type == "cuda" else 3
     backend = _gpus(num_ranks) if device_type == "cuda" else "gloo"
-    for y_full, told, y_empty, fits, told_later in spawn(_overflow, num_ranks, num_ranks, device_type, backend=backend):
-        assert torch.isnan(y_full).all()
-        assert f"needed {num_ranks * TOKENS * TOP_K} rows" in told and "layer.row_factor = 1.0" in told
-        assert not y_empty.any() and fits == "fits"
-        assert "basic" in told_later
+    needed = num_ranks * TOKENS * TOP_K
+    for seen in spawn(_overflow, num_ranks, num_ranks, device_type, backend=backend):
+        assert torch.isnan(seen["y"]).all() and not seen["nothing"].any()
+        for words in (seen["check"], seen["next call"]):
+            assert f"needed {needed} rows" in words and "layer.row_factor = 1.0" in words and "basic" in words
+        assert seen["again"] is None and seen["asked"] == (needed, 0)
+
+
+def _odd(world_rank, num_ranks, device_type):
+    """A routing with weights that are not numbers, as behind a layer that ran out of room: NaN comes out where it belongs
+    and nothing is learnt from it."""
+    device = _device(device_type, world_rank)
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    x, slot, weight, grad = _routed(num_ranks, world_rank, device)
+    _exchange(dispatcher, x, slot, weight, grad, world_rank)
+    room = dispatcher._num_rows
+    results = []
+    for kind, row in (("one rank", slice(None)), ("random", slice(0, 1))):
+        x, slot, weight, grad = _routed(num_ranks, world_rank, device, kind)
+        weight[row] = torch.nan
+        results.append([tensor.cpu() for tensor in _exchange(dispatcher, x, slot, weight, grad, world_rank)])
+        dispatcher.check()
+    assert dispatcher._num_rows == room, "garbage made room"
+    full, one = results
+    assert full[0].isnan().all() and full[1].isnan().any()
+    assert one[0].isnan().all(1).tolist() == [True] + [False] * (TOKENS - 1)
+    good = _routed(num_ranks, world_rank, device)
+    _check_exchange(_exchange(dispatcher, *good, world_rank), _wanted(*good), "afterwards")
+
+
+@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_routing_without_numbers_asks_for_no_room(device_type):
+    num_ranks = 2 if device_type == "cuda" else 3
+    spawn(_odd, num_ranks, num_ranks, device_type, backend=_gpus(num_ranks) if device_type == "cuda" else "gloo")
+
+
+def test_room_follows_the_routing_in_steps_and_never_shrinks(caplog):
+    dispatcher = DirectDispatcher(None, SLOTS, row_factor=1.125)
+    dispatcher.num_ranks = 4  # of which this one speaks for the fullest
+    dispatcher._even_share, dispatcher._told = 160, CollectiveTransport(None, SLOTS, 1).new_told()
+    rooms = []
+    with caplog.at_level(logging.INFO, logger="smartmoe.dispatch.direct"):
+        for needed in (100, 160, 165, 200, 170, 1000):
+            dispatcher._told.on_host[1] = needed
+            dispatcher._make_room()
+            rooms.append(dispatcher._num_rows)
+    assert rooms == [180, 180, 190, 230, 230, 640]
+    assert caplog.records[0].getMessage().endswith("room for 190 rows from now on, 1.19 of an even share")
 
 
 def test_a_batch_larger_than_the_first_is_refused():
@@ -180,6 +239,9 @@ def test_the_plan_keeps_what_fits_and_counts_what_does_not():
     assert plan.row_NK.clamp(max=3).tolist() == [[2, 3], [0, 3], [3, 1], [3, 3]]
     assert int(plan.row_NK[0, 1]) >= 3
     assert plan.count_L.tolist() == [2, 1, 0] and int(plan.num_rows) == 3 and int(plan.num_needed) == 5
+    weight[3, 1] = torch.nan
+    odd = make_local_plan(transport, Arrivals(torch.zeros(4, 1), local, weight), row_bound=3)
+    assert torch.equal(odd.copy_R, plan.copy_R) and int(odd.num_needed) == -5
 
 
 def test_auto_is_basic_without_gpus_and_says_so_once(caplog, monkeypatch):

@@ -147,7 +147,7 @@ class Bench:
         send, sum_back = handle.transport.send, handle.transport.sum_back
         return (
             lambda: send(x_TD, slot_TK, weight_TK),
-            lambda _: sum_back(rows_RD, handle.plan, slot_TK, weighted=True),
+            lambda _: sum_back(rows_RD, handle.plan, slot_TK, handle.told),
         )
 
 

@@ -81,27 +81,32 @@ def push_kernel(x_TD, slot_TK, weight_TK, peers_W, state, me, num_tokens, capaci
 
 
 @triton.jit
-def receive_kernel(slot_N, weight_N, local_N, weight_out_N, peers_W, state, me, num_copies, slots_per_rank, flag_offset,
-                   W: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Wait for the tokens of all ranks; copy slots, as slots of this rank or -1, and weights out of the shared buffer."""
+def receive_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state, me, num_copies, slots_per_rank,
+                   flag_offset, W: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Wait for the tokens of all ranks; copy slots, as slots of this rank or -1, and weights out of the shared buffer. odd:
+    [1] int32, takes the number of the call when some weight is not a number."""
     _wait(peers_W, state, flag_offset, me, W)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     local = tl.load(slot_N + n, mask=n < num_copies, other=-1) - me * slots_per_rank
     local = tl.where((local >= 0) & (local < slots_per_rank), local, -1)
     tl.store(local_N + n, local.to(tl.int64), mask=n < num_copies)
-    tl.store(weight_out_N + n, tl.load(weight_N + n, mask=n < num_copies), mask=n < num_copies)
+    weight = tl.load(weight_N + n, mask=n < num_copies, other=0.0)
+    tl.store(weight_out_N + n, weight, mask=n < num_copies)
+    if tl.max((weight != weight).to(tl.int32), 0) > 0:
+        tl.store(odd, tl.load(state + 1))
 
 
 @triton.jit
-def bound_kernel(wanted_L, count_L, num_rows, num_needed, L, R, L_PAD: tl.constexpr):
-    """Cut the counts of slots where their running sum passes R. One block."""
+def bound_kernel(wanted_L, count_L, num_rows, num_needed, odd, state, L, R, L_PAD: tl.constexpr):
+    """Cut the counts of slots where their running sum passes R. One block; num_needed is negated after an odd call."""
     slot = tl.arange(0, L_PAD)
     wanted = tl.load(wanted_L + slot, mask=slot < L, other=0)
     end = tl.cumsum(wanted, 0)
     kept = tl.minimum(end, R) - tl.minimum(end - wanted, R)
     tl.store(count_L + slot, kept, mask=slot < L)
     tl.store(num_rows, tl.sum(kept, 0).to(tl.int32))
-    tl.store(num_needed, tl.sum(wanted, 0).to(tl.int32))
+    needed = tl.sum(wanted, 0).to(tl.int32)
+    tl.store(num_needed, tl.where(tl.load(odd) == tl.load(state + 1), -needed, needed))
 
 
 @triton.jit
@@ -148,10 +153,13 @@ def weigh_kernel(grad_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W,
 
 
 @triton.jit
-def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_W, state, me, capacity, num_tokens, D,
+def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_W, state, me, capacity, num_tokens, R, D,
                     part_offset, needed_offset, flag_offset, K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr,
                     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Sum the rows of each token over k and store the sum into the memory of the token's rank, or in y_TD when W is 1."""
+    """Sum the rows of each token over k and store the sum into the memory of the token's rank, or in y_TD when W is 1.
+
+    With weights, every rank is also told how many rows this one needed: n, -n when that is more than R; of an odd routing
+    0, or -1 when it is more than R."""
     # blocks for the other ranks and for this one alternate: rows wait for the link while others go to local memory
     source = (me + 1 + tl.program_id(0) % W) % W
     t = tl.program_id(0) // W * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -183,16 +191,23 @@ def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_
         if WEIGHTED:
             if tl.program_id(0) == 0:
                 needed = tl.load(num_needed)
+                fits = tl.abs(needed) <= R
+                if needed < 0:
+                    needed = tl.where(fits, 0, 1)
+                needed = tl.where(fits, needed, -needed)
                 for peer in tl.static_range(W):
                     tl.store(_peer(peers_W, peer, needed_offset, tl.int32) + me, needed)
         _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
 
 
 @triton.jit
-def collect_kernel(part_ND, slot_TK, y_TD, needed_W, alarm, peers_W, state, me, num_tokens, capacity, slots_per_rank, R, D,
-                   flag_offset, K: tl.constexpr, W: tl.constexpr, CHECK: tl.constexpr, K_PAD: tl.constexpr,
+def collect_kernel(part_ND, slot_TK, y_TD, needed_W, told, most, peers_W, state, me, num_tokens, capacity, slots_per_rank,
+                   D, flag_offset, K: tl.constexpr, W: tl.constexpr, CHECK: tl.constexpr, K_PAD: tl.constexpr,
                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Wait for the sums of all ranks and add them, ranks ascending; NaN and an alarm when some rank ran out of rows."""
+    """Wait for the sums of all ranks and add them, ranks ascending; NaN when some rank ran out of rows.
+
+    CHECK: the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which
+    `most` [1] int32 keeps."""
     _wait(peers_W, state, flag_offset, me, W)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, K_PAD)
@@ -201,11 +216,17 @@ def collect_kernel(part_ND, slot_TK, y_TD, needed_W, alarm, peers_W, state, me, 
     owner = tl.where(slot >= 0, slot // slots_per_rank, -1)
     poison = 0.0
     if CHECK:
-        needed = tl.load(needed_W)
-        for source in tl.static_range(W - 1):
-            needed = tl.maximum(needed, tl.load(needed_W + source + 1))
-        tl.store(alarm, needed, mask=needed > R)
-        poison = tl.where(needed > R, float("nan"), 0.0)
+        lacking = 0
+        if tl.program_id(0) == 0:
+            largest = tl.load(most)
+            for source in tl.static_range(W):
+                largest = tl.maximum(largest, tl.abs(tl.load(needed_W + source)))
+            tl.store(most, largest)
+            tl.store(told + 1, largest)
+        for source in tl.static_range(W):
+            lacking = tl.minimum(lacking, tl.load(needed_W + source))
+        tl.store(told, -lacking, mask=lacking < -1)
+        poison = tl.where(lacking < 0, float("nan"), 0.0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)

@@ -13,7 +13,7 @@ import socket
 import torch
 import torch.distributed as dist
 
-from smartmoe.dispatch.transport import Arrivals, LocalPlan
+from smartmoe.dispatch.transport import Arrivals, LocalPlan, Told
 from smartmoe.ops.all_to_all import group_rank, group_size
 
 _ALIGNMENT = 256
@@ -119,12 +119,16 @@ class SymmetricTransport:
         self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
         self.width, self.dtype, self.device = x_TD.shape[1], x_TD.dtype, x_TD.device
         self._layout()
-        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
-        self.alarm = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self.state, self.odd = torch.zeros(3, dtype=torch.int32, device=self.device).split([2, 1])
         self.block_d = _column_block(self.width)
         self.block_rows = max(1, _TILE_ELEMENTS // self.block_d)
         self._open = False
         self._stream = None
+
+    def new_told(self) -> Told:
+        """As CollectiveTransport.new_told."""
+        zero = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return Told(torch.zeros(2, dtype=torch.int32, pin_memory=True), zero)
 
     def _layout(self):
         num_tokens, num_copies = self.num_ranks * self.capacity, self.num_ranks * self.capacity * self.top_k
@@ -159,8 +163,8 @@ class SymmetricTransport:
         weight_NK = torch.empty(local_NK.shape, dtype=torch.float32, device=self.device)
         self._push(x_TD, slot_TK, weight_TK)
         self._kernels.receive_kernel[(-(-num_copies // 1024),)](
-            self.view["slots"], self.view["weights"], local_NK, weight_NK, self.peers_W, self.state, self.ep_rank,
-            num_copies, self.slots_per_rank, self.offset["flags"], W=self.num_ranks, BLOCK=1024,
+            self.view["slots"], self.view["weights"], local_NK, weight_NK, self.odd, self.peers_W, self.state,
+            self.ep_rank, num_copies, self.slots_per_rank, self.offset["flags"], W=self.num_ranks, BLOCK=1024,
         )  # fmt: skip
         return Arrivals(self._arrived(x_TD), local_NK, weight_NK)
 
@@ -171,14 +175,15 @@ class SymmetricTransport:
             self._push(x_TD, slot_TK, None)
         return self._arrived(x_TD)
 
-    def bound(self, wanted_L, row_bound: int):
+    def bound(self, wanted_L, weight_NK, row_bound: int):
         """As CollectiveTransport.bound."""
         count_L = torch.empty_like(wanted_L)
         sizes = torch.empty(2, dtype=torch.int32, device=self.device)
         num_rows, num_needed = sizes[:1], sizes[1:]
         self._kernels.bound_kernel[(1,)](
-            wanted_L, count_L, num_rows, num_needed, wanted_L.shape[0], row_bound, L_PAD=_power_of_two(wanted_L.shape[0])
-        )
+            wanted_L, count_L, num_rows, num_needed, self.odd, self.state, wanted_L.shape[0], row_bound,
+            L_PAD=_power_of_two(wanted_L.shape[0]),
+        )  # fmt: skip
         return count_L, num_rows, num_needed
 
     def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
@@ -201,17 +206,18 @@ class SymmetricTransport:
         )  # fmt: skip
         return grad_RD
 
-    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, weighted: bool) -> torch.Tensor:
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None) -> torch.Tensor:
         """As CollectiveTransport.sum_back."""
         y_TD = torch.empty(slot_TK.shape[0], self.width, dtype=self.dtype, device=self.device)
         self._begin(opens=False)
         self._kernels.sum_back_kernel[(self._grid(self.capacity)[0] * self.num_ranks,)](
             rows_RD, plan.row_NK, plan.weight_NK, y_TD, plan.num_rows, plan.num_needed, self.peers_W, self.state,
-            self.ep_rank, self.capacity, slot_TK.shape[0], self.width, self.offset["sums"], self.offset["needed"],
-            self.offset["flags"], K=self.top_k, W=self.num_ranks, WEIGHTED=weighted, **self._tile("T"),
+            self.ep_rank, self.capacity, slot_TK.shape[0], plan.row_bound, self.width, self.offset["sums"],
+            self.offset["needed"], self.offset["flags"], K=self.top_k, W=self.num_ranks, WEIGHTED=told is not None,
+            **self._tile("T"),
         )  # fmt: skip
         if self.num_ranks > 1:
-            self._collect(y_TD, slot_TK, plan.row_bound, check=weighted)
+            self._collect(y_TD, slot_TK, told)
         return y_TD
 
     def wait(self) -> None:
@@ -232,11 +238,12 @@ class SymmetricTransport:
             WITH_META=with_meta, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
         )  # fmt: skip
 
-    def _collect(self, y_TD, slot_TK, row_bound, check):
+    def _collect(self, y_TD, slot_TK, told):
+        on_host, most = (self.odd, self.odd) if told is None else (told.on_host, told.most)
         self._kernels.collect_kernel[self._grid(max(y_TD.shape[0], 1))](
-            self.view["sums"], slot_TK, y_TD, self.view["needed"], self.alarm, self.peers_W, self.state, self.ep_rank,
-            y_TD.shape[0], self.capacity, self.slots_per_rank, row_bound, self.width, self.offset["flags"],
-            K=self.top_k, W=self.num_ranks, CHECK=check, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
+            self.view["sums"], slot_TK, y_TD, self.view["needed"], on_host, most, self.peers_W, self.state, self.ep_rank,
+            y_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self.offset["flags"], K=self.top_k,
+            W=self.num_ranks, CHECK=told is not None, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
         )  # fmt: skip
 
     def _arrived(self, x_TD):

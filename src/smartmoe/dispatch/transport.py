@@ -28,12 +28,23 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the calls of one layer tell the host without its waiting. on_host: [2] int32, rows that a routing needed on the
+    fullest rank and did not find, 0 = all found theirs; the most rows that any routing needed. most: [1] int32, that number
+    on the device."""
+
+    on_host: torch.Tensor
+    most: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """How the copies that this rank hosts are laid out as at most R rows, by (local slot, source rank, t, k).
 
     row_NK: [N, K] int64, num_rows or more = no row here; copy_R: [R] int64 copy n * K + k in each row, meaningless from
     num_rows on; weight_NK: [N, K] float32; count_L: [L] int64 rows of each slot, at most R in all. num_rows: [1] int32
-    rows used; num_needed: [1] int32 rows that the routing asks for, more than R = the rest has no row. All on the device.
+    rows used; num_needed: [1] int32 rows that the routing asks for, more than R = the rest has no row; negated where some
+    weight is not a number, as such a routing says nothing about the next one. All on the device.
     """
 
     row_NK: torch.Tensor
@@ -54,7 +65,7 @@ class LocalPlan:
 def make_local_plan(transport, arrivals: Arrivals, row_bound: int) -> LocalPlan:
     """Lay the copies of `arrivals` out as at most `row_bound` rows. No host synchronisation."""
     plan = make_plan(arrivals.local_NK, transport.slots_per_rank, row_bound)
-    sizes = transport.bound(plan.count_S, row_bound)
+    sizes = transport.bound(plan.count_S, arrivals.weight_NK, row_bound)
     return LocalPlan(plan.row_of_copy_TK, plan.copy_of_row_R, arrivals.weight_NK, *sizes)
 
 
@@ -71,8 +82,11 @@ class CollectiveTransport:
     def __init__(self, group, slots_per_rank: int, capacity: int):
         self.group, self.slots_per_rank, self.capacity = group, slots_per_rank, capacity
         self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
-        self.alarm = torch.zeros(1, dtype=torch.int32)
         self._weight_grad = None
+
+    def new_told(self) -> Told:
+        """What `sum_back` is to tell the host of one layer: nothing yet."""
+        return Told(torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
 
     def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
         """Bring x_TD [T, D] of every rank to the ranks of slot_TK [T, K] int64 (-1 = dropped), and the slots and
@@ -84,12 +98,13 @@ class CollectiveTransport:
         """As `send`, without slots and weights: returns tokens_ND."""
         return self._tokens(x_TD, self._local(slot_TK))
 
-    def bound(self, wanted_L, row_bound: int):
+    def bound(self, wanted_L, weight_NK, row_bound: int):
         """Cut counts where their running sum passes row_bound: (count_L, num_rows [1] int32, num_needed [1] int32)."""
         end_L = wanted_L.cumsum(0)
         kept_L = end_L.clamp(max=row_bound)
         count_L = torch.diff(kept_L, prepend=kept_L.new_zeros(1))
-        return count_L, kept_L[-1:].to(torch.int32), end_L[-1:].to(torch.int32)
+        sign = torch.where(weight_NK.isnan().any(), -1, 1)
+        return count_L, kept_L[-1:].to(torch.int32), (sign * end_L[-1:]).to(torch.int32)
 
     def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
         """The rows of the plan: [R, D], NaN beyond the rows in use."""
@@ -108,29 +123,37 @@ class CollectiveTransport:
         weight_R = plan.weight_NK.reshape(-1)[copy_R]
         return self._poison_tail((grad_RD * weight_R.unsqueeze(1)).to(rows_RD.dtype), plan)
 
-    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, weighted: bool) -> torch.Tensor:
-        """Sum each token's rows over k (times its weights), bring one row back to its source and sum there over ranks.
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None) -> torch.Tensor:
+        """Sum each token's rows over k (with `told`, times its weights), bring one row back to its source and sum there over
+        ranks.
 
-        Returns [T, D]; NaN everywhere, on every rank, when some rank's routing did not fit its rows.
+        Returns [T, D]; with `told` NaN everywhere, on every rank, when some rank's routing did not fit its rows.
         """
         part_ND = torch.zeros(plan.row_NK.shape[0], rows_RD.shape[1], device=rows_RD.device)
         for k in range(plan.row_NK.shape[1]):
             row_N = plan.row_NK[:, k]
             has_row_N = row_N < plan.num_rows
             picked = rows_RD[row_N[has_row_N]].float()
-            part_ND[has_row_N] += picked * plan.weight_NK[has_row_N, k : k + 1] if weighted else picked
+            part_ND[has_row_N] += picked * plan.weight_NK[has_row_N, k : k + 1] if told else picked
         back = self._exchange(part_ND.to(rows_RD.dtype)).float().view(self.num_ranks, self.capacity, -1)
         y_TD = back[0, : slot_TK.shape[0]]
         for source in range(1, self.num_ranks):
             y_TD = y_TD + back[source, : slot_TK.shape[0]]
-        needed = int(gather_all(plan.num_needed, self.group).max())
-        if weighted and needed > plan.row_bound:
-            self.alarm[0] = needed
-            y_TD = torch.full_like(y_TD, torch.nan)
+        if told is not None:
+            needed = int(plan.num_needed)
+            fits, is_odd = abs(needed) <= plan.row_bound, needed < 0
+            word = (0 if is_odd else needed) if fits else (-1 if is_odd else -needed)
+            word_W = gather_all(torch.tensor([word], dtype=torch.int32), self.group)
+            told.most[0] = told.on_host[1] = max(int(told.most[0]), int(word_W.abs().max()))
+            lacking = int(word_W.min())
+            if lacking < -1:
+                told.on_host[0] = -lacking
+            if lacking < 0:
+                y_TD = torch.full_like(y_TD, torch.nan)
         return y_TD.to(rows_RD.dtype)
 
     def wait(self) -> None:
-        """Return when `alarm` tells of all calls so far: 0, or the rows that a routing needed and did not get."""
+        """Return when all calls so far have told what they tell."""
 
     def weight_grad(self, slot_TK) -> torch.Tensor:
         """The gradients [T, K] float32 of the weights, after the `sum_back` that followed `weigh`."""

@@ -8,7 +8,6 @@ library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -220,8 +219,8 @@ def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int)
         router += 4 * tokens * model.num_experts
     fixed = _attention(setting, plan, micro_batch) + bytes_ * tokens * width + router + 48 * copies
     if setting.layer.dispatcher == "direct":
-        bound = min(math.ceil(setting.layer.row_factor * copies), setting.ep * copies)
-        return fixed + bound * (bytes_ * (2 * width + hidden) + 16), 0.0
+        # room for row_factor times what the fullest rank needs, which is a little more than what this one does
+        return fixed, min(setting.layer.row_factor, setting.ep) * (bytes_ * (2 * width + hidden) + 16)
     fixed += bytes_ * copies * width  # the rows that came back, for the weights' gradient
     inside = hidden if setting.layer.experts == "grouped" else hidden + model.ffn_size
     return fixed, bytes_ * (width + inside) + 24
