@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from smartmoe.config import Workload
 from smartmoe.mesh import Mesh
+from smartmoe.ops.adamw import Hyperparameters, adamw_, can_fuse
 from smartmoe.parallel.data import KINDS, GradientBuffers, ParamRef, Share
 from smartmoe.placement import Placement
 
@@ -49,15 +50,15 @@ class MixedAdamW:
         self.buffers = buffers
         self.workload = workload
         self.mesh = mesh
-        self._num_layers, self._num_experts = num_layers, num_experts
-        self._placement_of = placement_of
+        self._norm = GradientNorm(buffers, mesh, num_layers, num_experts, placement_of)
         self.loss_scale = workload.initial_loss_scale if workload.dtype == "float16" else 1.0
-        self.good_steps = 0
+        self.good_steps = self.num_steps = 0
         self.masters = [_master(share) for share in buffers.shares]
-        decayed = [m for m, ref in zip(self.masters, buffers.refs, strict=True) if _is_matrix(ref)]
-        others = [m for m, ref in zip(self.masters, buffers.refs, strict=True) if not _is_matrix(ref)]
+        self._decayed = [idx for idx, ref in enumerate(buffers.refs) if _is_matrix(ref)]
+        self._others = [idx for idx, ref in enumerate(buffers.refs) if not _is_matrix(ref)]
+        groups = ((self._decayed, workload.weight_decay), (self._others, 0.0))
         self.adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": workload.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [{"params": [self.masters[idx] for idx in members], "weight_decay": decay} for members, decay in groups],
             lr=workload.lr,
             betas=(workload.adam_beta1, workload.adam_beta2),
             eps=workload.adam_eps,
@@ -80,13 +81,13 @@ class MixedAdamW:
 
     def scalars(self) -> dict[str, float]:
         """What a checkpoint keeps beside the tensors."""
-        steps = int(next(iter(self.adamw.state.values()))["step"])
-        return {"optimizer_steps": steps, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        return {"optimizer_steps": self.num_steps, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
     def set_scalars(self, saved: dict[str, float]) -> None:
         """Take back what `scalars` gave. Raises KeyError when one is missing."""
         for state in self.adamw.state.values():
             state["step"].fill_(saved["optimizer_steps"])
+        self.num_steps = int(saved["optimizer_steps"])
         self.loss_scale, self.good_steps = float(saved["loss_scale"]), int(saved["good_steps"])
 
     @torch.no_grad()
@@ -101,21 +102,35 @@ class MixedAdamW:
         iteration: from 0, sets the learning rate. Collective over all groups; synchronises with the host once.
         """
         self.buffers.reduce()
-        if self.loss_scale != 1.0:
-            self.buffers.scale(1.0 / self.loss_scale)
-        norm = self.grad_norm()
-        lr, scale_used = learning_rate(self.workload, iteration), self.loss_scale
+        norm, scale_used = self.grad_norm() / self.loss_scale, self.loss_scale
+        lr, clip = learning_rate(self.workload, iteration), self.workload.clip_grad
         skipped = not math.isfinite(norm)
         self._adjust_loss_scale(skipped)
         if not skipped:
-            if 0 < self.workload.clip_grad < norm:
-                self.buffers.scale(self.workload.clip_grad / (norm + 1e-6))
+            self._update(lr, (clip / (norm + 1e-6) if 0 < clip < norm else 1.0) / scale_used)
+        self.buffers.zero()
+        return StepResult(norm, skipped, scale_used, lr)
+
+    def _update(self, lr: float, grad_scale: float) -> None:
+        """Update the masters from the gradients times grad_scale, and write them into the parameters."""
+        self.num_steps += 1
+        if not can_fuse(self.masters[0]):
+            if grad_scale != 1.0:
+                self.buffers.scale(grad_scale)
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
             self.refresh_params()
-        self.buffers.zero()
-        return StepResult(norm, skipped, scale_used, lr)
+            return
+        work = self.workload
+        for decay, members in ((work.weight_decay, self._decayed), (0.0, self._others)):
+            with_ = Hyperparameters(lr, work.adam_beta1, work.adam_beta2, work.adam_eps, decay, self.num_steps)
+            for idx in members:
+                master, share, state = self.masters[idx], self.buffers.shares[idx], self.adamw.state[self.masters[idx]]
+                is_apart = share.num == 1 and master.data_ptr() != share.value.data_ptr()
+                weight = share.value if is_apart else None
+                adamw_(master, share.grad, state["exp_avg"], state["exp_avg_sq"], weight, grad_scale, with_)
+        self.buffers.publish(self.masters, only_cut=True)
 
     def _adjust_loss_scale(self, overflow: bool) -> None:
         if self.workload.dtype != "float16":
@@ -128,34 +143,79 @@ class MixedAdamW:
 
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients. Collective over the world; synchronises with the host."""
-        plan, mesh = self.mesh.plan, self.mesh
-        # Entries: one per stage and share (dense), per stage, tensor slice and share, per layer, logical expert and share.
-        # Each is written by exactly one rank, so summing over ranks is exact and the order of the final sum is fixed.
-        shares_of = {ref.kind: share.num for ref, share in zip(self.buffers.refs, self.buffers.shares, strict=True)}
-        num_dense, num_tensor, num_expert = (shares_of.get(kind, 1) for kind in KINDS)
+        return self._norm.compute()
+
+
+class GradientNorm:
+    """The global L2 norm of reduced gradients, in float64, from a few launches however many parameters there are.
+
+    Squares are summed into entries: one per stage and share (dense), per stage, tensor slice and share, per layer, logical
+    expert and share. Each is written by exactly one rank, so summing over ranks is exact and the order of the final sum
+    is fixed. An expert's entry is the sum over its tensors in their order, wherever the expert lives.
+    """
+
+    def __init__(self, buffers: GradientBuffers, mesh: Mesh, num_layers: int, num_experts: int, placement_of):
+        plan, self._mesh, self._placement_of = mesh.plan, mesh, placement_of
+        pairs = list(zip(buffers.refs, buffers.shares, strict=True))
+        num_of = {ref.kind: share.num for ref, share in pairs}
+        num_dense, num_tensor, self._num_shares = (num_of.get(kind, 1) for kind in KINDS)
         first_tensor = plan.pp * num_dense
-        first_expert = first_tensor + plan.pp * plan.tp * num_tensor
-        num_entries = first_expert + self._num_layers * self._num_experts * num_expert
-        parts = torch.zeros(num_entries, dtype=torch.float64, device=mesh.device)
-        for ref, share in zip(self.buffers.refs, self.buffers.shares, strict=True):
-            if share.idx is None or not share.grad.numel():
-                continue
-            if ref.kind == "dense":
-                parts[mesh.pp_stage * num_dense + share.idx] += _square_sum(share.grad)
-            elif ref.kind == "tensor":
-                slice_idx = mesh.pp_stage * plan.tp + mesh.tp_rank
-                parts[first_tensor + slice_idx * num_tensor + share.idx] += _square_sum(share.grad)
-            else:
-                placement = self._placement_of(ref.name)
-                slots = range(mesh.ep_rank * placement.slots_per_rank, (mesh.ep_rank + 1) * placement.slots_per_rank)
-                hosted = torch.tensor([placement.expert_of_slot[slot] for slot in slots], device=mesh.device)
-                # An empty slot (-1) has no gradient: its zero may go to any entry of the layer.
-                expert = layer_of(ref.name) * self._num_experts + hosted.clamp(min=0)
-                entry = first_expert + expert * num_expert + share.idx
-                parts.index_add_(0, entry, _square_sum(share.grad.flatten(1), dim=1))
+        self._first_expert, self._num_experts = first_tensor + plan.pp * plan.tp * num_tensor, num_experts
+        self._num_entries = self._first_expert + num_layers * num_experts * self._num_shares
+        mine = [(ref, share) for ref, share in pairs if share.idx is not None and share.grad.numel()]
+        self._views: list[torch.Tensor] = []
+        self._sums: list[tuple[int, slice]] = []  # entry, views
+        for kind, first, num, part in (
+            ("dense", 0, num_dense, mesh.pp_stage),
+            ("tensor", first_tensor, num_tensor, mesh.pp_stage * plan.tp + mesh.tp_rank),
+        ):
+            shares = [share for ref, share in mine if ref.kind == kind]
+            if shares:
+                start = len(self._views)
+                self._views += [share.grad for share in shares]
+                self._sums.append((first + part * num + shares[0].idx, slice(start, len(self._views))))
+        self._num_whole = len(self._views)
+        experts = [(ref, share) for ref, share in mine if ref.kind == "expert"]
+        self._views += [grad for _, share in experts for grad in share.grad.unbind()]
+        self._names = list({layer_of(ref.name): ref.name for ref, _ in experts}.values())  # of one parameter a layer
+        self._share_idx = experts[0][1].idx if experts else 0
+        self._where: tuple[list[Placement], torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def compute(self) -> float:
+        """Collective over the world; synchronises with the host. NaN where a gradient is not finite."""
+        mesh = self._mesh
+        # one entry more, for empty slots
+        parts = torch.zeros(self._num_entries + 1, dtype=torch.float64, device=mesh.device)
+        if self._views:
+            squares = torch.stack(torch._foreach_norm(self._views, 2, torch.float64)).square()
+            for entry, views in self._sums:
+                parts[entry] = squares[views].sum()
+            if self._names:
+                total_YL, *others = squares[self._num_whole :].view(len(self._names), -1, self._num_slots()).unbind(1)
+                for square_YL in others:
+                    total_YL = total_YL + square_YL
+                parts.index_copy_(0, self._entries(), total_YL.flatten())
+        parts = parts[:-1]
         if mesh.world_group is not None:
             dist.all_reduce(parts, group=mesh.world_group)
         return math.sqrt(total) if math.isfinite(total := parts.sum().item()) else math.nan
+
+    def _num_slots(self) -> int:
+        return self._placement_of(self._names[0]).slots_per_rank
+
+    def _entries(self) -> torch.Tensor:
+        """The entry of each layer's slots on this rank, on the device; made anew when experts have moved."""
+        placements = [self._placement_of(name) for name in self._names]
+        if self._where is None or self._where[0] != placements:
+            entries = []
+            for name, placement in zip(self._names, placements, strict=True):
+                first_slot = self._mesh.ep_rank * placement.slots_per_rank
+                for expert in placement.expert_of_slot[first_slot : first_slot + placement.slots_per_rank]:
+                    place = (layer_of(name) * self._num_experts + expert) * self._num_shares + self._share_idx
+                    entries.append(self._num_entries if expert < 0 else self._first_expert + place)
+            self._where = placements, torch.tensor(entries, device=self._mesh.device)
+        return self._where[1]
 
 
 def learning_rate(workload: Workload, iteration: int) -> float:
@@ -170,10 +230,6 @@ def learning_rate(workload: Workload, iteration: int) -> float:
 def layer_of(name: str) -> int:
     """Layer index of a parameter called `blocks.<layer>.<...>`."""
     return int(name.split("blocks.")[1].split(".")[0])
-
-
-def _square_sum(grad: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    return torch.linalg.vector_norm(grad, dim=dim, dtype=torch.float64).square()
 
 
 def _master(share: Share) -> torch.Tensor:

@@ -238,6 +238,7 @@ class Trainer:
     def _return_replica_grads(self) -> int:
         """Add to the owners' gradients those that are still where the replicas are; returns the bytes sent for replicas
         since the passes began."""
+        self.optimizer.buffers.complete()
         grad_of = {id(ref.param): ref.grad for ref in self.optimizer.buffers.refs}
         layers = self._step_layers()
         owned = [[grad_of[id(p)] for p in layer.experts.weights() if p is not None] for layer in layers]

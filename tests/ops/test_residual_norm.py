@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smartmoe.ops import residual_norm as module
+from smartmoe.ops.extension import have_triton
 from smartmoe.ops.residual_norm import residual_norm
 
 # Largest error relative to the largest value: one rounding of a result whose sums are in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 on_gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() and module._have_triton()), reason="needs a GPU and Triton"),
+    pytest.mark.skipif(not (torch.cuda.is_available() and have_triton()), reason="needs a GPU and Triton"),
 ]
 # On a CPU torch sums the gradients of half-precision weights in their own precision.
 SETTINGS = [("cpu", torch.float32), *(pytest.param("cuda", dtype, marks=on_gpu) for dtype in TOLERANCE)]

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smartmoe.ops import token_loss as module
+from smartmoe.ops.extension import have_triton
 from smartmoe.ops.token_loss import summed_cross_entropy
 
 on_gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() and module._have_triton()), reason="needs a GPU and Triton"),
+    pytest.mark.skipif(not (torch.cuda.is_available() and have_triton()), reason="needs a GPU and Triton"),
 ]
 # Largest error of a gradient, which lies in -1 .. 1: one rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -35,7 +35,7 @@ def test_it_is_the_cross_entropy_in_float32(device, dtype, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and module._have_triton()), reason="needs a GPU and Triton")
+@pytest.mark.skipif(not (torch.cuda.is_available() and have_triton()), reason="needs a GPU and Triton")
 def test_a_second_backward_pass_is_an_error():
     logits = torch.randn(4, 300, device="cuda", requires_grad=True)
     loss = summed_cross_entropy(logits * 1, torch.zeros(4, dtype=torch.int64, device="cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass
 from types import ModuleType
@@ -45,6 +46,12 @@ def choose_path(capability: tuple[int, int] | None, dtype: torch.dtype, have_ext
     gemm = "grouped" if dtype == torch.bfloat16 and capability[0] in (9, 10) else "loop"
     kernels = "extension" if have_extension and dtype in KERNEL_DTYPES and capability >= (7, 0) else "torch"
     return Path(gemm, kernels, name)
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether kernels can be written in Triton, which comes with CUDA builds of torch."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -7,12 +7,11 @@ the gradient that arrives beside the normalisation is added as the normalisation
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from smartmoe.ops.extension import have_triton
 
 _MAX_WIDTH = 16384
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,16 +26,11 @@ def residual_norm(
     sum as it is stored. The gradients of weight and bias are summed in float32, in an order that depends on the number
     of rows and on the kind of device alone.
     """
-    fits = x.is_cuda and x.dtype in _DTYPES and x.shape[-1] <= _MAX_WIDTH and x.numel() > 0 and _have_triton()
+    fits = x.is_cuda and x.dtype in _DTYPES and x.shape[-1] <= _MAX_WIDTH and x.numel() > 0 and have_triton()
     if fits and norm.weight.dtype == norm.bias.dtype == x.dtype and not torch.compiler.is_compiling():
         return _ResidualNorm.apply(x, update, norm.weight, norm.bias, norm.eps)
     x = x if update is None else x + update
     return x, F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-@functools.cache
-def _have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class _ResidualNorm(torch.autograd.Function):

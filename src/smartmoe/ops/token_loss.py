@@ -7,11 +7,10 @@ copy, its logarithm and gradients of both. Elsewhere it is the composition that 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 import torch.nn.functional as F
+
+from smartmoe.ops.extension import have_triton
 
 
 def summed_cross_entropy(logits_SV: torch.Tensor, target_S: torch.Tensor) -> torch.Tensor:
@@ -21,14 +20,9 @@ def summed_cross_entropy(logits_SV: torch.Tensor, target_S: torch.Tensor) -> tor
     backward pass (retain_graph) is torch's error about a tensor modified in place. target_S: [S] int64 in 0 .. V - 1.
     The sum over tokens is in a fixed order.
     """
-    if logits_SV.is_cuda and logits_SV.numel() and _have_triton() and not torch.compiler.is_compiling():
+    if logits_SV.is_cuda and logits_SV.numel() and have_triton() and not torch.compiler.is_compiling():
         return _SummedCrossEntropy.apply(logits_SV.contiguous(), target_S)
     return F.cross_entropy(logits_SV.float(), target_S, reduction="sum")
-
-
-@functools.cache
-def _have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.all_to_all import group_rank
 
 KINDS = ("dense", "tensor", "expert")
@@ -52,6 +53,7 @@ class GradientBuffers:
     def __init__(self, named_params: list[tuple[str, nn.Parameter]], groups: dict[str, dist.ProcessGroup | None]):
         self._groups = groups
         self._flat: dict[str, torch.Tensor] = {}
+        self._empty: set[int] = set()  # of refs: those without a gradient since the last step
         self.refs: list[ParamRef] = []
         for kind in KINDS:
             members = [(name, p) for name, p in named_params if getattr(p, "parallel", "dense") == kind]
@@ -69,15 +71,32 @@ class GradientBuffers:
         for (name, param), local in zip(members, locals_, strict=True):
             grad = flat[start : start + local.numel()].view(local.shape)
             start += local.numel()
+            self._empty.add(len(self.refs))
+            param.register_post_accumulate_grad_hook(self._accumulate_into(len(self.refs), grad))
             self.refs.append(ParamRef(name, kind, param, local, grad))
-            param.register_post_accumulate_grad_hook(_accumulate_into(grad))
+
+    def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
+        def hook(param: nn.Parameter) -> None:
+            accumulate_(grad, param.grad, is_first=ref_idx in self._empty)
+            self._empty.discard(ref_idx)
+            param.grad = None
+
+        return hook
 
     def zero(self) -> None:
-        for flat in self._flat.values():
-            flat.zero_()
+        """Forget the gradients: what they were is overwritten by the first backward pass, or by `complete`."""
+        self._empty = set(range(len(self.refs)))
+
+    def complete(self) -> None:
+        """Zero what no backward pass has written since `zero`. Before this only hooks may touch the gradients; `reduce`
+        does so first."""
+        for ref_idx in self._empty:
+            self.refs[ref_idx].grad.zero_()
+        self._empty.clear()
 
     def reduce(self) -> None:
         """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order."""
+        self.complete()
         for kind, flat in self._flat.items():
             if self._groups.get(kind) is not None:
                 dist.all_reduce(flat, group=self._groups[kind])
@@ -87,16 +106,11 @@ class GradientBuffers:
             flat.mul_(factor)
 
     @torch.no_grad()
-    def publish(self, masters: Sequence[torch.Tensor]) -> None:
-        """Write the fp32 values of all shares, given this rank's in their order, into the parameters."""
+    def publish(self, masters: Sequence[torch.Tensor], only_cut: bool = False) -> None:
+        """Write the fp32 values of all shares, given this rank's in their order, into the parameters; only_cut: only where
+        the share is not the whole parameter."""
+        if only_cut:
+            return
         for master, share in zip(masters, self.shares, strict=True):
             if share.num == 1 and master.data_ptr() != share.value.data_ptr():
                 share.value.copy_(master)
-
-
-def _accumulate_into(grad: torch.Tensor):
-    def hook(param: nn.Parameter) -> None:
-        grad.add_(param.grad)
-        param.grad = None
-
-    return hook

@@ -95,6 +95,7 @@ class ShardedBuffers(GradientBuffers):
     def reduce(self) -> None:
         """Sum the gradients over each kind's group; afterwards `shares` have the sums of this rank's rows, and what else
         is in the buffers has no meaning. Collective over dense, tensor and expert groups in this order."""
+        self.complete()
         for bucket in self._buckets:
             staged_RX = self._stage(bucket, torch.float32, bucket.group.size())
             parts_R = self._parts(bucket, [ref.grad for ref in self.refs])
@@ -108,9 +109,9 @@ class ShardedBuffers(GradientBuffers):
     def scale(self, factor: float) -> None:
         torch._foreach_mul_([share.grad for share in self.shares if share.grad.numel()], factor)
 
-    def publish(self, masters: Sequence[torch.Tensor]) -> None:
+    def publish(self, masters: Sequence[torch.Tensor], only_cut: bool = False) -> None:
         """Collective over dense, tensor and expert groups in this order."""
-        super().publish(masters)
+        super().publish(masters, only_cut)
         for bucket in self._buckets:
             mine_X = self._stage(bucket, bucket.dtype, 1)[0]
             rows = [masters[cut.ref_idx] for cut in bucket.cuts]
