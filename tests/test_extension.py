@@ -48,7 +48,8 @@ def test_the_table_of_the_extension_names_what_the_bindings_declare():
     used = {
         name
         for path in (ROOT / "src" / "smartmoe" / "ops").glob("*.py")
-        for name in re.findall(r"\bkernels\.(\w+)\(", path.read_text())
+        if re.search("kernels_for|products_for", text := path.read_text())  # others have kernels in Triton
+        for name in re.findall(r"\bkernels\.(\w+)\(", text)
     }
     assert used == set(declared)
 
