@@ -78,7 +78,7 @@ def _run_out_of_rows(world_rank):
         dispatchers = [each.dispatcher for each in trainer.layers.values()]
         if row_factor == 1.0:
             for dispatcher in dispatchers:
-                dispatcher._told.on_host.zero_(), dispatcher._told.most.zero_()
+                dispatcher.told.on_host.zero_(), dispatcher.told.most.zero_()
                 dispatcher._most_needed = dispatcher._num_rows = 0
         num_runs, run = [], trainer.runner.run
         trainer.runner.run = lambda *batch, run=run, num_runs=num_runs: num_runs.append(1) or run(*batch)

@@ -135,7 +135,7 @@ def _overflow(world_rank, num_ranks, device_type):
 
     def call(kind):
         results = _exchange(dispatcher, *routed[kind], world_rank)
-        dispatcher._transport.wait()
+        dispatcher.transport.wait()
         return results
 
     def told(ask):
@@ -207,11 +207,11 @@ def test_a_routing_without_numbers_asks_for_no_room(device_type):
 def test_room_follows_the_routing_in_steps_and_never_shrinks(caplog):
     dispatcher = DirectDispatcher(None, SLOTS, row_factor=1.125)
     dispatcher.num_ranks = 4  # of which this one speaks for the fullest
-    dispatcher._even_share, dispatcher._told = 160, CollectiveTransport(None, SLOTS, 1).new_told()
+    dispatcher._even_share, dispatcher.told = 160, CollectiveTransport(None, SLOTS, 1).new_told()
     rooms = []
     with caplog.at_level(logging.INFO, logger="smartmoe.dispatch.direct"):
         for needed in (100, 160, 165, 200, 170, 1000):
-            dispatcher._told.on_host[1] = needed
+            dispatcher.told.on_host[1] = needed
             dispatcher._make_room()
             rooms.append(dispatcher._num_rows)
     assert rooms == [180, 180, 190, 230, 230, 640]

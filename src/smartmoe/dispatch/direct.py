@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from smartmoe.dispatch import direct_ops
 from smartmoe.dispatch.transport import CollectiveTransport, LocalPlan, Told, make_local_plan
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.plan import count_slots
@@ -41,6 +43,17 @@ class Handle:
         return self.plan.count_L
 
 
+class CompiledHandle(NamedTuple):
+    """The same inside torch.compile, as operations take it; sizes: [2] int32, num_rows and num_needed of the plan."""
+
+    slot_TK: torch.Tensor
+    row_NK: torch.Tensor
+    copy_R: torch.Tensor
+    weight_NK: torch.Tensor
+    count_L: torch.Tensor
+    sizes: torch.Tensor
+
+
 class DirectDispatcher:
     """Each token travels once to every rank that hosts some of its experts, and one summed row returns.
 
@@ -60,6 +73,10 @@ class DirectDispatcher:
     order on 2, 4 or 8 ranks) row_factor 1.125 runs out of room in 5 to 7 recorded iterations, all among the first 17; a
     fixed room of twice an even share would in 249 on 4 and on 8 ranks. A CUDA graph keeps the room it was captured with.
 
+    Inside torch.compile the four steps of an exchange are operations (dispatch.direct_ops) in one graph. The first call must
+    be made outside of it. There, nothing is raised and the room stays as it is until `check` or `overflow` is called:
+    after every step; a graph is compiled anew when the room has grown.
+
     On CUDA: symmetric memory of torch between GPUs that reach each other's memory (smartmoe.dispatch.symmetric). On a
     CPU: the same steps over collectives (smartmoe.dispatch.transport).
     """
@@ -69,7 +86,8 @@ class DirectDispatcher:
     def __init__(self, ep_group, slots_per_rank: int, row_factor: float = 1.125, max_tokens: int | None = None):
         self.group, self.slots_per_rank, self.row_factor = ep_group, slots_per_rank, row_factor
         self.num_ranks, self.max_tokens = group_size(ep_group), max_tokens
-        self._transport = None
+        self.transport, self.told = None, None
+        self._number = direct_ops.number_of(self)
         self._most_needed = self._num_rows = 0
 
     def __call__(self, x_TD, routing, slot_TK, experts):
@@ -79,10 +97,11 @@ class DirectDispatcher:
         counts on the host anyway (a CPU, or impl "loop") they get the used rows only.
         """
         rows_RD, handle = self.dispatch(x_TD, slot_TK, routing.weight_TK)
-        if not rows_RD.is_cuda or getattr(experts, "impl", None) == "loop":
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and (not rows_RD.is_cuda or getattr(experts, "impl", None) == "loop"):
             rows_RD = rows_RD[: int(handle.plan.num_rows)]
         # this package's grouped experts do not keep their output, of others one cannot know
-        reuse = rows_RD.is_cuda and getattr(experts, "impl", None) == "grouped" and not torch.compiler.is_compiling()
+        reuse = rows_RD.is_cuda and getattr(experts, "impl", None) == "grouped" and not is_compiling
         return self.combine(experts(rows_RD, handle.count_L), handle, reuse)
 
     def dispatch(self, x_TD: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor):
@@ -92,8 +111,12 @@ class DirectDispatcher:
         slot, inside a slot by (source rank, token, k), undefined from the sum of the counts on; and the handle for one
         `combine`. Collective, no host synchronisation.
         """
+        if torch.compiler.is_compiling():
+            slot_TK = slot_TK.contiguous()
+            rows_RD, *tensors = direct_ops.dispatch(x_TD, slot_TK, weight_TK, self._number, self._num_rows)
+            return rows_RD, CompiledHandle(slot_TK, *tensors)
         transport = self._transport_for(x_TD, slot_TK, weight_TK)
-        handle = Handle(transport, slot_TK.contiguous(), self._told)
+        handle = Handle(transport, slot_TK.contiguous(), self.told)
         rows_RD, handle.weight_TK = _Dispatch.apply(x_TD, weight_TK, handle, self._num_rows)
         return rows_RD, handle
 
@@ -104,22 +127,24 @@ class DirectDispatcher:
         reuse: in backward the gradient of rows_RD may take its place, where nobody else keeps it; a second backward pass
         through the same graph is then an error.
         """
+        if torch.compiler.is_compiling():
+            return direct_ops.combine(rows_RD, *handle, self._number)
         return _Combine.apply(rows_RD.contiguous(), handle.weight_TK, handle, reuse)
 
     @property
     def shared_bytes(self) -> int:
         """Memory of this rank that the others store into, once for all layers of the same sizes; 0 before the first call."""
-        return 0 if self._transport is None else self._transport.shared_bytes
+        return 0 if self.transport is None else self.transport.shared_bytes
 
     def overflow(self) -> int:
         """Rows that a routing needed on the fullest rank and did not find since the last question, 0 = all calls had
         room. The next call has it. Synchronises with the device; the same on every rank of the group."""
-        if self._transport is None:
+        if self.transport is None:
             return 0
-        self._transport.wait()
+        self.transport.wait()
         self._make_room()
-        needed = int(self._told.on_host[0])
-        self._told.on_host[0] = 0
+        needed = int(self.told.on_host[0])
+        self.told.on_host[0] = 0
         return needed
 
     def check(self) -> None:
@@ -137,20 +162,20 @@ class DirectDispatcher:
         )
 
     def _transport_for(self, x_TD, slot_TK, weight_TK):
-        if self._transport is None:
+        if self.transport is None:
             self._first_call(x_TD, slot_TK, weight_TK)
         else:
             self._make_room()
-            needed = int(self._told.on_host[0])
+            needed = int(self.told.on_host[0])
             if needed and not self.waits_to_be_asked:
-                self._told.on_host[0] = 0
+                self.told.on_host[0] = 0
                 self._raise_overflow(needed)
-        if x_TD.shape[0] > self._transport.capacity:
+        if x_TD.shape[0] > self.transport.capacity:
             raise ValueError(
-                f"direct dispatcher: {x_TD.shape[0]} tokens, but its buffers were made for {self._transport.capacity}: "
+                f"direct dispatcher: {x_TD.shape[0]} tokens, but its buffers were made for {self.transport.capacity}: "
                 f"build it with max_tokens of the largest batch, or let the first call have the largest batch"
             )
-        return self._transport
+        return self.transport
 
     def _first_call(self, x_TD, slot_TK, weight_TK):
         is_odd_TK = weight_TK.detach().isnan()
@@ -160,14 +185,14 @@ class DirectDispatcher:
             dist.all_reduce(num_rows_W, group=self.group)
             dist.all_reduce(num_tokens, op=dist.ReduceOp.MAX, group=self.group)
         capacity = max(1, self.max_tokens or int(num_tokens))
-        self._transport = _shared_transport(self.group, self.slots_per_rank, capacity, x_TD, slot_TK.shape[1])
+        self.transport = _shared_transport(self.group, self.slots_per_rank, capacity, x_TD, slot_TK.shape[1])
         self._even_share = capacity * slot_TK.shape[1]
-        self._most_needed, self._told = int(num_rows_W.max()), self._transport.new_told()
+        self._most_needed, self.told = int(num_rows_W.max()), self.transport.new_told()
         self._make_room()
 
     def _make_room(self):
         """Take in what the calls so far have told, as far as it is known here, and set the rows of the next."""
-        self._most_needed = max(self._most_needed, *self._told.on_host.tolist())
+        self._most_needed = max(self._most_needed, *self.told.on_host.tolist())
         wanted, step = self.row_factor * max(self._most_needed, self._even_share), -(-self._even_share // _STEPS_PER_SHARE)
         num_rows = min(math.ceil(wanted / step) * step, self.num_ranks * self._even_share)
         if self._num_rows and num_rows > self._num_rows:

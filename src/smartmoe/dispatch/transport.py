@@ -157,7 +157,7 @@ class CollectiveTransport:
 
     def weight_grad(self, slot_TK) -> torch.Tensor:
         """The gradients [T, K] float32 of the weights, after the `sum_back` that followed `weigh`."""
-        return self._weight_grad[: slot_TK.shape[0]].contiguous()
+        return self._weight_grad[: slot_TK.shape[0]].clone()
 
     def _padded(self, tensor, value):
         out = tensor.new_full((self.capacity, tensor.shape[1]), value)
