@@ -178,7 +178,7 @@ def test_the_declarations_of_the_repository_expand():
     assert groups == {"4/1.2", "4/2.4", "4/4.8", "4/+inf"}
 
 
-@pytest.mark.parametrize("num_gpus,num_runs", [(1, 16), (2, 26), (4, 26), (8, 26)])
+@pytest.mark.parametrize("num_gpus,num_runs", [(1, 48), (2, 62), (4, 62), (8, 62)])
 def test_the_declared_experiments_fit_any_number_of_gpus_of_one_machine(num_gpus, num_runs):
     configs = Configs(SCRIPTS)
     cluster = ClusterSpec(name="local", device="cuda", ranks_per_node=num_gpus)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import nn
@@ -31,11 +30,6 @@ def init_world(backend: str) -> None:
         # DeepSpeed would compile an all-reduce of its own, which takes half a minute and adds in another order than gloo
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def init_alone(backend: str) -> None:
-    """Make a world of this process alone, where no launcher has set an environment for one."""
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def zero_config(stage: int) -> dict:

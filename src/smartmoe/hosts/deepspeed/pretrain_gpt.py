@@ -26,7 +26,7 @@ from smartmoe import record
 from smartmoe.config import RunConfig, Workload, check, from_dict
 from smartmoe.data import TokenDataset, load_tokens
 from smartmoe.gpt import GPT, init_weights
-from smartmoe.hosts.deepspeed.engine import init_alone, init_world, make_engine, split_groups, zero_config
+from smartmoe.hosts.deepspeed.engine import init_world, make_engine, split_groups, zero_config
 from smartmoe.hosts.deepspeed.limits import problems
 from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE
 from smartmoe.hosts.deepspeed.text import micro_batch
@@ -73,20 +73,16 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def start_world(config: RunConfig) -> torch.device:
-    """Join the world that torchrun started, or be one alone, and return this rank's device. Raises ValueError when GPUs or
-    ranks lack."""
-    local_rank, is_cuda = int(os.environ.get("LOCAL_RANK", "0")), config.cluster.device == "cuda"
+    """Join the world that torchrun started and return this rank's device. Raises ValueError when GPUs or ranks lack."""
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"{config.plan.describe()}: start it with torchrun, also for one rank")
+    local_rank, is_cuda = int(os.environ["LOCAL_RANK"]), config.cluster.device == "cuda"
     if is_cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
     if is_cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if is_cuda else "gloo"
-    if "MASTER_ADDR" not in os.environ and not dist.is_initialized():
-        if config.plan.world_size > 1:
-            raise ValueError(f"{config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun")
-        init_alone(backend)
-    init_world(backend)
+    init_world("nccl" if is_cuda else "gloo")
     if dist.get_world_size() != config.plan.world_size:
         raise ValueError(
             f"{config.plan.describe()} needs {config.plan.world_size} ranks, but {dist.get_world_size()} were started"
@@ -103,6 +99,7 @@ def engine_config(config: RunConfig) -> dict:
         "gradient_accumulation_steps": config.num_micro_batches,
         "gradient_clipping": work.clip_grad,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the GPU in each micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero_config(work.zero),
     }
