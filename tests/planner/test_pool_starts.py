@@ -1,16 +1,21 @@
 """Plans that the planner calls legal start in the trainer; those that it calls illegal are refused with its words."""
 
 import dataclasses
+import gc
 import math
 
 import numpy as np
 import pytest
+import torch
 
-from smartmoe.config import ClusterSpec, check
+from smartmoe.config import ClusterSpec, LayerConfig, ModelConfig, RunConfig, Workload, check
+from smartmoe.data import TokenDataset
 from smartmoe.mesh import build_mesh
 from smartmoe.planner import described, loads, pool
 from smartmoe.planner.cost_model import CostModel
-from tests.dist import spawn
+from smartmoe.planner.memory import OUTSIDE_BYTES
+from smartmoe.trainer import Trainer
+from tests.dist import gpu_backend, spawn
 from tests.parity import MODEL, make_config, make_trainer
 
 NUM_RANKS, NUM_PLANS = 4, 3
@@ -57,3 +62,47 @@ def test_illegal_plans_are_refused_with_the_same_words():
         assert reason in str(error.value)
     with pytest.raises(ValueError, match="needs 8 ranks"):
         build_mesh(dataclasses.replace(plan, pp=2, dp=4, tp=1), None)
+
+
+LARGE = ModelConfig(
+    num_layers=4, hidden_size=512, ffn_size=1024, num_heads=8, seq_len=512, vocab_size=8192, num_experts=16
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dispatcher", ["basic", "direct"])
+def test_plans_that_fit_run_and_those_too_large_run_out_of_memory(dispatcher):
+    """On one GPU that is as small as the cluster file says: torch's allocator gets what the planner leaves to it."""
+    gpu_backend(1)
+    torch.cuda.set_device(0)
+    work = Workload(global_batch_size=64, micro_batch_size=1, dtype="bfloat16", iterations=10)
+    config = RunConfig(model=LARGE, workload=work, layer=LayerConfig(dispatcher=dispatcher))
+    cluster = ClusterSpec(device="cuda", ranks_per_node=1, memory_gbytes=4.5)
+    config = dataclasses.replace(config, cluster=cluster)
+    cost = CostModel(config, cluster, described.describe(cluster, described.Rates(), "bfloat16"), loads.uniform(LARGE))
+    space = pool.build(cost, 1)
+    room = cluster.memory_gbytes * 1e9 - OUTSIDE_BYTES
+    too_large = [p.candidate for p in space.pruned if p.candidate.memory.allocated > 1.08 * room]
+    largest = sorted(space.fitting, key=lambda c: -c.memory.total)[:2]
+    assert len(largest) == 2 and too_large, "a sample of both"
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    tokens = TokenDataset([("random", np.random.default_rng(0).integers(0, 8192, 200_000))], 8192)
+    try:
+        for candidate in (*largest, *too_large[:2]):
+            run = pool.config_of(config, cluster, candidate.plan, candidate.micro_batch)
+            mesh = build_mesh(run.plan, torch.device("cuda", 0))
+            if candidate in too_large:
+                with pytest.raises(torch.OutOfMemoryError):
+                    Trainer(run, mesh, tokens).run_iteration()
+                continue
+            torch.cuda.reset_peak_memory_stats()
+            trainer = Trainer(run, mesh, tokens)
+            assert [math.isfinite(trainer.run_iteration().lm_loss) for _ in range(2)] == [True, True]
+            peak = torch.cuda.max_memory_allocated()
+            assert candidate.memory.allocated == pytest.approx(peak, rel=0.08), candidate.name
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -21,6 +21,7 @@ from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import build_gate
 from smartmoe.gpt import attend
 from smartmoe.mesh import Mesh, all_gather, reduce_scatter
+from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.permute import combine, permute
@@ -180,7 +181,7 @@ def accumulate(site: Site, numel: int, tensors: int) -> Step:
     @torch.no_grad()
     def step(mark):
         for total, param in zip(sums, params, strict=True):
-            total.add_(param)
+            accumulate_(total, param, is_first=False)
 
     return step
 
@@ -194,6 +195,7 @@ def optimizer(site: Site, numel: int, tensors: int) -> tuple[Step, Callable[[], 
     adam = MixedAdamW(buffers, Workload(dtype=str(site.dtype).removeprefix("torch.")), mesh, 1, 1, lambda name: None)
 
     def refill():
+        buffers.complete()  # as backward passes leave them
         for ref in buffers.refs:
             ref.grad.fill_(1.0)
 
