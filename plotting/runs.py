@@ -5,7 +5,7 @@ Only the contents of run.json say what a run is; directory names are never trust
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plotting.files import Folder, clean, number, positive, whole
@@ -51,6 +51,11 @@ class Run:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    @property
+    def repeat(self) -> int:
+        """Which of several runs of one thing with different seeds this is, from 1."""
+        return whole(self.provenance.get("repeat")) or 1
 
     @property
     def warmup(self) -> int:
@@ -101,6 +106,9 @@ def read_run(folder: Folder, path: Path) -> Run | None:
     system = clean(data.get("system") or "?", 60)
     slots = _slots(folder, data.get("bars"), where)
     config, provenance = (data.get(k) if isinstance(data.get(k), dict) else {} for k in ("config", "provenance"))
+    if system == "deepspeed" and provenance.get("entry") == "train":  # what it was called before the package itself could run
+        system = "padded"
+        slots = [replace(slot, series="padded") if slot.series == "deepspeed" else slot for slot in slots]
     if not config:
         folder.report("malformed", "run.json has no config: warm-up and settings are unknown", where)
     stamp = next(

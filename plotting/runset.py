@@ -44,19 +44,18 @@ def to_dataset(folder: Folder, name: str) -> Dataset:
     """Read every run below the folder and arrange what its run.json files ask for."""
     findings = folder.findings
     runs = read_runs(folder)
-    chosen = _one_run_per_slot(runs, folder)
+    chosen = _runs_per_slot(runs, folder)
     data = Dataset(name, _title(folder, runs), "measured", findings=findings)
     cache: dict[str, Metrics | None] = {}
     for figure in FIGURES:
-        mine = {slot: run for slot, run in chosen.items() if slot.figure == figure}
+        mine = {slot: repeats for slot, repeats in chosen.items() if slot.figure == figure}
         if not mine:
             continue
         if figure in REFERENCES:
             data.figures[figure] = _bar_figure(figure, mine, cache, findings)
         else:
-            data.figures[figure] = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure}[figure](
-                mine
-            )
+            draw = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure}[figure]
+            data.figures[figure] = draw({slot: repeats[0] for slot, repeats in mine.items()})
     data.waits = {figure: text for figure, text in WAITS.items() if not _has_values(data.figures.get(figure))}
     return data
 
@@ -73,29 +72,32 @@ def _title(folder: Folder, runs: list[Run]) -> str:
     return f"run-set {folder.label}, {sources}" + (f" on {', '.join(devices[:4])}" if devices else "")
 
 
-def _one_run_per_slot(runs: list[Run], folder: Folder) -> dict[Slot, Run]:
-    by_slot: dict[Slot, list[Run]] = {}
-    for run in runs:
+def _runs_per_slot(runs: list[Run], folder: Folder) -> dict[Slot, list[Run]]:
+    """The repeats of each place, one run each, in their order."""
+    by_slot: dict[Slot, dict[int, list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: run.repeat):
         for slot in dict.fromkeys(run.slots):
-            by_slot.setdefault(slot, []).append(run)
-    chosen = {}
-    for slot, candidates in by_slot.items():
-        best = max(candidates, key=lambda r: (r.status == "ok", r.stamp, r.run_id))
-        chosen[slot] = best
-        if len(candidates) > 1:
-            rule = "the latest ok run" if best.status == "ok" else "the latest run"
-            message = f"{len(candidates)} runs for one place ({slot}); drawn: {rule}, {best.run_id}"
-            folder.report("two-runs", message, *[r.where for r in candidates], figures=(slot.figure,))
-    return chosen
+            by_slot.setdefault(slot, {}).setdefault(run.repeat, []).append(run)
+    return {slot: [_latest(slot, runs, folder) for runs in repeats.values()] for slot, repeats in by_slot.items()}
+
+
+def _latest(slot: Slot, candidates: list[Run], folder: Folder) -> Run:
+    best = max(candidates, key=lambda r: (r.status == "ok", r.stamp, r.run_id))
+    if len(candidates) > 1:
+        rule = "the latest ok run" if best.status == "ok" else "the latest run"
+        message = f"{len(candidates)} runs for one place ({slot}); drawn: {rule}, {best.run_id}"
+        folder.report("two-runs", message, *[r.where for r in candidates], figures=(slot.figure,))
+    return best
 
 
 # ----------------------------------------------------------------------------------------------------- figures 8, 9, 10
 
 
-def _bar_figure(figure: str, runs: dict[Slot, Run], cache: dict, findings: list[Finding]) -> BarFigure:
-    bars = {slot: _bar(slot, run, cache) for slot, run in runs.items()}
-    for slot, run in runs.items():
-        _check_slot(slot, run, bars[slot], findings)
+def _bar_figure(figure: str, runs: dict[Slot, list[Run]], cache: dict, findings: list[Finding]) -> BarFigure:
+    bars = {slot: _bar(slot, repeats, cache, findings) for slot, repeats in runs.items()}
+    for slot, repeats in runs.items():
+        for run in repeats:
+            _check_slot(slot, run, bars[slot], findings)
     groups: dict[tuple, list[Slot]] = {}
     for slot in runs:
         groups.setdefault((slot.panel, slot.group), []).append(slot)
@@ -104,7 +106,25 @@ def _bar_figure(figure: str, runs: dict[Slot, Run], cache: dict, findings: list[
     return finish_bars(BarFigure(figure, by_group(list(bars.values()))))
 
 
-def _bar(slot: Slot, run: Run, cache: dict) -> Bar:
+def _bar(slot: Slot, repeats: list[Run], cache: dict, findings: list[Finding]) -> Bar:
+    """One run: the median of its steps, p10 and p90. Several: the median of their medians, and the fastest and slowest."""
+    bars = [_run_bar(slot, run, cache) for run in repeats]
+    good = [bar for bar in bars if bar.value is not None]
+    if len(bars) == 1 or not good:
+        return bars[0]
+    if len(good) < len(bars):
+        message = f"{slot}: {len(bars) - len(good)} of {len(bars)} repeats gave no time; the others are drawn"
+        findings.append(Finding("lost-repeat", message, [b.file for b in bars if b.value is None], (slot.figure,)))
+    values = [bar.value for bar in good]
+    bar = min(good, key=lambda one: abs(one.value - float(np.median(values))))
+    bar.low, bar.value, bar.high = min(values), float(np.median(values)), max(values)
+    bar.num_samples = sum(one.num_samples for one in good)
+    listed = ", ".join(f"{value:.4g}" for value in values)
+    bar.detail = f"median of {len(good)} runs with medians of {listed} ms, of which one: {bar.detail}"
+    return bar
+
+
+def _run_bar(slot: Slot, run: Run, cache: dict) -> Bar:
     bar = Bar(
         slot.figure,
         slot.panel,
@@ -198,21 +218,24 @@ def _check_slot(slot: Slot, run: Run, bar: Bar, findings: list[Finding]) -> None
 
 
 def _check_group(
-    members: list[Slot], runs: dict[Slot, Run], bars: dict[Slot, Bar], cache: dict, findings: list[Finding]
+    members: list[Slot], runs: dict[Slot, list[Run]], bars: dict[Slot, Bar], cache: dict, findings: list[Finding]
 ) -> None:
     """Comparisons inside a group must be between different runs of the same work on the same device."""
     figure = members[0].figure
     place = " ".join(filter(None, (figure, members[0].panel, members[0].group)))
     good = [s for s in members if bars[s].value is not None]
-    mine, drawn = [runs[s] for s in good], [bars[s] for s in good]
-    digests: dict[str, list[Slot]] = {}
+    mine, drawn = [run for s in good for run in runs[s]], [bars[s] for s in good]
+    digests: dict[str, list[tuple[Slot, Run]]] = {}
     for slot in good:
-        digests.setdefault(cache[runs[slot].where].sha256, []).append(slot)
+        for run in runs[slot]:
+            if metrics := cache.get(run.where):
+                digests.setdefault(metrics.sha256, []).append((slot, run))
     for same in digests.values():
         if len(same) > 1:
-            names = " and ".join(sorted(s.series for s in same))
+            names = " and ".join(sorted(slot.series for slot, _ in same))
             message = f"{place}: byte-identical step times under {names}: one run, shown as two"
-            _note(findings, "identical-logs", message, [runs[s] for s in same], [bars[s] for s in same], figure)
+            shown = [bars[slot] for slot in dict.fromkeys(slot for slot, _ in same)]
+            _note(findings, "identical-logs", message, [run for _, run in same], shown, figure)
     for code, what, values in (
         ("mixed-devices", "devices", [clean(r.provenance.get("device"), 60) for r in mine]),
         ("other-model", "models", [clean(r.setting("model"), 2000) for r in mine]),
@@ -231,7 +254,7 @@ def _check_group(
         message = (
             f"{place}: the reference {REFERENCES[figure]} {why}: no speed-up in this group, absolute times instead"
         )
-        _note(findings, "no-reference", message, [runs[s] for s in members], [], figure)
+        _note(findings, "no-reference", message, [run for s in members for run in runs[s]], [], figure)
 
 
 # --------------------------------------------------------------------------------------------------- figures 11, 12, 13

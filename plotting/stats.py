@@ -9,7 +9,10 @@ import numpy as np
 
 from plotting.model import REFERENCES, Bar, BarFigure, ScatterPanel
 
-SERIES_ORDER = ("fastmoe", "tutel", "deepspeed", "fastermoe", "alpa", "smartmoe_static", "smartmoe")
+SERIES_ORDER = (
+    "fastmoe", "tutel", "padded", "deepspeed", "deepspeed_artifact", "megatron", "fastermoe", "alpa", "smartmoe_static",
+    "smartmoe",
+)  # fmt: skip
 
 
 def by_group(bars: list[Bar]) -> dict[str, dict[str, dict[str, Bar]]]:

@@ -62,7 +62,10 @@ matplotlib.rcParams.update(
 SERIES = {
     "fastmoe": ("FastMoE", "#BDBDBD"),
     "tutel": ("Tutel", "#CC79A7"),
+    "padded": ("padded, DeepSpeed's way", "#F0D9A0"),
     "deepspeed": ("DeepSpeed", "#E69F00"),
+    "deepspeed_artifact": ("DeepSpeed, artifact's model", "#8C6100"),
+    "megatron": ("Megatron-LM", "#117733"),
     "fastermoe": ("FasterMoE", "#56B4E9"),
     "alpa": ("Alpa's plan", "#009E73"),
     "smartmoe_static": ("SmartMoE (plan only)", "#0072B2"),

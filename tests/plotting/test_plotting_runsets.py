@@ -76,6 +76,39 @@ def test_one_run_serves_several_figures(run_set):
     assert group(data)["fastmoe"].value == group(data, "fig10")["fastmoe"].value
 
 
+def repeat(number, entry="train"):
+    return {"provenance": {"device": "cpu", "num_ranks": 4, "repeat": number, "entry": entry}}
+
+
+def test_repeats_are_one_bar_from_the_fastest_to_the_slowest(run_set):
+    run_set.add("a", [run_set.bar("fastmoe")], ms=100)
+    for number, ms in enumerate((60, 40, 50), start=1):
+        run_set.add(f"b{number}", [run_set.bar("smartmoe")], ms=ms, **repeat(number))
+    data = read(run_set)
+    bar = group(data)["smartmoe"]
+    assert (bar.low, bar.value, bar.high) == pytest.approx((40.065, 50.065, 60.065)) and bar.num_samples == 24
+    assert bar.file == "b3/metrics.jsonl" and "median of 3 runs with medians of 60.06, 40.06, 50.06 ms" in bar.detail
+    assert data.findings == [] and bar.speedup_low == pytest.approx(100.065 / 60.065)
+
+
+def test_a_repeat_that_failed_is_told_and_the_others_are_drawn(run_set):
+    run_set.add("a", [run_set.bar("fastmoe")], ms=100)
+    run_set.add("b1", [run_set.bar("smartmoe")], ms=60, status="oom", **repeat(1))
+    run_set.add("b2", [run_set.bar("smartmoe")], ms=40, **repeat(2))
+    run_set.add("b2-again", [run_set.bar("smartmoe")], ms=45, ended="2027-01-01T00:00:00Z", **repeat(2))
+    data = read(run_set)
+    assert group(data)["smartmoe"].value == pytest.approx(45.065) and codes(data) == ["two-runs", "lost-repeat"]
+    assert "1 of 2 repeats gave no time" in data.findings[1].message
+
+
+def test_padded_runs_from_before_the_package_could_run_are_named_so(run_set):
+    run_set.add("a", [run_set.bar("fastmoe")], ms=100)
+    run_set.add("b", [run_set.bar("deepspeed")], ms=50, **repeat(1))
+    run_set.add("c", [run_set.bar("deepspeed", group="4/2.4")], ms=50, **repeat(1, entry="deepspeed"))
+    data = read(run_set)
+    assert list(group(data)) == ["fastmoe", "padded"] and list(group(data, name="4/2.4")) == ["deepspeed"]
+
+
 def test_two_runs_for_one_bar_take_the_latest_ok(run_set):
     run_set.add("a", [run_set.bar("fastmoe")], ms=100, ended="2026-01-02T00:00:00Z")
     run_set.add("b", [run_set.bar("fastmoe")], ms=90, ended="2026-01-03T00:00:00Z")
