@@ -16,6 +16,7 @@ from smartmoe import checkpoint
 from smartmoe.config import LayerConfig, ParallelPlan, check
 from smartmoe.parallel.zero import ShardedBuffers, cut_rows
 from smartmoe.placement import Placement
+from smartmoe.planner.memory import Parameters, optimizer_bytes
 
 # Nothing divides: rows are dealt out unevenly, and of the 6 experts' router rows the last of 4 ranks gets none.
 ODD_MODEL = dataclasses.replace(
@@ -153,6 +154,10 @@ def test_a_rank_keeps_its_part_of_the_optimizer_state(runs):
     assert set(shared) == {4, 2}  # dense parameters on all ranks, experts on two
     assert sum(kept) == 3 * (shared[4] + 2 * shared[2])  # nothing is kept twice: 2 expert groups with as many experts
     assert max(kept) < 1.1 * sum(kept) / 4
+    told = optimizer_bytes(Parameters(dense=shared[4], expert=shared[2]), SPLIT, 4, 1)
+    assert sum(told) == 4 * sum(kept) / 4  # of the mean rank
+    assert optimizer_bytes(Parameters(dense=6.0, router=2.0, expert=5.0), SPLIT, 2, 0) == (4 * 9, 8 * 11)
+    assert optimizer_bytes(Parameters(dense=6.0, router=2.0, expert=4.0), SPLIT, 2, 1) == (4 * 3.5, 8 * 3.5)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -105,3 +107,15 @@ def test_plans_move_memory_the_way_they_should():
         _config(), ClusterSpec(ranks_per_node=4), None, loads.zipf(_config().model, GateConfig(kind="naive"))
     )
     assert more.memory(ParallelPlan(dp=4, ep=4), 4).activations > cost.memory(ParallelPlan(dp=4, ep=4), 4).activations
+
+
+def test_zero_shares_out_masters_and_moments():
+    config, plan = _config(), ParallelPlan(dp=4, ep=2)
+    sharing = dataclasses.replace(config, workload=dataclasses.replace(config.workload, zero=1))
+    held = _cost(config).parameters(plan)[0]
+    without, with_it = _cost(config).memory(plan, 4), _cost(sharing).memory(plan, 4)
+    assert with_it.moments == pytest.approx(8 * (held.dense / 4 + held.expert / 2))
+    assert with_it.masters == pytest.approx(with_it.moments / 2)
+    assert (with_it.weights, with_it.gradients) == (without.weights, without.gradients)
+    alone = [_cost(each).memory(ParallelPlan(), 4) for each in (config, sharing)]
+    assert alone[0] == alone[1]

@@ -107,8 +107,9 @@ class CostModel:
         setting = self.setting(plan, micro_batch)
         rows_SLW = self._rows(setting)
         return memory.estimate(
-            plan, setting, micro_batch, self.num_micro_batches(plan, micro_batch), rows_SLW, self.parameters(plan)
-        )
+            plan, setting, micro_batch, self.num_micro_batches(plan, micro_batch), rows_SLW, self.parameters(plan),
+            self.config.workload.zero,
+        )  # fmt: skip
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
         """Mean step time without the pipeline's idle time: no schedule can be shorter."""

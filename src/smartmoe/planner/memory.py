@@ -1,7 +1,8 @@
 """Device memory of a plan: what the trainer, its autograd graph and the pipeline schedule keep alive.
 
 Counts what the code allocates through torch on a GPU. The state: weights in the training dtype (routers in float32),
-float32 masters beside 16-bit weights, two float32 moments, one flat float32 gradient. Activations: the tensors that
+float32 masters beside 16-bit weights, two float32 moments, one flat float32 gradient; ZeRO-1 shares masters and moments
+out, not the gradient. Activations: the tensors that
 autograd saves in smartmoe.gpt, gates, ops and dispatch, for as many micro-batches as the schedule holds. The pipeline
 library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
 """
@@ -122,11 +123,12 @@ def estimate(
     num_micro_batches: int,
     rows_SLW: np.ndarray,
     parameters: list[Parameters],
+    zero: int = 0,
 ) -> Memory:
     """Memory of the fullest stage.
 
     rows_SLW: rows that each rank of an expert group computes in a micro-batch, by sample and MoE layer; the worst sample
-    counts. parameters: of each chunk.
+    counts. parameters: of each chunk. zero: as workload.zero.
     """
     model, width = setting.model, setting.model.hidden_size
     bytes_ = setting.dtype_bytes
@@ -173,11 +175,13 @@ def estimate(
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
         if plan.pp * plan.vpp - 1 in chunks:
             transient = max(transient, loss_moment)
-        narrow = 0 if bytes_ == 4 else mine.total - mine.router
+        masters, moments = optimizer_bytes(mine, plan, bytes_, zero)
+        # ZeRO-1 stages the largest parameter's gradient, when the activations are gone
+        transient = max(transient, (4 * mine.largest if zero and plan.stage_size > 1 else 0.0) - activations)
         memory = Memory(
             weights=bytes_ * (mine.total - mine.router) + 4 * mine.router,
-            masters=4 * narrow,
-            moments=8 * mine.total,
+            masters=masters,
+            moments=moments,
             gradients=4 * mine.total,
             activations=activations,
             buffers=buffers,
@@ -188,6 +192,21 @@ def estimate(
         if best is None or memory.total > best.total:
             best = memory
     return best
+
+
+def optimizer_bytes(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int) -> tuple[float, float]:
+    """(float32 masters, moments) of one rank: of all that it has, with ZeRO-1 of its part. A float32 parameter is its own
+    master unless it is shared out."""
+    masters = moments = 0.0
+    for numel, wide, sharers in (
+        (mine.dense, mine.router, plan.stage_size),
+        (mine.tensor, 0.0, plan.dp),
+        (mine.expert, 0.0, plan.expert_dp),
+    ):
+        num = sharers if zero else 1
+        moments += 8 * numel / num
+        masters += 4 * (numel if num > 1 else (numel - wide) * (dtype_bytes < 4)) / num
+    return masters, moments
 
 
 def _hidden_width(model: ModelConfig) -> int:
