@@ -31,9 +31,9 @@ HOW = {
         "fig13": "minimum of 4 rounds; stars: placement changed",
     },
     "measured": {
-        "fig8": "median step time after warm-up, error bars p10 to p90",
-        "fig9": "median step time after warm-up, error bars p10 to p90",
-        "fig10": "median step time after warm-up, error bars p10 to p90",
+        "fig8": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
+        "fig9": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
+        "fig10": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
         "fig11": "one point for each layer and iteration",
         "fig12": "means over iterations after warm-up and all ranks, error bars p10 to p90 over iterations",
         "fig13": "stars: placement changed",

@@ -63,12 +63,16 @@ class Grid:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One system of a grid. `series` is its name in the figure (default: the system's); `gates` picks some of the
-    grid's gates by capacity (default: all); `trace_from` = "figN/series" replays the trace which that run records.
-    Beside these a row may have the tables plan (dp = 0: all ranks that are left, ep = 0: a whole stage) and online."""
+    grid's gates by capacity (default: all), `min_ranks` and `max_ranks` (0: no limit) clusters by size, for plans that are
+    best there; `trace_from` = "figN/series" replays the trace which that run records.
+    Beside these a row may have the tables plan (dp = 0: all ranks that are left, ep = 0: a whole stage) and online.
+    """
 
     system: str
     series: str = ""
     gates: tuple[str, ...] = ()
+    min_ranks: int = 1
+    max_ranks: int = 0
     record_trace: bool = False
     trace_from: str = ""
     step_s: float = 0.0
@@ -173,7 +177,8 @@ class Configs:
                 # gate by gate, and all systems before a repeat: those that a figure compares run close to one another
                 for gate, repeat in itertools.product(gates, range(1, grid.repeats + 1)):
                     for place, (row, parts) in enumerate(parsed, 1):
-                        if gate in _gates_of(row, gates, f"{where}, system {place}"):
+                        fits = row.min_ranks <= cluster.num_ranks <= (row.max_ranks or cluster.num_ranks)
+                        if fits and gate in _gates_of(row, gates, f"{where}, system {place}"):
                             source = _source(row, by_series, where)
                             first = self._run(figure, grid, row, parts, gate, cluster, source, where)
                             run = _merge(runs, _as_repeat(first, repeat))

@@ -69,6 +69,18 @@ def test_repeats_are_runs_of_other_seeds_for_the_same_bar(folder):
     assert [run.run_id[-3:] for run in last[::2]] == ["ep4", "-r2", "-r3"] and last[0].bars == last[2].bars
 
 
+@pytest.mark.parametrize("num_ranks,pp", [(1, 1), (2, 1), (3, 3), (6, 3)])
+def test_a_row_may_be_for_some_sizes_of_cluster(folder, num_ranks, pp):
+    head, _, row = GRID.rpartition("[[grid.systems]]")
+    rows = [row.replace("{ pp = 2, dp = 2, ep = 2 }", "{ dp = 0, ep = 0 }") + "max_ranks = 2\n",
+            row.replace("{ pp = 2, dp = 2, ep = 2 }", "{ pp = 3, dp = 0, ep = 1 }") + "min_ranks = 3\n"]  # fmt: skip
+    text = "[[grid.systems]]".join([head.partition("[[grid.systems]]")[0], *rows])
+    text = text.replace("panel", "workload = { global_batch_size = 24, micro_batch_size = 2 }\npanel")
+    (folder / "experiments" / "fig8.toml").write_text(text)
+    (run,) = Configs(folder).expand(["fig8"], "cpu", ClusterSpec(ranks_per_node=num_ranks))
+    assert run.config.plan.pp == pp and run.config.plan.world_size == num_ranks
+
+
 def test_a_program_of_its_own_is_the_entry_of_its_runs(folder):
     (folder / "experiments" / "fig8.toml").write_text(GRID.replace('"fastmoe"', '"deepspeed"'))
     runs = expand(folder)
