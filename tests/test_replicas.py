@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, OnlineConfig, RunConfig, Workload
 from smartmoe.ops.replica_exchange import Transfers, _batches
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import copy_cost, return_all, send_all
+from smartmoe.replicas import Plan, copy_cost, return_all, send_all
 from tests import oracle
 from tests.dist import spawn
 from tests.test_layer import MECHANISMS, MODEL, make_config, make_layer, make_tokens, run_layer
@@ -205,6 +205,25 @@ def test_layers_travel_together_unless_one_rank_sends_much_more_than_it_holds():
     assert _batches(hotter, 2) == [hotter]
 
 
+def check_unused_weights(layer):
+    """Weights that were sent and never used are there for a pass that needs some of them again."""
+    replication, placement = layer.replication, layer.placement
+    num_bytes, plans = replication.num_bytes, []
+    for chosen in ("all slots", "hot expert everywhere"):
+        replicas = replica_tables(placement)[chosen]
+        plans.append(Plan(replicas, Transfers.of(placement, replicas, layer.ep_group.rank()), None))
+    with torch.no_grad():
+        for storage in layer.experts.storages:
+            storage[placement.slots_per_rank :] = torch.nan
+    slots = np.array([plan.replicas.expert_of_replica for plan in plans])
+    assert ((slots[0] == slots[1]) & (slots[0] >= 0)).any(), "nothing that both want"
+    replication.send_weights(plans[0])
+    replication.restore_weights(plans[1])
+    replication.wait_weights()
+    check_copies(layer, plans[1].replicas.expert_of_replica)
+    replication.num_bytes = num_bytes
+
+
 def run_interleaved(world_rank):
     """Three micro-batches in flight, as in a pipeline: all forward passes, then all backward passes."""
     results = {}
@@ -223,6 +242,8 @@ def run_interleaved(world_rank):
             y.backward(grad.float())
         experts = experts_of(layer, [param.grad for param in layer.experts.weights()])
         results[mechanism, recompute] = {"x": torch.stack([x.grad for x in xs]), **experts}
+        if mechanism == "basic" and not recompute:
+            check_unused_weights(layer)
         if mechanism != "plain":
             num_copies = sum(np.count_nonzero(np.array(experts) >= 0) for experts in held)
             results["bytes", mechanism, recompute] = (layer.replication.num_bytes, num_copies * EXPERT_BYTES)

@@ -299,6 +299,7 @@ class ExactReplication(CollectiveReplication):
             self._fill(plan.replicas, self._transfers(plan.replicas, self._held))
 
     def _fill(self, replicas: Replicas, transfers: Transfers) -> None:
+        self.wait_weights()  # of a pass that has not used them: what is held below is in the slots or on its way
         self.swaps = start_weights([(self.storages, self.num_owned, transfers)], self.ep_group)
         self.num_bytes += sum(swap.num_bytes for swap in self.swaps)
         self._held = replicas.expert_of_replica
