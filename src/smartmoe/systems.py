@@ -78,6 +78,13 @@ SYSTEMS: dict[str, System] = {
         host="deepspeed",
         artifact=True,
     ),
+    "megatron": System(
+        about="the package megatron-core: Megatron-LM's loop, distributed optimizer and own MoE layer, on FastMoE's plan",
+        layer=_LOOP,
+        scope="local",
+        host="megatron",
+        zero=1,
+    ),
     "tutel": System(
         about="adaptive parallelism and pipelining of padded exchanges",
         unavailable="its adaptive switching of parallelism and pipelining degree is not built, and without it the "

@@ -61,6 +61,7 @@ def install() -> None:
         "device_count": 1,
         "current_device": CPU,
         "get_device_capability": (9, 0),
+        "get_device_name": "cpu",
         "current_stream": nothing,
         "default_stream": nothing,
         "memory_allocated": 0,
@@ -81,7 +82,7 @@ def install() -> None:
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.default_generator.manual_seed
     torch.cuda.manual_seed_all = lambda seed: None
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.cuda = torch.nn.Module.cuda = torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     exchange = dist.all_to_all_single
 
     def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from smartmoe import record, systems
+from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, Workload, to_dict
+
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS, MOVE_AT = 10, 5
 SIZES = {
@@ -47,6 +50,7 @@ system = "smartmoe"
 policy = "greedy"
 interval = {MOVE_AT}
 """
+LAUNCHED = "launched"  # Megatron's own layer on a run directory, as scripts/launch.py starts it
 SYSTEMS = {"megatron": "megatron", "ours": "smartmoe_static", "moving": MOVING}
 EP2 = ("--expert-model-parallel-size", "2")
 TP2_EP2 = (*EP2, "--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -70,6 +74,7 @@ def worlds() -> dict[int, list[Case]]:
             *plan("ep2", EP2),
             *plan("tp2", TP2_EP2),
             *plan("half", HALF, ("ours", "moving")),
+            Case("launched-megatron", LAUNCHED),
             Case("saved-whole", MOVING, (*EP2, *RESHARDABLE, *SAVE)),
             Case("saved-same", MOVING, (*EP2, *RESHARDABLE, *LOAD)),
             Case("saved-one", "smartmoe_static", (*RESHARDABLE, *LOAD)),
@@ -89,7 +94,7 @@ def run_case(case: Case, folder: Path) -> None:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.training import training
 
-    from smartmoe.hosts.megatron import pretrain_gpt
+    from smartmoe.hosts.megatron import pretrain_gpt, run
 
     words = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in FLAGS]
@@ -97,15 +102,34 @@ def run_case(case: Case, folder: Path) -> None:
     sys.argv = ["pretrain_gpt", *words, *own, "--smartmoe", case.system, "--smartmoe-run", str(folder / case.name)]
     originals = {name: getattr(training, name) for name in ("train_step", "save_checkpoint", "load_checkpoint")}
     describe = pretrain_gpt.model_config
-    pretrain_gpt.model_config = partial(_with_equal_weights, describe)
+    if case.system != LAUNCHED:
+        pretrain_gpt.model_config = partial(_with_equal_weights, describe)
     try:
-        pretrain_gpt.main()
+        if case.system == LAUNCHED:
+            if dist.get_rank() == 0:
+                record.create_run(folder / case.name, case.name, to_dict(launched_config()), [])
+            dist.barrier()
+            run.main([str(folder / case.name)])
+        else:
+            assert pretrain_gpt.main() == 0
     finally:
         pretrain_gpt.model_config = describe
         for name, original in originals.items():
             setattr(training, name, original)
         get_moe_metrics_tracker().clear()
         training.destroy_global_state()
+
+
+def launched_config():
+    """The smallest run of figure 8's kind: GShard's capacity, biases, ZeRO-1."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "ffn_size": 32, "num_heads": 2, "seq_len": 16, "num_experts": 4}
+    return systems.build(
+        "megatron",
+        model=ModelConfig(**sizes),
+        gate=GateConfig(kind="gshard", capacity=1.2),
+        workload=Workload(global_batch_size=4, micro_batch_size=1, iterations=ITERATIONS, lr=1e-2),
+        cluster=ClusterSpec(device="cuda", ranks_per_node=2),
+    )
 
 
 def _with_equal_weights(describe, *args):

@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from smartmoe import systems
 from smartmoe.config import RunConfig
 from smartmoe.hosts.deepspeed import limits as deepspeed_limits
+from smartmoe.hosts.megatron import limits as megatron_limits
 
 
 @dataclass(frozen=True)
 class Host:
     """A program that trains the run of a run directory: torchrun -m `module` RUN_DIR. It needs `package`, which `install`
-    brings; `problems(config)` lists why it cannot do a run."""
+    brings; `problems(config)` lists why it cannot do a run. `import_name`: of the package, where it is another one."""
 
     module: str
     package: str
     install: str
     problems: Callable[[RunConfig], list[str]]
+    import_name: str = ""
 
     @property
     def lacking(self) -> str:
         """What this Python must be given first; empty when it has the package."""
-        if importlib.util.find_spec(self.package) is not None:
+        if importlib.util.find_spec(self.import_name or self.package) is not None:
             return ""
         return f"the package {self.package} is not installed: {self.install}"
 
@@ -37,6 +39,13 @@ HOSTS = {
         "deepspeed",
         'pip install --no-build-isolation "deepspeed>=0.19.8,<0.20"',
         deepspeed_limits.problems,
+    ),
+    "megatron": Host(
+        "smartmoe.hosts.megatron.run",
+        "megatron-core",
+        'pip install --no-build-isolation ".[megatron]" (Python >= 3.12)',
+        megatron_limits.problems,
+        import_name="megatron",
     ),
 }
 

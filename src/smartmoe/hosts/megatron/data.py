@@ -37,7 +37,7 @@ def datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None):
     args = get_args()
     if args.smartmoe_text is None:
         return _indexed(num_samples, vp_stage)
-    tokens = load_tokens(args.smartmoe_text, args.padded_vocab_size, seed=args.seed)
+    tokens = load_tokens(args.smartmoe_text, args.padded_vocab_size, args.smartmoe_cache, seed=args.seed)
     starts = (0, num_samples[0], num_samples[0] + num_samples[1])
     return tuple(
         TextSamples(tokens, args.seq_length, count, first) if count else None

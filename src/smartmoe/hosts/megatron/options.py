@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from smartmoe import config as configs
@@ -20,9 +21,11 @@ from smartmoe.config import (
     RunConfig,
     Workload,
 )
+from smartmoe.data import CACHE_DIR
 
 HOST_ONLY = "megatron"  # Megatron's own MoE layer, with SmartMoE's run directory
-TABLES = ("system", "layer", "online", "record_spans")
+TABLES = ("system", "layer", "online")
+PRESETS = tuple(name for name, system in systems.SYSTEMS.items() if not (system.host or system.unavailable))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -31,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--smartmoe",
         metavar="SYSTEM|TOML",
+        type=_system_or_file,
         default="smartmoe",
-        help=f'which MoE layer trains: "{HOST_ONLY}" (Megatron\'s own), one of {", ".join(systems.SYSTEMS)}, or a TOML '
+        help=f'which MoE layer trains: "{HOST_ONLY}" (Megatron\'s own), one of {", ".join(PRESETS)}, or a TOML '
         f"file with the keys {', '.join(TABLES)}; plan, model and workload are Megatron's arguments (default: smartmoe)",
     )
     group.add_argument(
@@ -49,7 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="train on these text files, or without any on the Python standard library's source, instead of --data-path",
     )
+    group.add_argument(
+        "--smartmoe-cache",
+        metavar="DIR",
+        default=CACHE_DIR,
+        help=f"where tokenised text is kept (default: {CACHE_DIR})",
+    )
+    for action in parser._actions:  # megatron-core 0.19 has per cent signs that --help stumbles over
+        action.help = re.sub(
+            r"%%|%\(\w+\)[sdrf]|%", lambda found: found[0] if found[0] != "%" else "%%", action.help or ""
+        )
     return parser
+
+
+def _system_or_file(name: str) -> str:
+    try:
+        _asked(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
@@ -90,13 +112,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
 
 def _asked(name: str) -> dict:
     if not name.endswith((".toml", ".json")):
-        if name != HOST_ONLY:
-            try:
-                systems.get(name)
-            except ValueError as error:
-                also = f"{HOST_ONLY} (Megatron's own layer) or a .toml file"
-                raise ValueError(f"--smartmoe: {error}; it may be {also}, too") from None
-        return {"system": name}
+        return {"system": _known(name)}
     table = configs.read_table(name)
     wrong = [key for key in table if key not in TABLES]
     if wrong:
@@ -108,7 +124,14 @@ def _asked(name: str) -> dict:
     parsed = {
         key: configs.from_dict(kinds[key], value, f"{name}: {key}") for key, value in table.items() if key in kinds
     }
-    return {"system": "smartmoe", **table, **parsed}
+    asked = {"system": "smartmoe", **table, **parsed}
+    return {**asked, "system": _known(asked["system"])}
+
+
+def _known(name: str) -> str:
+    if name != HOST_ONLY and name not in PRESETS:
+        raise ValueError(f'"{name}" is not one of {HOST_ONLY}, {", ".join(PRESETS)}, nor a .toml file')
+    return name
 
 
 def _problems(args) -> list[str]:
@@ -168,7 +191,8 @@ def _online_problems(args, asked: dict) -> list[str]:
 
 
 def _model(args) -> ModelConfig:
-    frequency = args.moe_layer_freq if isinstance(args.moe_layer_freq, int) else 1
+    every = args.moe_layer_freq
+    every = every if isinstance(every, int) else max(1, len(every) // max(1, sum(every)))
     return ModelConfig(
         name="megatron",
         num_layers=args.num_layers,
@@ -179,7 +203,7 @@ def _model(args) -> ModelConfig:
         vocab_size=args.padded_vocab_size or args.vocab_size,
         num_experts=args.num_experts or 1,
         top_k=args.moe_router_topk,
-        moe_every=frequency,
+        moe_every=every,
         activation="swiglu" if args.swiglu else "gelu",
         expert_bias=args.add_bias_linear,
     )

@@ -8,6 +8,7 @@ All arguments of Megatron's own pretrain_gpt.py keep their meaning; --help lists
 from __future__ import annotations
 
 import importlib.util
+import sys
 from functools import partial
 
 import megatron.core.datasets.utils
@@ -62,10 +63,14 @@ def keep_built_helpers() -> None:
         megatron.core.datasets.utils.compile_helpers = lambda: None
 
 
-def main() -> None:
+def parse():
+    """Megatron's validated arguments, from sys.argv, with SmartMoE's."""
     keep_built_helpers()
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
-    run = run_config(args)
+    return parse_and_validate_args(extra_args_provider=add_arguments)
+
+
+def train(args, run: RunConfig) -> None:
+    """Megatron's training loop over what `args` say. Collective over the world that torchrun started."""
     session = Session(run, args.smartmoe_run)
     session.install()
     container = pretrain_cfg_container_from_args(args, model_config(args, run))
@@ -73,5 +78,16 @@ def main() -> None:
     session.finish()
 
 
+def main() -> int:
+    args = parse()
+    try:
+        run = run_config(args)
+    except ValueError as error:
+        print(f"smartmoe: {error}", file=sys.stderr)
+        return 2
+    train(args, run)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What --smartmoe makes of Megatron's arguments, and a run of ours in Megatron's words; without megatron-core."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from smartmoe import systems
+from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, OnlineConfig, ParallelPlan, Workload
+from smartmoe.hosts.megatron import limits, options
+
+FITTING = {
+    "smartmoe": "smartmoe", "num_experts": 8, "add_bias_linear": False, "swiglu": True, "openai_gelu": False,
+    "squared_relu": False, "expert_tensor_parallel_size": 1, "context_parallel_size": 1, "fp8": None, "fp4": None,
+    "moe_pad_expert_input_to_capacity": False, "overlap_p2p_comm": True, "virtual_pipeline_model_parallel_size": None,
+    "overlap_param_gather": False, "async_save": False, "use_precision_aware_optimizer": False,
+    "optimizer_cpu_offload": False, "num_distributed_optimizer_instances": 1, "pipeline_model_parallel_size": 2,
+    "tensor_model_parallel_size": 1, "expert_model_parallel_size": 2, "data_parallel_size": 2, "world_size": 4,
+    "recompute_granularity": None, "moe_layer_freq": [0, 1, 0, 1], "num_layers": 4, "hidden_size": 64,
+    "moe_ffn_hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "seq_length": 64, "vocab_size": 512,
+    "padded_vocab_size": None, "moe_router_topk": 2, "moe_aux_loss_coeff": [0.01, 0.02], "bf16": True, "fp16": False,
+    "moe_expert_capacity_factor": 1.2, "global_batch_size": 16, "micro_batch_size": 2, "train_iters": 20, "seed": 7,
+    "lr": 1e-3, "min_lr": None, "lr_warmup_iters": 2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
+    "adam_eps": 1e-8, "clip_grad": 1.0, "smartmoe_text": None, "save": None, "save_interval": None,
+}  # fmt: skip
+
+
+def arguments(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**FITTING, **changes})
+
+
+def test_a_run_is_described_by_megatrons_arguments():
+    run = options.run_config(arguments())
+    assert run.plan == ParallelPlan(pp=2, dp=2, ep=2) and run.online == OnlineConfig(policy="greedy", interval=10)
+    assert (run.model.moe_every, run.model.activation, run.model.ffn_size) == (2, "swiglu", 128)
+    assert (run.gate.capacity, run.gate.scope, run.gate.balance_weight) == (1.2, "local", 0.03)
+    assert (run.workload.dtype, run.workload.seed, run.workload.iterations) == ("bfloat16", 7, 20)
+    whole = {"pipeline_model_parallel_size": 1, "data_parallel_size": 4, "expert_model_parallel_size": 4}
+    assert options.run_config(arguments(smartmoe="fastmoe", **whole)).layer.experts == "loop"
+    own = options.run_config(arguments(smartmoe="megatron", add_bias_linear=True, overlap_param_gather=True))
+    assert own.system == "megatron" and own.online.policy == "static"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"add_bias_linear": True}, "--disable-bias-linear"),
+        ({"swiglu": False}, "--openai-gelu"),
+        ({"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 1"),
+        ({"moe_shared_expert_intermediate_size": 64}, "--moe-shared-expert-intermediate-size is not available"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers is not available"),
+        ({"fp8": "hybrid"}, "fp8"),
+        ({"overlap_param_gather": True}, "leave --overlap-param-gather out"),
+        ({"async_save": True}, "leave --async-save out"),
+        ({"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": False}, "wrong gradients"),
+        ({"num_experts": 7}, "plan.ep = 2 does not divide model.num_experts = 7"),
+        ({"smartmoe": "fastmoe"}, "has its own plan"),
+    ],
+)
+def test_what_does_not_go_together_is_said_at_once(changes, words):
+    with pytest.raises(ValueError, match=words):
+        options.run_config(arguments(**changes))
+
+
+def test_a_file_says_layer_and_placement(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[online]\npolicy = "auto"\ninterval = 5\n[layer]\nexperts = "loop"\n')
+    run = options.run_config(arguments(smartmoe=str(file)))
+    assert (run.online.policy, run.online.interval, run.layer) == ("auto", 5, LayerConfig(experts="loop"))
+    file.write_text('[online]\npolicy = "auto"\nreplicate = "history"\nreplica_slots = 1\n')
+    with pytest.raises(ValueError, match='take replicate = "never"'):
+        options.run_config(arguments(smartmoe=str(file)))
+    file.write_text("[plan]\npp = 2\n")
+    with pytest.raises(ValueError, match="are Megatron's arguments here"):
+        options.run_config(arguments(smartmoe=str(file)))
+    file.write_text('[online]\npolcy = "auto"\n')
+    with pytest.raises(ValueError, match='did you mean "policy"'):
+        options.run_config(arguments(smartmoe=str(file)))
+
+
+@pytest.mark.parametrize("name", ["smartmo", "deepspeed", "tutel", "missing.toml"])
+def test_a_wrong_name_ends_the_command_with_what_there_is(name, capsys):
+    parser = options.add_arguments(argparse.ArgumentParser())
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--smartmoe", name])
+    assert ended.value.code == 2 and "argument --smartmoe: " in capsys.readouterr().err
+
+
+def test_help_survives_per_cent_signs_of_others():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--loss", default=3, help="100% (or 5 %) of all, 2%% more; default %(default)s")
+    text = options.add_arguments(parser).format_help()
+    assert "100% (or 5 %) of all, 2% more; default 3" in text and "smartmoe_static, smartmoe, or a TOML" in text
+
+
+# --------------------------------------------------------------------------------------------- a run directory's run
+
+
+def launched(**changes):
+    parts = {
+        "model": ModelConfig(num_layers=4, moe_every=2),
+        "gate": GateConfig(kind="gshard", capacity=1.2),
+        "workload": Workload(dtype="bfloat16", checkpoint_interval=5),
+        "cluster": ClusterSpec(device="cuda", ranks_per_node=4),
+    }
+    return systems.build("megatron", **{**parts, **changes})
+
+
+def test_a_run_in_megatrons_words(tmp_path):
+    line = limits.words(launched(), tmp_path)
+    values = dict(zip(line, [*line[1:], ""], strict=True))
+    assert values["--moe-layer-freq"] == "[0,1,0,1]" and values["--moe-expert-capacity-factor"] == "1.2"
+    assert values["--expert-model-parallel-size"] == "4" and values["--save"] == str(tmp_path / "checkpoints")
+    assert {"--openai-gelu", "--use-distributed-optimizer", "--bf16"} <= set(line) and "--load" not in line
+    naive = limits.words(launched(gate=GateConfig()), tmp_path)
+    assert "none" in naive and "--moe-aux-loss-coeff" not in naive
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
+    assert "--load" in limits.words(launched(), tmp_path, resume=True)
+
+
+def test_what_megatron_cannot_do_is_said_before_it_starts():
+    good = launched()
+    assert not limits.problems(good)
+    change = dataclasses.replace
+    for bad, words in (
+        (launched(cluster=ClusterSpec()), "GPUs"),
+        (change(good, gate=change(good.gate, kind="noisy")), "router"),
+        (change(good, gate=change(good.gate, scope="global")), "scope"),
+        (change(good, plan=ParallelPlan(dp=2, tp=2, ep=4)), "Transformer Engine"),
+        (change(good, plan=ParallelPlan(pp=2, vpp=2, dp=2, ep=2)), "wrong gradients"),
+        (change(good, online=OnlineConfig(policy="auto")), "online"),
+        (change(good, workload=change(good.workload, zero=2)), "zero"),
+        (change(good, record_trace=True), "record_trace"),
+    ):
+        assert any(words in problem for problem in limits.problems(bad)), words
