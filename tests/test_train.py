@@ -11,7 +11,7 @@ import torch
 from dist import spawn, start_training, worker_pids
 from parity import CACHE, MODEL, make_config, make_trainer
 
-from smartmoe import checkpoint, record
+from smartmoe import checkpoint, record, train
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan, to_dict
 from smartmoe.trace import ExpertTrace
 
@@ -64,6 +64,8 @@ def test_a_run_directory_has_everything(tmp_path):
     assert moved
     log = (tmp_path / "train.log").read_text()
     assert log.count("elapsed time per iteration (ms)") == 5 and "tokens/s" in output and "left" in output
+    assert all(line["tflops_per_rank"] > 0 for line in metrics) and "TFLOP/s a rank" in output
+    assert "pp2 dp2 tp1 ep2" in output and "iterations 1 to 5" in output
 
 
 def _run_out_of_rows(world_rank):
@@ -78,6 +80,7 @@ def _run_out_of_rows(world_rank):
         dispatchers = [each.dispatcher for each in trainer.layers.values()]
         if row_factor == 1.0:
             for dispatcher in dispatchers:
+                dispatcher.num_careful = 1
                 dispatcher.told.on_host.zero_(), dispatcher.told.most.zero_()
                 dispatcher._most_needed = dispatcher._num_rows = 0
         num_runs, run = [], trainer.runner.run
@@ -128,3 +131,18 @@ def test_a_run_that_cannot_start_says_why_in_error_json(tmp_path, change, words)
     assert process.returncode != 0
     error = json.loads((tmp_path / "error.json").read_text())
     assert words in error["message"] and words in output and error["oom"] is False
+
+
+def test_running_out_of_memory_says_what_would_need_less():
+    config = make_config(ParallelPlan(dp=2, ep=1))
+    advice = train.memory_advice(config)
+    for way in ("micro_batch_size (2)", "recompute = true", "zero = 1", "plan.ep (1)", "plan.pp", "smartmoe plan", "dp2"):
+        assert way in advice
+    lean = make_config(ParallelPlan(recompute=True))
+    assert "recompute = true" not in train.memory_advice(lean) and "zero" not in train.memory_advice(lean)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory with plan pp1 dp2.*tried to allocate 3 TB") as found:
+        with train._explained_memory(config, torch.device("cpu")):
+            raise torch.OutOfMemoryError("tried to allocate 3 TB")
+    assert train._is_out_of_memory(found.value)
+    with pytest.raises(RuntimeError, match="^something else$"), train._explained_memory(config, torch.device("cpu")):
+        raise RuntimeError("something else")

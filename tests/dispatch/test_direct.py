@@ -127,10 +127,17 @@ def test_gpus_give_the_oracles_answer(num_ranks):
 # What the dispatcher says of itself.
 
 
+def _hasty(num_ranks):
+    """A dispatcher that asks only in its first call what a routing needs, and makes room for no more."""
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher.num_careful = 1
+    return dispatcher
+
+
 def _overflow(world_rank, num_ranks, device_type):
     """A routing that needs more rows than any before it: what comes of it, with and without someone who asks."""
     device = _device(device_type, world_rank)
-    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher = _hasty(num_ranks)
     routed = {kind: _routed(num_ranks, world_rank, device, kind) for kind in ("random", "one rank", "nothing")}
 
     def call(kind):
@@ -151,12 +158,12 @@ def _overflow(world_rank, num_ranks, device_type):
     _check_exchange(call("one rank"), _wanted(*routed["one rank"]), "with the room that it needed")
     seen["nothing"] = call("nothing")[0]
     # a call tells the host behind it; the next one hears
-    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher = _hasty(num_ranks)
     call("random"), call("one rank")
     seen["next call"] = told(lambda: call("nothing"))
     call("one rank")
     # whoever asks is not interrupted, and the room grows all the same
-    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher = _hasty(num_ranks)
     dispatcher.waits_to_be_asked = True
     call("random"), call("one rank"), call("nothing")
     seen["asked"] = dispatcher.overflow(), dispatcher.overflow()
@@ -180,7 +187,7 @@ def _odd(world_rank, num_ranks, device_type):
     """A routing with weights that are not numbers, as behind a layer that ran out of room: NaN comes out where it belongs
     and nothing is learnt from it."""
     device = _device(device_type, world_rank)
-    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher = _hasty(num_ranks)
     x, slot, weight, grad = _routed(num_ranks, world_rank, device)
     _exchange(dispatcher, x, slot, weight, grad, world_rank)
     room = dispatcher._num_rows
@@ -202,6 +209,22 @@ def _odd(world_rank, num_ranks, device_type):
 def test_a_routing_without_numbers_asks_for_no_room(device_type):
     num_ranks = 2 if device_type == "cuda" else 3
     spawn(_odd, num_ranks, num_ranks, device_type, backend=_gpus(num_ranks) if device_type == "cuda" else "gloo")
+
+
+def _careful(world_rank, num_ranks):
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=1.0)
+    dispatcher.num_careful = 3
+    for kind in ("random", "one rank"):
+        routed = _routed(num_ranks, world_rank, "cpu", kind)
+        _check_exchange(_exchange(dispatcher, *routed, world_rank), _wanted(*routed), kind)
+        assert dispatcher.overflow() == 0
+    return [dispatcher._is_careful(routed[0])] + [
+        dispatcher._is_careful(routed[0]) for dispatcher._num_calls in (3, 4)
+    ]
+
+
+def test_the_first_calls_ask_before_they_make_room():
+    assert spawn(_careful, 2, 2) == [[True, True, False]] * 2
 
 
 def test_room_follows_the_routing_in_steps_and_never_shrinks(caplog):

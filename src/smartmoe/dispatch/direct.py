@@ -57,21 +57,23 @@ class CompiledHandle(NamedTuple):
 class DirectDispatcher:
     """Each token travels once to every rank that hosts some of its experts, and one summed row returns.
 
-    Collective over the group; no host synchronisation after the first call (which agrees on the largest number of tokens
-    of a rank and on the rows that its routing needs, allocates, and must not be captured in a CUDA graph). Every later call
-    must have at most as many tokens.
+    Collective over the group. The first call agrees on the largest number of tokens of a rank and allocates; it must not be
+    captured in a CUDA graph, and every later call must have at most as many tokens. The first `num_careful` calls also
+    ask how many rows their routing needs before they make room, so that the host waits; after them it never does.
 
     row_factor: room for rows of the experts on a rank, in multiples of the most that any routing so far needed on the
     fullest rank, an even share at least, and never more than all copies of all ranks. Every call tells all hosts what it
     needed and they learn it without waiting, so the room follows the routing and memory is what the fullest rank needs and
-    row_factor on top, not what could happen. It never shrinks. num_ranks as row_factor has room for anything from the start.
+    row_factor on top, not what could happen. It never shrinks. num_ranks as row_factor has room for anything from the
+    start, and no call but the first waits.
 
     A routing that needs more than there is room for turns the output of that call into NaN on every rank, so that no step
     can use it, and later calls have the room that it needed. `overflow` says so, and whoever asks it after each
     optimizer step that a NaN prevented can set `waits_to_be_asked` and repeat the step, as the trainer does. Otherwise the
     next call or `check` raises ValueError. In the published routing trace (250 of 2,491 iterations, 24 layers, experts in
-    order on 2, 4 or 8 ranks) row_factor 1.125 runs out of room in 5 to 7 recorded iterations, all among the first 17; a
-    fixed room of twice an even share would in 249 on 4 and on 8 ranks. A CUDA graph keeps the room it was captured with.
+    order on 2, 4 or 8 ranks) row_factor 1.125 would run out of room in 5 to 7 recorded iterations, all before iteration
+    170, where calls are still careful; a fixed room of twice an even share would in 249 on 4 and on 8 ranks. A CUDA graph
+    keeps the room it was captured with.
 
     Inside torch.compile the four steps of an exchange are operations (dispatch.direct_ops) in one graph. The first call must
     be made outside of it. There, nothing is raised and the room stays as it is until `check` or `overflow` is called:
@@ -82,13 +84,14 @@ class DirectDispatcher:
     """
 
     waits_to_be_asked = False
+    num_careful = 256
 
     def __init__(self, ep_group, slots_per_rank: int, row_factor: float = 1.125, max_tokens: int | None = None):
         self.group, self.slots_per_rank, self.row_factor = ep_group, slots_per_rank, row_factor
         self.num_ranks, self.max_tokens = group_size(ep_group), max_tokens
         self.transport, self.told = None, None
         self._number = direct_ops.number_of(self)
-        self._most_needed = self._num_rows = 0
+        self._most_needed = self._num_rows = self._num_calls = 0
 
     def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result up to the order of sums.
@@ -163,9 +166,12 @@ class DirectDispatcher:
 
     def _transport_for(self, x_TD, slot_TK, weight_TK):
         if self.transport is None:
-            self._first_call(x_TD, slot_TK, weight_TK)
-        else:
-            self._make_room()
+            self._first_call(x_TD, slot_TK)
+        self._num_calls += 1
+        if self._is_careful(x_TD):
+            self._most_needed = max(self._most_needed, self._rows_needed(slot_TK, weight_TK))
+        self._make_room()
+        if self._num_calls > 1:
             needed = int(self.told.on_host[0])
             if needed and not self.waits_to_be_asked:
                 self.told.on_host[0] = 0
@@ -177,18 +183,26 @@ class DirectDispatcher:
             )
         return self.transport
 
-    def _first_call(self, x_TD, slot_TK, weight_TK):
-        is_odd_TK = weight_TK.detach().isnan()
-        rank_TK = slot_TK.div(self.slots_per_rank, rounding_mode="floor").masked_fill(is_odd_TK, -1)
-        num_rows_W, num_tokens = count_slots(rank_TK, self.num_ranks), torch.tensor([x_TD.shape[0]], device=x_TD.device)
+    def _first_call(self, x_TD, slot_TK):
+        num_tokens = torch.tensor([x_TD.shape[0]], device=x_TD.device)
         if self.num_ranks > 1:
-            dist.all_reduce(num_rows_W, group=self.group)
             dist.all_reduce(num_tokens, op=dist.ReduceOp.MAX, group=self.group)
         capacity = max(1, self.max_tokens or int(num_tokens))
         self.transport = _shared_transport(self.group, self.slots_per_rank, capacity, x_TD, slot_TK.shape[1])
-        self._even_share = capacity * slot_TK.shape[1]
-        self._most_needed, self.told = int(num_rows_W.max()), self.transport.new_told()
-        self._make_room()
+        self._even_share, self.told = capacity * slot_TK.shape[1], self.transport.new_told()
+
+    def _is_careful(self, x_TD) -> bool:
+        if self._num_calls > self.num_careful or self.row_factor >= self.num_ranks:
+            return False
+        return not (x_TD.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def _rows_needed(self, slot_TK, weight_TK) -> int:
+        """Rows that this routing needs on the fullest rank. Collective, synchronises with the host."""
+        is_odd_TK = weight_TK.detach().isnan()
+        rank_TK = slot_TK.div(self.slots_per_rank, rounding_mode="floor").masked_fill(is_odd_TK, -1)
+        num_rows_W = count_slots(rank_TK, self.num_ranks)
+        dist.all_reduce(num_rows_W, group=self.group)
+        return int(num_rows_W.max())
 
     def _make_room(self):
         """Take in what the calls so far have told, as far as it is known here, and set the rows of the next."""
