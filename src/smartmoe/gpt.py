@@ -144,6 +144,19 @@ def has_experts(model: ModelConfig, layer_idx: int) -> bool:
     return layer_idx % model.moe_every == model.moe_every - 1
 
 
+def flops_per_token(model: ModelConfig) -> float:
+    """Model FLOPs of one token, forward and backward: 6 per parameter of the dense matrices, the output projection, the
+    router and top_k experts, and three times causal attention, half of 4 * seq_len * hidden_size a layer. What is
+    computed again to save memory does not count."""
+    hidden, ffn = model.hidden_size, model.ffn_size
+    num_moe = sum(has_experts(model, layer) for layer in range(model.num_layers))
+    weights = model.num_layers * 4 * hidden**2 + hidden * model.vocab_size
+    expert = hidden * ffn * (3 if model.activation == "swiglu" else 2)
+    weights += num_moe * (model.top_k * expert + hidden * model.num_experts)
+    weights += (model.num_layers - num_moe) * 2 * hidden * ffn
+    return 6.0 * weights + 3 * model.num_layers * 2 * model.seq_len * hidden
+
+
 @torch.no_grad()
 def init_weights(module: GPT, seed: int, num_layers: int) -> None:
     """Initialise everything but the MoE layers, each parameter from (seed, its name) alone: the same values on every rank

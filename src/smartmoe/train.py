@@ -7,6 +7,7 @@ RUN_DIR/checkpoints. The launcher owns run.json's status; an exception is descri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ import torch.distributed as dist
 
 from smartmoe import checkpoint, record
 from smartmoe.config import RunConfig, check, from_dict
-from smartmoe.data import load_tokens
+from smartmoe.data import TokenDataset, load_tokens
+from smartmoe.gpt import flops_per_token
 from smartmoe.load_map import load_line
 from smartmoe.mesh import build_mesh
 from smartmoe.online import is_due
@@ -65,6 +67,11 @@ def _run(args: argparse.Namespace, world_rank: int) -> int:
     device = start_world(config)
     extra = {} if args.cache is None else {"cache_dir": args.cache}
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
+    with _explained_memory(config, device):
+        return _train_on(args, config, device, tokens)
+
+
+def _train_on(args: argparse.Namespace, config: RunConfig, device: torch.device, tokens: TokenDataset) -> int:
     mesh = build_mesh(config.plan, device)
     trainer = Trainer(config, mesh, tokens)
     notes: list[str] = []
@@ -126,6 +133,8 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
 
     for note in notes:
         tell(note)
+    if is_writer:
+        print(progress.opening(config), flush=True)
     try:
         while trainer.iteration < config.workload.iterations:
             in_force = {idx: (layer.placement, layer.replicas) for idx, layer in trainer.layers.items()}
@@ -168,13 +177,25 @@ class Progress:
         self._total, self._first = config.workload.iterations, first_iteration
         self._start = time.monotonic()
 
+    def opening(self, config: RunConfig) -> str:
+        """What is about to run, and why its first iteration is slow on a GPU."""
+        plan, work = config.plan, config.workload
+        text = (
+            f"{config.system}: {plan.describe()}, {work.dtype}, {config.num_micro_batches} x {work.micro_batch_size} samples "
+            f"a rank and iteration, iterations {self._first + 1} to {self._total}"
+        )
+        if config.cluster.device == "cuda":
+            text += "; the first compiles kernels and opens connections, which may take a minute"
+        return text
+
     def line(self, metric: dict) -> str:
         done = metric["iteration"]
         left_s = (time.monotonic() - self._start) / (done - self._first) * (self._total - done)
         loss = "skipped" if metric["skipped"] else f"loss {metric['lm_loss']:.4f}"
         return (
             f"[{done}/{self._total}] {loss}  {metric['step_ms']:.0f} ms  {metric['tokens_per_s']:,.0f} tokens/s  "
-            f"max/mean load {metric['load_max_over_mean']:.2f}  {left_s:.0f} s left"
+            f"{metric['tflops_per_rank']:,.3g} TFLOP/s a rank  max/mean load {metric['load_max_over_mean']:.2f}  "
+            f"{left_s:.0f} s left"
         )
 
 
@@ -190,6 +211,7 @@ def write_iteration(
     """Write one iteration into the run's files, and print its line."""
     work = config.workload
     tokens = work.global_batch_size * config.model.seq_len
+    flops = tokens * flops_per_token(config.model) / config.plan.world_size
     metric = {
         "iteration": result.iteration,
         "step_ms": round(result.step_ms, 3),
@@ -199,6 +221,7 @@ def write_iteration(
         "loss_scale": result.optimizer.loss_scale,
         "learning_rate": result.optimizer.lr,
         "tokens_per_s": round(tokens / result.step_ms * 1e3, 1),
+        "tflops_per_rank": float(f"{flops / result.step_ms / 1e9:.4g}"),
         "load_max_over_mean": round(result.load_max_over_mean, 4),
         "replica_bytes": result.replica_bytes,
         "skipped": result.optimizer.skipped,
@@ -294,6 +317,42 @@ def _save_trace(path: Path, parts: list[tuple[int, np.ndarray]], config: RunConf
         iteration=np.array([iteration for iteration, _ in parts], np.int64),
         meta=meta,
     ).save(path)
+
+
+@contextlib.contextmanager
+def _explained_memory(config: RunConfig, device: torch.device):
+    """Say, when memory runs out inside, what was being run and what would need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        used = ""
+        if device.type == "cuda":
+            peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+            used = f" ({peak / 1e9:.1f} GB were taken, the GPU has {total / 1e9:.1f})"
+        raise type(error)(f"out of memory{used} with {memory_advice(config)}. {error}") from error
+
+
+def memory_advice(config: RunConfig) -> str:
+    """The run in words, and what of it can be changed so that it takes less memory."""
+    plan, work, online = config.plan, config.workload, config.online
+    ways = []
+    if work.micro_batch_size > 1:
+        ways.append(f"lower workload.micro_batch_size ({work.micro_batch_size})")
+    if not plan.recompute:
+        ways.append("set plan.recompute = true")
+    if not work.zero and plan.stage_size > 1:
+        ways.append("set workload.zero = 1")
+    if plan.expert_dp > 1:
+        ways.append(f"raise plan.ep ({plan.ep})")
+    if online.replica_slots:
+        ways.append(f"lower online.replica_slots ({online.replica_slots})")
+    ways.append("spread the layers over more ranks (plan.pp)")
+    return (
+        f"plan {plan.describe()} and micro-batches of {work.micro_batch_size} x {config.model.seq_len} tokens; to need less: "
+        f"{', '.join(ways)}; `smartmoe plan` lists what fits"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -74,7 +74,7 @@ def profile(step: Callable[[], object]) -> dict:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.profiler.profile(activities=activities, acc_events=False) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         start.record()
         step()
         end.record()

@@ -1,10 +1,11 @@
 """Whole training iterations of several systems, one after the other, with the real trainer:
 
-    torchrun --nproc-per-node N -m smartmoe.bench.train_step --systems fastmoe deepspeed smartmoe_static smartmoe:direct
+    torchrun --nproc-per-node N -m smartmoe.bench.train_step --systems fastmoe padded smartmoe_static smartmoe:direct
 
-All systems train the same model on the same text from the same weights. Tokens/s and TFLOP/s of model FLOPs are those of
-the median iteration after warm-up; with --profile one more iteration runs under torch's profiler, which says where the
-GPU's time goes. A system that runs out of memory or fails is a row, and the others go on.
+All systems train the same model on the same text from the same weights. Tokens/s and TFLOP/s of model FLOPs
+(gpt.flops_per_token) are those of the median iteration after warm-up; with --profile one more iteration runs under
+torch's profiler, which says where the GPU's time goes. A system that runs out of memory or fails is a row, and the others
+go on.
 """
 
 from __future__ import annotations
@@ -22,29 +23,14 @@ from smartmoe import systems
 from smartmoe.bench.kernel_times import format_breakdown, profile
 from smartmoe.bench.measure import LeftAloneError, World, run_in_world, spread
 from smartmoe.bench.report import Report, add_options, at_least, dtype_of
-from smartmoe.config import DISPATCHERS, GATES, ModelConfig, OnlineConfig, ParallelPlan, RunConfig, check
+from smartmoe.config import DISPATCHERS, GATES, OnlineConfig, ParallelPlan, RunConfig, check
 from smartmoe.data import TokenDataset, load_tokens
-from smartmoe.gpt import has_experts
+from smartmoe.gpt import flops_per_token
 from smartmoe.mesh import build_mesh
 from smartmoe.planner import inputs, pool
 from smartmoe.trainer import Trainer
 
 SYNTHETIC_TOKENS = 1 << 22
-FLOPS = (
-    "model FLOPs of a token, forward and backward (3 x forward): 6 per parameter of the dense matrices, the output "
-    "projection, the router and top_k experts, and causal attention, half of 4 * seq_len * hidden_size; no recomputation"
-)
-
-
-def flops_per_token(model: ModelConfig) -> float:
-    """Model FLOPs of one token, forward and backward, as FLOPS says."""
-    hidden, ffn = model.hidden_size, model.ffn_size
-    inner = ffn * (3 if model.activation == "swiglu" else 2)
-    num_moe = sum(has_experts(model, layer) for layer in range(model.num_layers))
-    weights = model.num_layers * 4 * hidden**2 + hidden * model.vocab_size
-    weights += num_moe * (model.top_k * hidden * inner + hidden * model.num_experts)
-    weights += (model.num_layers - num_moe) * 2 * hidden * ffn
-    return 6.0 * weights + 3 * model.num_layers * 2 * model.seq_len * hidden
 
 
 def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: int) -> RunConfig:
@@ -53,6 +39,8 @@ def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: i
     if dispatcher and dispatcher not in DISPATCHERS:
         raise ValueError(f'system "{name}": dispatcher "{dispatcher}" is not one of {", ".join(DISPATCHERS)}')
     chosen = systems.get(system)
+    if chosen.host:
+        raise ValueError(f'system "{name}" is trained by a program of its own: run it with scripts/launch.py')
     model = dataclasses.replace(
         base.model,
         num_experts=args.experts or base.model.num_experts,
@@ -169,7 +157,6 @@ def run(args: argparse.Namespace, world: World) -> list[dict]:
         "workload": dataclasses.asdict(first.workload),
         "gate": dataclasses.asdict(first.gate),
         "data": [name for name, _ in tokens.parts],
-        "flops": FLOPS,
         "flops_per_token": flops_per_token(first.model),
         "note": args.note,
     }
@@ -203,7 +190,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--systems",
         nargs="+",
         metavar="NAME[:DISPATCHER]",
-        default=["fastmoe", "fastermoe", "deepspeed", "smartmoe_static", "smartmoe:auto"],
+        default=["fastmoe", "fastermoe", "padded", "smartmoe_static", "smartmoe"],
     )
     parser.add_argument("--model", default="gpt-l16-h1536", help="a name in models.toml, or a run's .toml file")
     parser.add_argument("--configs", type=Path, default=Path("scripts"), help="where names are looked up")
