@@ -54,14 +54,15 @@ def main(argv: list[str] | None = None) -> int:
                 run.config = dataclasses.replace(
                     run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
                 )
+        if args.dry_run:
+            print_plan(runs, site)
         runs, skipped = without_what_lacks(runs, site)
         for reason, lacking in skipped.items():
             names = ", ".join(dict.fromkeys(run.config.system for run in lacking))
-            print(f"{len(lacking)} runs of {names} are skipped: {reason}")
+            print(f"skipped: {len(lacking)} runs of {names}: {reason}")
         if not runs:
             raise ValueError("nothing to run: all runs are skipped")
         if args.dry_run:
-            print_plan(runs, site)
             return 0
         return launch(args, runs, skipped, cluster, site)
     except (ValueError, OSError) as error:

@@ -190,7 +190,7 @@ def test_the_declarations_of_the_repository_expand():
     assert groups == {"4/1.2", "4/2.4", "4/4.8", "4/+inf"}
 
 
-@pytest.mark.parametrize("num_gpus,num_runs", [(1, 48), (2, 62), (4, 62), (8, 62)])
+@pytest.mark.parametrize("num_gpus,num_runs", [(1, 60), (2, 74), (4, 74), (8, 74)])
 def test_the_declared_experiments_fit_any_number_of_gpus_of_one_machine(num_gpus, num_runs):
     configs = Configs(SCRIPTS)
     cluster = ClusterSpec(name="local", device="cuda", ranks_per_node=num_gpus)
@@ -201,3 +201,25 @@ def test_the_declared_experiments_fit_any_number_of_gpus_of_one_machine(num_gpus
     for run in runs:
         check(run.config)
     assert len(runs) == num_runs
+
+
+def test_the_papers_run_set_is_declared_for_its_cluster():
+    """16 V100 on two nodes: sizes of the artifact's scripts, jobs that any site can submit."""
+    configs = Configs(SCRIPTS)
+    cluster, site = configs.clusters["v100x16"], configs.sites["v100x16"]
+    figures = configs.select([])
+    assert set(configs.left_out(figures, "v100x16", cluster)) == {"fig9"}
+    runs = configs.expand([figure for figure in figures if figure != "fig9"], "v100x16", cluster)
+    for run in runs:
+        check(run.config)
+        model, work = run.config.model, run.config.workload
+        assert (model.num_layers, model.hidden_size, model.num_experts, model.vocab_size) == (16, 1536, 32, 50304)
+        assert work.global_batch_size == 256 and work.dtype == "float16" and run.config.plan.world_size == 16
+        assert run.estimate_s < run.timeout_s
+    bars = {(bar["figure"], bar["group"], bar["series"]) for run in runs for bar in run.bars}
+    for capacity in ("1.2", "2.4", "4.8", "+inf"):
+        group = f"16/{capacity}"
+        series = {bar[2] for bar in bars if bar[:2] == ("fig8", group)}
+        assert series >= {"fastmoe", "deepspeed", "deepspeed_artifact", "fastermoe", "smartmoe_static"}
+    assert {bar[2] for bar in bars if bar[0] == "fig12"} == {"static", "dynamic", "history"}
+    assert "--gres=gpu:8" in site.job_options(cluster, 60.0) and "--nodes=2" in site.job_options(cluster, 60.0)

@@ -209,10 +209,13 @@ def test_runs_of_a_program_that_is_missing_are_skipped_and_said(setup, tmp_path,
     monkeypatch.setattr(launch.Launcher, "do", lambda self, run, label, left_s: "ok")
     arguments = setup(grid(1), grid(2).replace('"fastmoe"', '"deepspeed"'))
     assert launch.main(arguments) == 0
-    assert "1 runs of deepspeed are skipped: the package no_such_package is not installed" in capsys.readouterr().out
+    assert "skipped: 1 runs of deepspeed: the package no_such_package is not installed" in capsys.readouterr().out
     found = runs_of(tmp_path)
     assert found[1]["status"] == "pending" and found[2]["status"] == "skipped" and "pip install" in found[2]["message"]
     assert found[2]["provenance"]["entry"] == "deepspeed" and found[2]["provenance"]["no_such_package"] == "absent"
+    assert launch.main([*arguments, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "fig8/deepspeed/" in said and "2 runs, about" in said and "skipped: 1 runs" in said
     alone = setup(grid(2).replace('"fastmoe"', '"deepspeed"'))
     assert launch.main([*alone, "--resume"]) == 2 and "all runs are skipped" in capsys.readouterr().err
     container = Site(container=("apptainer",))
