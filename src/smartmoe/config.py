@@ -86,7 +86,8 @@ class OnlineConfig:
     `min_gain` (null: 0, with "auto" 0.02), and with "auto" gain what it costs within `horizon` iterations.
     `replicate`: experts get copies on other ranks "never", for whole steps from the load seen ("history"), or for each
     micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer. Who decides
-    in "history" is policy "auto"; with "static", whoever calls layer.set_replicas.
+    in "history" is policy "auto"; with "static", whoever calls layer.set_replicas. `return_early` lets the gradients of such
+    copies travel during the backward pass, over a communicator of their own, instead of after it.
     """
 
     policy: str = "static"
@@ -96,6 +97,7 @@ class OnlineConfig:
     horizon: int = 50
     replicate: str = "never"
     replica_slots: int = 0
+    return_early: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +337,8 @@ def _replica_problems(config: RunConfig) -> list[str]:
     slots = online.replica_slots
     if slots < 0:
         return [f"online.replica_slots = {slots} must be at least 0"]
+    if online.return_early and online.replicate != "history":
+        return [f'online.return_early is for online.replicate = "history", not "{online.replicate}"']
     if online.replicate == "never":
         return [f'online.replica_slots = {slots} needs online.replicate = "history" or "exact"'] if slots else []
     if plan.ep < 2:

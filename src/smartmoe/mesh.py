@@ -99,3 +99,16 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
         expert_dp_group=group(experts, "expert_dp", plan.expert_dp),
         share_mesh={"dense": stages["stage"], "tensor": dense["dp", "tp"], "expert": experts["expert_dp"]},
     )
+
+
+def second_expert_group(mesh: Mesh) -> dist.ProcessGroup | None:
+    """Another communicator for the ranks of mesh.ep_group, so that two kinds of exchanges need not wait for each other;
+    None where that is None. Collective over the world."""
+    plan, mine = mesh.plan, None
+    if plan.ep == 1:
+        return None
+    for first in range(0, plan.world_size, plan.ep):  # expert groups are runs of `ep` world ranks
+        group = dist.new_group(list(range(first, first + plan.ep)))
+        if first <= mesh.world_rank < first + plan.ep:
+            mine = group
+    return mine

@@ -7,11 +7,12 @@ gradients; the two here do it by collectives, with a plan that the host knows. S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from smartmoe.config import RunConfig
@@ -19,7 +20,15 @@ from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.plan import count_slots, slots_of
-from smartmoe.ops.replica_exchange import Swap, Transfers, fill, return_grads, start_weights
+from smartmoe.ops.replica_exchange import (
+    Swap,
+    Transfers,
+    fill,
+    finish_return,
+    return_grads,
+    start_return,
+    start_weights,
+)
 from smartmoe.placement import Placement, Replicas
 from smartmoe.solvers.exact_step import solve_exact_step
 
@@ -231,8 +240,10 @@ class HistoryReplication(CollectiveReplication):
 
     Decided elsewhere and set between iterations. `send_all` starts to fill the slots of all layers before the first pass
     after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
-    each storage, until `return_all`.
+    each storage, until `return_all`; on_pass is told when those of one more backward pass are in them.
     """
+
+    on_pass: Callable[[HistoryReplication], None] | None = None
 
     def bind(self, storages) -> None:
         super().bind(storages)
@@ -269,6 +280,8 @@ class HistoryReplication(CollectiveReplication):
         if any(plan.transfers.num_sent_W):
             for total, grad in zip(self.grads, grads, strict=True):
                 total.add_(grad[self.num_owned :])
+        if self.on_pass is not None:
+            self.on_pass(self)
 
 
 class ExactReplication(CollectiveReplication):
@@ -324,16 +337,73 @@ def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
     return sum(swap.num_bytes for swap in swaps)
 
 
+class EarlyReturn:
+    """Takes gradients of replicas to the owners while the backward pass goes on: those of a layer when all micro-batches
+    of the step have been through it.
+
+    They travel over a communicator of their own, so that they neither wait for exchanges of tokens nor hold them up. What
+    would need more memory than returning all of them at the end stays for `return_all`, as does the sum: not a bit differs.
+
+    Args:
+        replications: of the layers, in the same order on every rank.
+        owned_grads: as `return_all` gets them.
+        side_group: the ranks of the expert group, in a ProcessGroup that nothing else uses.
+        num_passes: backward passes of a step through each layer.
+    """
+
+    def __init__(
+        self,
+        replications: Sequence[HistoryReplication],
+        owned_grads: Sequence[Sequence[torch.Tensor]],
+        side_group,
+        num_passes: int,
+    ):
+        self._owned = {id(each): owned for each, owned in zip(replications, owned_grads, strict=True)}
+        self._group, self._num_passes = side_group, num_passes
+        self._limit = max(2 * len(replications), group_size(side_group))  # config.replica_bytes
+        self.reset()
+        for each in replications:
+            each.on_pass = self._count
+
+    def reset(self) -> None:
+        """Forget the step: no pass has been made."""
+        self._passes: dict[int, int] = {}
+        self._swaps: dict[int, Swap] = {}
+        self._sent_W: np.ndarray | int = 0  # experts that each rank's owners get back
+
+    def _count(self, replication: HistoryReplication) -> None:
+        key, coming_W = id(replication), np.array(replication.transfers.num_sent_W)
+        self._passes[key] = self._passes.get(key, 0) + 1
+        if self._passes[key] < self._num_passes or not coming_W.any():
+            return
+        if (self._sent_W + coming_W).max() <= self._limit * replication.num_replicas:  # the same on every rank
+            self._sent_W = self._sent_W + coming_W
+            entry = (self._owned[key], replication.grads, replication.transfers)
+            self._swaps[key] = start_return([entry], self._group)
+
+    def finish(self) -> tuple[set[int], int]:
+        """Add what was returned; (ids of those replications, bytes that this rank sent)."""
+        done, num_bytes = set(self._swaps), sum(swap.num_bytes for swap in self._swaps.values())
+        for swap in self._swaps.values():
+            finish_return(swap)
+        self.reset()
+        return done, num_bytes
+
+
 def return_all(
-    replications: Sequence[HistoryReplication], owned_grads: Sequence[Sequence[torch.Tensor]], ep_group
+    replications: Sequence[HistoryReplication],
+    owned_grads: Sequence[Sequence[torch.Tensor]],
+    ep_group,
+    early: EarlyReturn | None = None,
 ) -> int:
     """Add the gathered gradients of all layers' replicas to the owners' and forget them.
 
-    owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. Collective
-    over ep_group, see `return_grads`; returns the bytes that this rank sent.
+    owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. early: what
+    has returned some of them already. Collective over ep_group, see `return_grads`; returns the bytes that this rank sent.
     """
-    triples = [(owned, each.grads, each.transfers) for owned, each in zip(owned_grads, replications, strict=True)]
-    num_bytes = return_grads(triples, ep_group)
+    done, num_bytes = early.finish() if early is not None else (set(), 0)
+    pairs = [pair for pair in zip(owned_grads, replications, strict=True) if id(pair[1]) not in done]
+    num_bytes += return_grads([(owned, each.grads, each.transfers) for owned, each in pairs], ep_group)
     for each in replications:
         for grad in each.grads:
             grad.zero_()

@@ -18,7 +18,7 @@ from smartmoe.data import TokenDataset
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gpt import GPT, init_weights
 from smartmoe.layer import MoELayer
-from smartmoe.mesh import Mesh
+from smartmoe.mesh import Mesh, second_expert_group
 from smartmoe.online import OnlinePlacement, bytes_of_replica
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import GradientBuffers
@@ -26,7 +26,7 @@ from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of
 from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.parallel.zero import ShardedBuffers
 from smartmoe.placement import Placement
-from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
+from smartmoe.replicas import CollectiveReplication, EarlyReturn, HistoryReplication, return_all, send_all
 
 
 def _is_direct(layer: MoELayer) -> bool:
@@ -79,6 +79,7 @@ class Trainer:
             (work.micro_batch_size, model.seq_len // plan.tp, model.hidden_size),
             self.dtype,
         )
+        self._early = self._early_return()
         self.online = OnlinePlacement(
             list(self.layers.values()),
             config.online,
@@ -235,14 +236,24 @@ class Trainer:
     def _step_layers(self) -> list[MoELayer]:
         return [layer for layer in self.layers.values() if isinstance(layer.replication, HistoryReplication)]
 
+    def _owned_grads(self, layers: list[MoELayer]) -> list[list[torch.Tensor]]:
+        grad_of = {id(ref.param): ref.grad for ref in self.optimizer.buffers.refs}
+        return [[grad_of[id(p)] for p in layer.experts.weights() if p is not None] for layer in layers]
+
+    def _early_return(self) -> EarlyReturn | None:
+        if not self.config.online.return_early:
+            return None
+        layers, group = self._step_layers(), second_expert_group(self.mesh)
+        replications, num_passes = [layer.replication for layer in layers], self.config.num_micro_batches
+        return EarlyReturn(replications, self._owned_grads(layers), group, num_passes)
+
     def _return_replica_grads(self) -> int:
         """Add to the owners' gradients those that are still where the replicas are; returns the bytes sent for replicas
         since the passes began."""
         self.optimizer.buffers.complete()
-        grad_of = {id(ref.param): ref.grad for ref in self.optimizer.buffers.refs}
         layers = self._step_layers()
-        owned = [[grad_of[id(p)] for p in layer.experts.weights() if p is not None] for layer in layers]
-        num_bytes = return_all([layer.replication for layer in layers], owned, self.mesh.ep_group)
+        owned = self._owned_grads(layers)
+        num_bytes = return_all([layer.replication for layer in layers], owned, self.mesh.ep_group, self._early)
         for layer in self.layers.values():
             if isinstance(layer.replication, CollectiveReplication):
                 num_bytes += layer.replication.num_bytes

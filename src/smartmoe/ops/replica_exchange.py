@@ -83,20 +83,33 @@ def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.
     """
     num_bytes = 0
     for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
-        leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
-        arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
-        swap = Swap(leaving, arriving, batch[0][0][0], ep_group)
+        swap = start_return(batch, ep_group)
         num_bytes += swap.num_bytes
-        addends: dict[int, list[torch.Tensor]] = {}
-        for part in swap.take():
-            for slot, value in part:
-                addends.setdefault(slot.data_ptr(), [slot]).append(value)
-        for slot, *values in addends.values():
-            total = slot.to(torch.promote_types(slot.dtype, torch.float32))  # slot itself where that is its type
-            for value in values:
-                total.add_(value)
-            slot.copy_(total)
+        finish_return(swap)
     return num_bytes
+
+
+@torch.no_grad()
+def start_return(batch: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> Swap:
+    """Start to bring the gradients of replicas to the ranks of their owners. batch: as the entries of `return_grads`, at
+    least one; those of the owners are not touched before `finish_return`. Collective over ep_group."""
+    leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
+    arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
+    return Swap(leaving, arriving, batch[0][0][0], ep_group)
+
+
+@torch.no_grad()
+def finish_return(swap: Swap) -> None:
+    """Add what has come to the owners' gradients, as `return_grads` says."""
+    addends: dict[int, list[torch.Tensor]] = {}
+    for part in swap.take():
+        for slot, value in part:
+            addends.setdefault(slot.data_ptr(), [slot]).append(value)
+    for slot, *values in addends.values():
+        total = slot.to(torch.promote_types(slot.dtype, torch.float32))  # slot itself where that is its type
+        for value in values:
+            total.add_(value)
+        slot.copy_(total)
 
 
 def _batches(entries: Sequence[tuple], num_replicas: int) -> list[list[tuple]]:
