@@ -147,7 +147,8 @@ def test_the_device_waits_beside_the_training_stream_and_the_host_does_not():
     gpu_backend(1)
     torch.cuda.set_device(0)
     for seconds in (0.001, 0.02):
-        slow_links_module._HeldOnDevice([], "warm-up", 1e-6, ()).wait()
+        slow_links_module._HeldOnDevice([], "link", 1e-6, ()).wait()  # kernels are loaded at their first launch
+        torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         torch.cuda._sleep(50_000_000)  # the host gets ahead: none of its time lies between the marks

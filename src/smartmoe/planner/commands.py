@@ -80,6 +80,8 @@ def _add_plan(commands) -> None:
     parser.add_argument(
         "--score", choices=search.SCORES, default="mean", help="rank by the mean or the 95th percentile"
     )
+    parser.add_argument("--copies", choices=("auto", "never"), default="auto",
+                        help="try the plans of the table with copies of hot experts too (default), or not")  # fmt: skip
     parser.add_argument("--top", type=int, default=15, help="rows to print; default: 15")
     parser.add_argument(
         "--explain", nargs=2, metavar=("A", "B"), help="compare two plans, by row or by name, part by part"
@@ -151,7 +153,7 @@ def _plan(args: argparse.Namespace) -> int:
     start = time.monotonic()
     config, cost = setting_of(args)
     cost.cluster = pool.cluster_of(cost.cluster, args.gpus)
-    result = search.search(cost, args.gpus, max(args.top, 1), args.score, args.micro_batch)
+    result = search.search(cost, args.gpus, max(args.top, 1), args.score, args.micro_batch, args.copies == "auto")
     where = f"{args.gpus} of cluster {cost.cluster.name} ({cost.primitives.source})"
     print(f"{config.model.name} on {where}: {result.num_judged} plans simulated in {time.monotonic() - start:.1f} s")
     print(search.format_table(result, args.top))
@@ -170,7 +172,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _insensitive(cost: CostModel, result: search.Result, args) -> str:
     """What a planner would choose that does not look at the routing, and what that choice takes under these loads."""
     blind = search.search(search.data_insensitive(cost), args.gpus, 1, args.score, args.micro_batch).ranked[0]
-    name, best = pool.name_of(blind.plan, blind.micro_batch), result.ranked[0]
+    name, best = search.words_of(blind), result.ranked[0]
     if not pool.fits(cost, blind.plan, blind.micro_batch):
         return f"without looking at the loads: {name}, which does not fit in memory under them"
     seen = cost.estimate(blind.plan, blind.micro_batch)
@@ -182,9 +184,14 @@ def run_of(cost: CostModel, estimate: Estimate, placement: str) -> str:
     config = pool.config_of(cost.config, cost.cluster, estimate.plan, estimate.micro_batch)
     moves = placement == "balanced" and estimate.plan.ep > 1
     online = config.online
-    if moves and online.policy == "static":
+    if estimate.copies:
+        mode, slots = estimate.copies.split()
+        policy = "auto" if mode == "history" else "greedy" if moves else "static"
+        online = OnlineConfig(policy=policy, interval=10, migrate=moves, replicate=mode, replica_slots=int(slots))
+    elif moves and online.policy == "static":
         online = OnlineConfig(policy="greedy", interval=10)
-    config = dataclasses.replace(config, online=online, system="smartmoe" if moves else "smartmoe_static")
+    changes = moves or estimate.copies
+    config = dataclasses.replace(config, online=online, system="smartmoe" if changes else "smartmoe_static")
     comment = f"# {pool.name_of(estimate.plan, estimate.micro_batch)}: {estimate.mean_ms:.1f} ms a step predicted"
     return f"{comment} ({cost.primitives.source} cluster {cost.cluster.name}, {cost.loads.about})\n{inputs.to_toml(config)}"
 

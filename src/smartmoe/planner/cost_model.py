@@ -31,7 +31,8 @@ PLACEMENTS = ("identity", "balanced")
 @dataclass(frozen=True)
 class Estimate:
     """Prediction for one plan. step_ms: [S]; parts: mean ms of what the step is made of, adding up to its mean (the
-    pipeline's idle time is a part); tokens: of a step."""
+    pipeline's idle time is a part); tokens: of a step; copies: of experts, "MODE SLOTS" as online.replicate and
+    replica_slots, or empty."""
 
     plan: ParallelPlan
     micro_batch: int
@@ -40,6 +41,7 @@ class Estimate:
     parts: dict[str, float]
     memory: Memory
     tokens: int
+    copies: str = ""
 
     @property
     def mean_ms(self) -> float:
@@ -152,9 +154,7 @@ class CostModel:
         setting = self.setting(plan, micro_batch)
         return self._once(
             ("layer", setting.tokens, plan.ep, plan.stage_size),
-            lambda: layer_times(
-                self.primitives, setting, self._copies(setting), self._order(plan.ep), self._host_share
-            ),
+            lambda: layer_times(self.primitives, setting, self._copies(setting), self.order(plan.ep), self._host_share),
         )
 
     def rows(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
@@ -187,7 +187,7 @@ class CostModel:
             self._parameters[key] = [chunk_parameters(self.config.model, plan, part) for part in layers]
         return self._parameters[key]
 
-    def _order(self, ep: int) -> np.ndarray | None:
+    def order(self, ep: int) -> np.ndarray | None:
         """[S, M, L, E] logical expert of each slot, or None where experts stay in order."""
         if self._expert_of_slot is not None:
             return np.broadcast_to(self._expert_of_slot[:, None], self.loads.share.sum(2).shape)
@@ -219,7 +219,7 @@ class CostModel:
         return self._once(("rows", setting.tokens, setting.ep), lambda: self._count_rows(setting))
 
     def _count_rows(self, setting):
-        copies, order = self._copies(setting), self._order(setting.ep)
+        copies, order = self._copies(setting), self.order(setting.ep)
         count = copies.sum(3) * (setting.ep if copies.shape[3] == 1 else 1)
         if self._host_share is not None:
             return (count[..., None, :] @ self._host_share)[..., 0, :].max(1)

@@ -13,6 +13,7 @@ import numpy as np
 
 from smartmoe.planner import loads as loads_module
 from smartmoe.planner import pool as pools
+from smartmoe.planner.copies import model_with_copies, with_copies
 from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.planner.pool import Candidate, Pool
 
@@ -30,10 +31,16 @@ class Result:
 
 
 def search(
-    cost: CostModel, num_gpus: int, top: int = 20, score: str = "mean", fixed_micro_batch: int | None = None
+    cost: CostModel,
+    num_gpus: int,
+    top: int = 20,
+    score: str = "mean",
+    fixed_micro_batch: int | None = None,
+    copies: bool = False,
 ) -> Result:
     """The `top` fastest plans of `num_gpus` ranks that fit in memory.
 
+    copies: then each of them is tried with copies of its experts too, and the list ranked anew.
     Raises ValueError when nothing is legal or nothing fits, with the reason of the plan that comes nearest.
     """
     if score not in SCORES:
@@ -46,6 +53,8 @@ def search(
             f"but {nearest.reason}"
         )
     ranked, num_judged = _best(cost, pool.fitting, top, score)
+    if copies:
+        ranked = sorted((with_copies(cost, e) for e in ranked), key=lambda e: value_of(e, score))
     return Result(ranked, pool, num_judged, cost.loads.about)
 
 
@@ -80,14 +89,14 @@ def format_table(result: Result, limit: int = 20) -> str:
     pool = result.pool
     lines = [
         f"{pool.num_legal} legal plans, {len(pool.pruned)} of them do not fit in memory; loads: {result.about}",
-        f"{'#':>3s}  {'plan':34s} {'step ms':>10s} {'p95':>10s} {'tokens/s':>11s} {'GB':>6s}  bottleneck",
+        f"{'#':>3s}  {'plan':34s} {'step ms':>10s} {'p95':>10s} {'tokens/s':>11s} {'GB':>6s} {'copies':>10s}  bottleneck",
     ]
     for place, estimate in enumerate(result.ranked[:limit], 1):
         name = pools.name_of(estimate.plan, estimate.micro_batch)
         share = estimate.parts[estimate.bottleneck] / estimate.mean_ms
         lines.append(
             f"{place:3d}  {name:34s} {estimate.mean_ms:10.1f} {estimate.p95_ms:10.1f} {estimate.tokens_per_s:11,.0f} "
-            f"{estimate.memory.total / 1e9:6.1f}  {estimate.bottleneck} {share:.0%}"
+            f"{estimate.memory.total / 1e9:6.1f} {estimate.copies or '-':>10s}  {estimate.bottleneck} {share:.0%}"
         )
     return "\n".join(lines)
 
@@ -105,9 +114,15 @@ def find(cost: CostModel, result: Result, word: str, num_gpus: int) -> Estimate:
     return cost.estimate(plan, micro_batch)
 
 
+def words_of(estimate: Estimate) -> str:
+    """A plan's name, and its copies where it has any."""
+    name = pools.name_of(estimate.plan, estimate.micro_batch)
+    return f"{name} + copies {estimate.copies}" if estimate.copies else name
+
+
 def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
     """Why the one plan is faster than the other, part by part."""
-    names = [pools.name_of(e.plan, e.micro_batch) for e in (one, other)]
+    names = [words_of(e) for e in (one, other)]
     width = max(len(name) for name in names) + 2
     lines = [f"{'ms of a step':24s}" + "".join(f"{name:>{width}s}" for name in names) + f"{'difference':>12s}"]
     for part in sorted({*one.parts, *other.parts}, key=lambda p: -abs(one.parts.get(p, 0) - other.parts.get(p, 0))):
@@ -138,6 +153,8 @@ def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
 
 def imbalance(cost: CostModel, estimate: Estimate) -> float:
     """Load of the fullest rank of an expert group over the mean rank, mean over samples and layers."""
+    if estimate.copies:
+        cost = model_with_copies(cost, estimate)
     rows_SLW = cost.rows(estimate.plan, estimate.micro_batch)
     mean = rows_SLW.mean(-1)
     return float(np.where(mean > 0, rows_SLW.max(-1) / np.maximum(mean, 1e-12), 1.0).mean())

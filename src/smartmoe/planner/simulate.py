@@ -20,12 +20,12 @@ from smartmoe import record
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, to_dict
 from smartmoe.placement import Placement, num_moves
 from smartmoe.planner import pool
+from smartmoe.planner.copies import CopyCosts, replicate
 from smartmoe.planner.cost_model import CostModel
-from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, exchange_ms
+from smartmoe.planner.layer_cost import busiest_bytes, exchange_ms
 from smartmoe.planner.loads import Loads
-from smartmoe.planner.memory import chunk_layers, has_experts
 from smartmoe.planner.primitives import Primitives
-from smartmoe.solvers import solve_greedy, solve_least_move, solve_replicas_layers
+from smartmoe.solvers import solve_greedy, solve_least_move
 
 POLICIES = ("static", "greedy", "least_move", "replicate_history", "replicate_exact")
 SOLVERS = {"greedy": solve_greedy, "least_move": solve_least_move}
@@ -100,7 +100,7 @@ def simulate(
     config = dataclasses.replace(config, online=online)
     rows = share[:, :, 0]
     num_iterations = len(share)
-    costs = _Costs.of(config, cluster, primitives, loads, num_micro)
+    costs = CopyCosts.of(config, cluster, primitives, loads, num_micro)
     played = _play(rows, plan.ep, policy, costs.tokens_per_copy(policy.kind == "replicate_exact"))
     pieces = []
     for part in _parts(num_iterations, rows.shape[1:], plan.ep if played.host_share is not None else 1):
@@ -158,15 +158,16 @@ def _play(share_IMLE: np.ndarray, ep: int, policy: Policy, tokens_per_copy: floa
     load = share_IMLE.mean(1, keepdims=True) if alike else share_IMLE
     shape = (*load.shape, ep)
     share, copies = np.zeros(shape), np.zeros(load.shape[:3])
+    owners = [start] * (load.shape[1] * num_layers)
     owner = np.zeros((num_experts, ep))
     owner[np.arange(num_experts), start.rank_of_expert()] = 1.0
     current, current_copies = np.broadcast_to(owner, shape[1:]), np.zeros(load.shape[1:3])
     for row in range(num_iterations):
         if every:
-            current, current_copies = _replicate(load[row], start, policy.replica_slots, tokens_per_copy)
+            current, current_copies = replicate(load[row], owners, policy.replica_slots, tokens_per_copy)
         share[row], copies[row] = current, current_copies
         if not every and (row + 1) % policy.interval == 0:
-            current, current_copies = _replicate(load[row], start, policy.replica_slots, tokens_per_copy)
+            current, current_copies = replicate(load[row], owners, policy.replica_slots, tokens_per_copy)
     return Played(host_share=share, copies=copies, is_exact=every)
 
 
@@ -193,72 +194,7 @@ def _crossing(old: Placement, new: Placement) -> np.ndarray:
     return travel
 
 
-def _replicate(load_MLE, placement: Placement, num_slots: int, copy_cost: float) -> tuple[np.ndarray, np.ndarray]:
-    """(host_share [M, L, E, W], most copies in or out of a rank [M, L]) for loads that are shares of a group's."""
-    num_ranks, shape = placement.num_ranks, load_MLE.shape
-    flat = load_MLE.reshape(-1, 1, shape[-1]) / num_ranks
-    count = np.broadcast_to(flat, (len(flat), num_ranks, shape[-1]))
-    found = solve_replicas_layers(count, [placement] * len(flat), num_slots, copy_cost=copy_cost, local=False)
-    share = np.stack([replicas.share_SEW[0] for replicas in found])
-    owner = placement.rank_of_expert()
-    is_copy = share > 0
-    is_copy[:, np.arange(shape[-1]), owner] = False
-    received = is_copy.sum(1).max(-1)
-    sent = np.stack([np.bincount(owner, weights=each, minlength=num_ranks) for each in is_copy.sum(2)]).max(-1)
-    return share.reshape(*shape, num_ranks), np.maximum(received, sent).reshape(shape[:2])
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """What moving experts costs in this run."""
-
-    setting: LayerSetting
-    primitives: Primitives
-    stage_of: list[int]  # of each MoE layer
-    num_stages: int
-    numel: int  # parameters of one expert
-    num_micro: int
-
-    @classmethod
-    def of(
-        cls, config: RunConfig, cluster: ClusterSpec, primitives: Primitives, loads: Loads, num_micro: int
-    ) -> _Costs:
-        model, plan = config.model, config.plan
-        wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
-        biases = wide + model.hidden_size if model.expert_bias else 0
-        numel = model.hidden_size * (wide + model.ffn_size) + biases
-        setting = CostModel(config, cluster, primitives, loads).setting(plan, config.workload.micro_batch_size)
-        return cls(setting, primitives, _stage_of_layers(config), plan.pp, numel, num_micro)
-
-    @property
-    def state_bytes(self) -> int:
-        """Of one expert that changes its owner: weights, masters, two moments."""
-        width = self.setting.dtype_bytes
-        return self.numel * (12 + (width if width < 4 else 0))
-
-    def copy_ms(self, num_copies: np.ndarray, exact: bool) -> np.ndarray:
-        """Replicas through the busiest rank: weights there and float32 gradients back; when decided for each micro-batch,
-        the weights once more before its backward."""
-        width = self.setting.dtype_bytes
-        num_bytes = num_copies * self.numel * ((2 * width if exact else width) + 4)
-        near = self.setting.ep <= self.setting.ranks_per_node
-        ms = exchange_ms(self.primitives, "all_to_all", self.setting.ep, num_bytes * near, num_bytes * (not near))
-        return np.where(num_copies > 0, ms, 0.0)
-
-    def tokens_per_copy(self, exact: bool) -> float:
-        """Of all token copies of a group's micro-batch, the fraction that is computed while one copy is sent."""
-        model, rows = self.setting.model, float(self.setting.copies)
-        sizes = dict(active=1, slots=1, width=model.hidden_size, ffn=self.setting.inner)
-        row_ms = sum(
-            float(self.primitives.ms(f"experts_{way}", rows=2 * rows, padded_rows=2 * rows, **sizes))
-            - float(self.primitives.ms(f"experts_{way}", rows=rows, padded_rows=rows, **sizes))
-            for way in ("forward", "backward")
-        )
-        copy_ms = float(self.copy_ms(np.array(1.0), exact)) / (1 if exact else self.num_micro)
-        return copy_ms / max(row_ms, 1e-9) / self.setting.ep
-
-
-def _overhead(played: Played, costs: _Costs, num_iterations: int) -> tuple[np.ndarray, list[dict]]:
+def _overhead(played: Played, costs: CopyCosts, num_iterations: int) -> tuple[np.ndarray, list[dict]]:
     """(ms [I] for moving and copying experts, events). Stages work at the same time: the slowest counts."""
     setting, events = costs.setting, []
     row_bytes = setting.model.hidden_size * setting.dtype_bytes
@@ -271,23 +207,13 @@ def _overhead(played: Played, costs: _Costs, num_iterations: int) -> tuple[np.nd
             {"iteration": row + 1, "layer": layer, "kind": "migrate", "num_moved": num_moved, "cost_ms": round(ms, 4)}
         )
     if played.copies is not None:
-        ms_IML = costs.copy_ms(played.copies, played.is_exact)
-        times = costs.num_micro / played.copies.shape[1] if played.is_exact else 1.0
-        for layer, stage in enumerate(costs.stage_of):
-            cost_IP[:, stage] += ms_IML[:, :, layer].sum(1) * times
+        cost_IP += costs.of_stages(played.copies, played.is_exact)
         before = np.zeros_like(played.copies[0])
         for row, copies in enumerate(played.copies):
             if not played.is_exact and (copies != before).any():
                 events.append({"iteration": row + 1, "kind": "replicate", "num_copied": int(copies.sum())})
             before = copies
     return cost_IP.max(1), events
-
-
-def _stage_of_layers(config: RunConfig) -> list[int]:
-    """The pipeline rank of each MoE layer."""
-    plan, model = config.plan, config.model
-    chunks = chunk_layers(model.num_layers, plan.pp * plan.vpp)
-    return [c % plan.pp for c, part in enumerate(chunks) for layer in part if has_experts(model, layer)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ files

@@ -1,0 +1,97 @@
+"""Copies of experts in a plan: tried where they are legal and fit, charged, told, and written for the trainer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check, from_dict
+from smartmoe.planner import commands, copies, described, inputs, loads, pool, search
+from smartmoe.planner.cost_model import CostModel
+
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=1024, ffn_size=4096, num_heads=8, seq_len=1024, vocab_size=8192, num_experts=8
+)  # fmt: skip
+CLUSTER = ClusterSpec(
+    name="two", device="cuda", ranks_per_node=4, intra_node_gbytes_per_s=100.0, tflops=100.0, memory_gbytes=32.0
+)  # fmt: skip
+PLAN = ParallelPlan(dp=4, ep=4)
+
+
+def _cost(share_E, placement="balanced", memory_gbytes=32.0, num_micro=1):
+    config = RunConfig(model=MODEL, workload=Workload(global_batch_size=64, micro_batch_size=4, dtype="bfloat16"))
+    cluster = dataclasses.replace(CLUSTER, memory_gbytes=memory_gbytes)
+    share = np.broadcast_to(np.asarray(share_E, float) / np.sum(share_E), (3, num_micro, 1, 4, 8))
+    if num_micro > 1:  # another expert is hot in every micro-batch
+        share = np.stack([np.roll(share[:, micro], 2 * micro, -1) for micro in range(num_micro)], 1)
+    primitives = described.describe(cluster, described.Rates(), "bfloat16")
+    return CostModel(config, cluster, primitives, loads.Loads(share, "test"), placement)
+
+
+HOT = [9, 1, 1, 1, 1, 1, 1, 1]  # more than a rank's even share on one expert: no placement helps
+
+
+def test_copies_pay_where_one_expert_is_hot_and_are_charged():
+    cost = _cost(HOT)
+    without = cost.estimate(PLAN, 4)
+    found = copies.with_copies(cost, without)
+    assert found.copies.startswith("history ") and found.mean_ms < 0.9 * without.mean_ms
+    assert found.parts["experts"] < 0.7 * without.parts["experts"] and found.parts[copies.PART] > 0
+    assert sum(found.parts.values()) == pytest.approx(found.mean_ms, rel=1e-6)
+    assert found.memory.buffers > without.memory.buffers
+    assert search.imbalance(cost, found) < 1.1 < 2.0 < search.imbalance(cost, without)
+    # the same by hand: each hot expert's weights there once a step, its float32 gradients back, in 4 layers
+    numel = 2 * 1024 * 4096 + 4096 + 1024
+    slots = int(found.copies.split()[1])
+    model = copies.model_with_copies(cost, found)
+    seen = model.rows(PLAN, 4)
+    assert seen.sum(-1) == pytest.approx(np.full((3, 4), 4 * 4 * 1024 * 2), rel=1e-9), "no copy is lost"
+    per_copy = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * 6, inter_bytes=0.0))
+    assert 4 * per_copy <= found.parts[copies.PART] * 1.0001 and found.parts[copies.PART] <= 4 * 3 * slots * per_copy
+
+
+def test_no_copies_where_they_are_useless_or_do_not_fit(monkeypatch):
+    for share, plan in (([1] * 8, PLAN), (HOT, ParallelPlan(dp=4, ep=1))):  # even loads; every rank has all experts
+        cost = _cost(share)
+        estimate = cost.estimate(plan, 4)
+        assert copies.with_copies(cost, estimate) is estimate
+    cost = _cost(HOT)
+    estimate = cost.estimate(PLAN, 4)
+    monkeypatch.setattr(pool, "fits", lambda *args: False)
+    assert copies.with_copies(cost, estimate) is estimate
+
+
+def test_copies_of_each_micro_batch_where_micro_batches_differ():
+    cost = _cost(HOT, num_micro=4)
+    found = copies.with_copies(cost, cost.estimate(PLAN, 4))
+    assert found.copies.startswith("exact ")
+    assert all(e is None or e.mean_ms >= found.mean_ms for e in (
+        copies._judge(cost, found, mode, slots) for mode in ("history", "exact") for slots in copies.SLOTS))  # fmt: skip
+
+
+def test_a_search_ranks_with_copies_tells_them_and_writes_what_the_trainer_takes(tmp_path):
+    cost = _cost(HOT)
+    blind, seeing = (search.search(cost, 4, top=60, copies=tried) for tried in (False, True))
+    assert all(not e.copies for e in blind.ranked) and any(e.copies for e in seeing.ranked)
+    assert [e.mean_ms for e in seeing.ranked] == sorted(e.mean_ms for e in seeing.ranked)
+    assert seeing.ranked[0].mean_ms <= blind.ranked[0].mean_ms
+    with_them = next(e for e in seeing.ranked if e.copies)
+    assert with_them.copies in search.format_table(seeing, 60)
+    words = search.explain(cost, with_them, blind.ranked[0])
+    assert f"copies {with_them.copies}" in words and copies.PART in words
+    for placement, migrate in (("balanced", True), ("identity", False)):
+        path = tmp_path / f"{placement}.toml"
+        path.write_text(commands.run_of(cost, with_them, placement))
+        run = check(from_dict(RunConfig, inputs.read_table(path), str(path)))
+        mode, slots = with_them.copies.split()
+        assert (run.online.replicate, run.online.replica_slots) == (mode, int(slots))
+        assert (run.online.policy, run.online.migrate) == ("auto", migrate)
+
+
+def test_padded_buffers_are_of_one_size_and_get_no_copies():
+    cost = _cost(HOT)
+    config = dataclasses.replace(cost.config, layer=dataclasses.replace(cost.config.layer, dispatcher="padded"),
+                                 gate=GateConfig(capacity=4.0))  # fmt: skip
+    padded = CostModel(config, cost.cluster, cost.primitives, cost.loads)
+    estimate = padded.estimate(PLAN, 4)
+    assert copies.with_copies(padded, estimate) is estimate
