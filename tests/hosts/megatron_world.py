@@ -51,6 +51,16 @@ policy = "greedy"
 interval = {MOVE_AT}
 """
 LAUNCHED = "launched"  # Megatron's own layer on a run directory, as scripts/launch.py starts it
+COPIES = {mode: f"{mode}.toml" for mode in ("history", "exact")}
+COPIES_TEXT = """
+system = "smartmoe"
+[online]
+policy = "auto"
+migrate = false
+interval = 3
+replicate = "{mode}"
+replica_slots = 1
+"""
 SYSTEMS = {"megatron": "megatron", "ours": "smartmoe_static", "moving": MOVING}
 EP2 = ("--expert-model-parallel-size", "2")
 TP2_EP2 = (*EP2, "--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -74,6 +84,8 @@ def worlds() -> dict[int, list[Case]]:
             *plan("ep2", EP2),
             *plan("tp2", TP2_EP2),
             *plan("half", HALF, ("ours", "moving")),
+            *(Case(f"ep2-{mode}", file, EP2) for mode, file in COPIES.items()),
+            *(Case(f"half-{mode}", file, HALF) for mode, file in COPIES.items()),
             Case("launched-megatron", LAUNCHED),
             Case("saved-whole", MOVING, (*EP2, *RESHARDABLE, *SAVE)),
             Case("saved-same", MOVING, (*EP2, *RESHARDABLE, *LOAD)),
@@ -207,6 +219,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     os.chdir(ROOT)
     (folder / MOVING).write_text(MOVING_TEXT)
+    for mode, file in COPIES.items():
+        (folder / file).write_text(COPIES_TEXT.format(mode=mode))
     import tests.hosts.megatron_cpu as cpu
 
     cpu.install()
@@ -216,7 +230,9 @@ def main() -> None:
     chosen = set(sys.argv[2:])
     for size, cases in worlds().items():
         cases = [
-            dataclasses.replace(case, system=str(folder / MOVING) if case.system == MOVING else case.system)
+            dataclasses.replace(
+                case, system=str(folder / case.system) if case.system.endswith(".toml") else case.system
+            )
             for case in cases
             if not chosen or case.name.split("-")[0] in chosen
         ]

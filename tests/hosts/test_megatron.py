@@ -73,6 +73,15 @@ def test_moving_experts_changes_no_bit_where_gradients_are_not_clipped(runs, pla
     assert losses(runs, f"{plan}-moving") == losses(runs, f"{plan}-ours")
 
 
+@pytest.mark.parametrize("mode", ["history", "exact"])
+def test_copies_of_hot_experts_change_losses_by_rounding(runs, mode):
+    """fp32 with weights that are the storage's own memory; bf16 with weights in Megatron's buffers, rounded gradients."""
+    assert losses(runs, f"ep2-{mode}") == pytest.approx(losses(runs, "ep2-ours"), rel=TOLERANCE)
+    assert losses(runs, f"half-{mode}") == pytest.approx(losses(runs, "half-ours"), rel=5e-3)
+    if mode == "history":
+        assert all(max(event["num_copies"] for event in events(runs, f"{name}-history")) for name in ("ep2", "half"))
+
+
 def test_more_data_parallel_ranks_and_no_pipeline_give_the_same_losses(runs):
     assert losses(runs, "edp2-ours") == pytest.approx(losses(runs, "pp2ep2-megatron"), rel=TOLERANCE)
 

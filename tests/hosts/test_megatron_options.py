@@ -22,6 +22,7 @@ FITTING = {
     "moe_expert_capacity_factor": 1.2, "global_batch_size": 16, "micro_batch_size": 2, "train_iters": 20, "seed": 7,
     "lr": 1e-3, "min_lr": None, "lr_warmup_iters": 2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "clip_grad": 1.0, "smartmoe_text": None, "save": None, "save_interval": None,
+    "overlap_grad_reduce": False, "accumulate_allreduce_grads_in_fp32": True,
 }  # fmt: skip
 
 
@@ -68,8 +69,10 @@ def test_a_file_says_layer_and_placement(tmp_path):
     run = options.run_config(arguments(smartmoe=str(file)))
     assert (run.online.policy, run.online.interval, run.layer) == ("auto", 5, LayerConfig(experts="loop"))
     file.write_text('[online]\npolicy = "auto"\nreplicate = "history"\nreplica_slots = 1\n')
-    with pytest.raises(ValueError, match='take replicate = "never"'):
-        options.run_config(arguments(smartmoe=str(file)))
+    assert options.run_config(arguments(smartmoe=str(file))).online.replica_slots == 1
+    for wrong in ({"overlap_grad_reduce": True}, {"accumulate_allreduce_grads_in_fp32": False}):
+        with pytest.raises(ValueError, match="gradients of copies"):
+            options.run_config(arguments(smartmoe=str(file), **wrong))
     file.write_text("[plan]\npp = 2\n")
     with pytest.raises(ValueError, match="are Megatron's arguments here"):
         options.run_config(arguments(smartmoe=str(file)))

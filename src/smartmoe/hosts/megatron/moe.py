@@ -76,13 +76,22 @@ class SmartMoELayer(BaseMoELayer):
             ep_group=self.ep_group if get_pg_size(self.ep_group) > 1 else None,
             stage_group=self._stage_group if get_pg_size(self._stage_group) > 1 else None,
             dtype=config.params_dtype,
-            device=torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device(),
+            device=torch.cuda.current_device(),
         )
         self.moe.gate = MegatronGate(self.router, config.moe_router_topk)
         for param in self.moe.experts.parameters():
             param.allreduce = False
             with torch.no_grad():
                 param.mul_(config.init_method_std / INIT_STD)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Megatron moves and converts its model once it is made; SmartMoE's layer is in its dtype and place from the start,
+        in memory that must stay where it holds copies of experts."""
+        moe = self._modules.pop("moe", None)
+        super()._apply(fn, recurse)
+        if moe is not None:
+            self._modules["moe"] = moe
+        return self
 
     def forward(self, hidden_states: torch.Tensor, intermediate_tensors=None, padding_mask=None):
         """(y, None) of hidden_states [sequence, batch, D]; collective over the expert group."""

@@ -169,14 +169,17 @@ def _problems(args) -> list[str]:
 
 def _online_problems(args, asked: dict) -> list[str]:
     """What stands in the way of moving experts while Megatron trains."""
-    online = asked.get("online")
-    if online is not None and online.replicate != "never":
-        return [
-            "online.replicate is not available: Megatron's buffers own the memory of weights, which copies of experts "
-            'would have to be part of; take replicate = "never"'
-        ]
+    online, problems = asked.get("online"), []
+    if online is not None and online.replicate == "history":
+        if args.overlap_grad_reduce:
+            problems.append(
+                "gradients of copies join their owners' before any is reduced: leave --overlap-grad-reduce out"
+            )
+        if (args.bf16 or args.fp16) and not args.accumulate_allreduce_grads_in_fp32:
+            problems.append("gradients of copies are summed in float32: add --accumulate-allreduce-grads-in-fp32")
+    if online is not None and online.replicate != "never" and args.overlap_param_gather:
+        problems.append("copies are sent when weights are in place: leave --overlap-param-gather out")
     moves = systems.get(asked["system"]).online
-    problems = []
     if moves and args.overlap_param_gather:
         problems.append("experts move between steps, when weights must be in place: leave --overlap-param-gather out")
     if moves and args.async_save:

@@ -17,6 +17,7 @@ from megatron.training import checkpointing, get_args, training
 
 from smartmoe import record
 from smartmoe.config import RunConfig, to_dict
+from smartmoe.hosts.megatron.copies import Copies
 from smartmoe.hosts.megatron.moe import smartmoe_layers
 from smartmoe.hosts.megatron.states import ExpertStates, MegatronPlacement, after_loading, before_loading
 from smartmoe.online import is_due
@@ -37,7 +38,8 @@ class Session:
         self._writer: record.RunWriter | None = None
         self._layers: list = []
         self.online: MegatronPlacement | None = None
-        self._is_started, self._is_launched = False, False
+        self._copies = Copies([], None)
+        self._is_started = self._is_stepping = self._is_launched = False
 
     def install(self) -> None:
         """Wrap Megatron's functions of this process: train_step, save_checkpoint, load_checkpoint."""
@@ -61,20 +63,28 @@ class Session:
                 stage_group=stage_group if dist.get_world_size(stage_group) > 1 else None,
                 node_of_rank_W=self._nodes(ep_group),
             )
+            self._copies = Copies(self._layers, ep_group)
+            self._copies.refresh()
 
     def _nodes(self, ep_group) -> tuple[int, ...] | None:
         if ep_group is None:
             return None
         return tuple(rank // self.run.cluster.ranks_per_node for rank in dist.get_process_group_ranks(ep_group))
 
-    def _train_step(self, original, forward_step, data, model, optimizer, *rest, iteration=None, **kwargs):
+    def _train_step(
+        self, original, forward_step, data, model, optimizer, scheduler, config, *rest, iteration=None, **kwargs
+    ):
         self._start(model, optimizer)
-        self._open(iteration)
+        if not self._is_stepping:
+            self._is_stepping = True
+            config.finalize_model_grads_func = self._copies.return_before(config.finalize_model_grads_func)
+            self._open(iteration)
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        result = original(forward_step, data, model, optimizer, *rest, iteration=iteration, **kwargs)
+        result = original(forward_step, data, model, optimizer, scheduler, config, *rest, iteration=iteration, **kwargs)
         events = self.online.after_step(iteration + 1) if self.online else []
+        self._copies.refresh()
         torch.cuda.synchronize()
         self._write(iteration + 1, (time.perf_counter() - start) * 1e3, result, optimizer, events)
         return result
@@ -150,10 +160,14 @@ class Session:
         self._start(model, optimizer)
         if self.online is None:
             return original(iteration, model, optimizer, *rest, **kwargs)
-        placements = [layer.placement for layer in self._layers]
+        placements, replicas = zip(*((layer.placement, layer.replicas) for layer in self._layers), strict=True)
         self._place([Placement.identity(each.num_experts, each.num_ranks) for each in placements])
         result = original(iteration, model, optimizer, *rest, **kwargs)
         self._place(placements)
+        for layer, old in zip(self._layers, replicas, strict=True):
+            if layer.replicas != old:  # a move forgets them
+                layer.set_replicas(old)
+        self._copies.refresh()
         self._save_placements(_checkpoint_dir(get_args().save, iteration))
         return result
 
@@ -184,8 +198,12 @@ class Session:
             after_loading(optimizer)
         self._start(model, optimizer)
         file = _checkpoint_dir(args.load, result[0]) / PLACEMENT_FILE if args.load and result[0] else None
-        if self.online is None or file is None or not file.exists():
-            return result
+        if self.online is not None and file is not None and file.exists():
+            self._restore(file, result[0])
+        self._copies.refresh()
+        return result
+
+    def _restore(self, file: Path, iteration: int) -> None:
         facts = _read_placements(file)
         saved = {int(layer): Placement.from_dict(data) for layer, data in facts["placements"].items()}
         wanted = []
@@ -193,8 +211,7 @@ class Session:
             old = saved.get(layer.layer_idx, layer.placement)
             wanted.append(old if old.num_ranks == layer.placement.num_ranks else layer.placement)
         self._place(wanted)
-        self.online.restore_loads(result[0], {int(layer): load for layer, load in facts["loads"].items()})
-        return result
+        self.online.restore_loads(iteration, {int(layer): load for layer, load in facts["loads"].items()})
 
 
 def _wrapped(original, replacement):

@@ -1,0 +1,55 @@
+"""Copies of hot experts inside Megatron-LM, whose buffers may own the memory of weights and gradients.
+
+SmartMoE's layer computes owned experts and copies in one storage. With Megatron's distributed optimizer the parameters live
+elsewhere: then the storage's owned part follows them after every step, which costs one more copy of the rank's experts in
+their dtype; without it they are the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from smartmoe.layer import MoELayer
+from smartmoe.replicas import HistoryReplication, return_all, send_all
+
+
+class Copies:
+    """Keeps the copies of `layers` current, and brings their gradients to Megatron's. Without copies all does nothing.
+
+    ep_group: of the layers, the same for all.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer], ep_group):
+        self._layers = [layer for layer in layers if layer.replication is not None]
+        self._held = [layer for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
+        self._ep_group = ep_group
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After weights or placements changed: fill the storages, and send the copies that stay for whole steps.
+        Collective over ep_group."""
+        for layer in self._layers:
+            params = [param for param in layer.experts.weights() if param is not None]
+            for storage, param in zip(layer.experts.storages, params, strict=True):
+                if storage.data_ptr() != param.data_ptr():
+                    storage[: param.shape[0]].copy_(param)
+        if self._held:
+            send_all([layer.replication for layer in self._held], self._ep_group)
+
+    def return_grads(self) -> None:
+        """Add the gradients of copies to Megatron's `main_grad` of the owners, before it reduces them. Collective over
+        ep_group."""
+        if self._held:
+            owned = [[p.main_grad for p in layer.experts.weights() if p is not None] for layer in self._held]
+            return_all([layer.replication for layer in self._held], owned, self._ep_group)
+
+    def return_before(self, finalize):
+        """Megatron's function that finishes gradients, with `return_grads` in front."""
+
+        def finalize_with_copies(*args, **kwargs):
+            self.return_grads()
+            return finalize(*args, **kwargs)
+
+        return finalize_with_copies if self._held else finalize
