@@ -105,7 +105,8 @@ class Workload:
     """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library.
 
     `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 0: of
-    all of it; 2, with system "deepspeed" alone: gradients, too.
+    all of it; 2, with system "deepspeed" alone: gradients, too. `reduce_early`: ranks sum gradients while the last backward
+    passes run (not with `zero`, nor experts' with replicas); else after them.
     """
 
     global_batch_size: int = 16
@@ -123,6 +124,7 @@ class Workload:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     zero: int = 0
+    reduce_early: bool = False
     initial_loss_scale: float = 65536.0
     data: tuple[str, ...] = ()
     checkpoint_interval: int = 0

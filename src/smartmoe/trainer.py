@@ -21,7 +21,7 @@ from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
 from smartmoe.online import OnlinePlacement, bytes_of_replica
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
-from smartmoe.parallel.data import GradientBuffers
+from smartmoe.parallel.data import KINDS, GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
 from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.parallel.zero import ShardedBuffers
@@ -63,8 +63,13 @@ class Trainer:
         self.chunks = self._build_chunks()
         named = [(name, p) for chunk in self.chunks for name, p in chunk.named_parameters()]
         groups = {"dense": mesh.stage_group, "tensor": mesh.dp_group, "expert": mesh.expert_dp_group}
+        buffers = (ShardedBuffers if work.zero else GradientBuffers)(named, groups)
+        if work.reduce_early and not work.zero:
+            # gradients of replicas come to the owners' behind all passes
+            kinds = [kind for kind in KINDS if kind != "expert" or config.online.replicate == "never"]
+            buffers.reduce_early(config.num_micro_batches, kinds)
         self.optimizer = MixedAdamW(
-            (ShardedBuffers if work.zero else GradientBuffers)(named, groups),
+            buffers,
             work,
             mesh,
             model.num_layers,

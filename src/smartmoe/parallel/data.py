@@ -16,6 +16,7 @@ from torch import nn
 
 from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.all_to_all import group_rank
+from smartmoe.parallel.early import EarlyReduction
 
 KINDS = ("dense", "tensor", "expert")
 
@@ -54,6 +55,9 @@ class GradientBuffers:
         self._groups = groups
         self._flat: dict[str, torch.Tensor] = {}
         self._empty: set[int] = set()  # of refs: those without a gradient since the last step
+        self._place = {name: place for place, (name, _) in enumerate(named_params)}
+        self._early: EarlyReduction | None = None
+        self._early_kinds: frozenset[str] = frozenset()
         self.refs: list[ParamRef] = []
         for kind in KINDS:
             members = [(name, p) for name, p in named_params if getattr(p, "parallel", "dense") == kind]
@@ -77,15 +81,32 @@ class GradientBuffers:
 
     def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
         def hook(param: nn.Parameter) -> None:
-            accumulate_(grad, param.grad, is_first=ref_idx in self._empty)
-            self._empty.discard(ref_idx)
+            accumulate_(grad, param.grad, is_first=self.fill(ref_idx))
             param.grad = None
 
         return hook
 
+    def fill(self, ref_idx: int) -> bool:
+        """Note that a gradient is about to be written; returns whether it is the first since `zero` and must overwrite."""
+        if self._early is not None:
+            self._early.note(ref_idx)
+        is_first = ref_idx in self._empty
+        self._empty.discard(ref_idx)
+        return is_first
+
+    def reduce_early(self, num_passes: int, kinds: Sequence[str] = KINDS) -> None:
+        """From now on reduce gradients of these kinds while backward passes run, as they become complete: after
+        num_passes gradients for each parameter since `zero`. Nobody but backward passes may change them."""
+        groups = {kind: self._groups[kind] for kind in kinds if kind in self._flat and self._groups.get(kind) is not None}
+        order = [self._place[ref.name] for ref in self.refs]
+        self._early = EarlyReduction(self.refs, self._flat, order, groups, num_passes)
+        self._early_kinds = frozenset(groups)
+
     def zero(self) -> None:
         """Forget the gradients: what they were is overwritten by the first backward pass, or by `complete`."""
         self._empty = set(range(len(self.refs)))
+        if self._early is not None:
+            self._early.reset()
 
     def complete(self) -> None:
         """Zero what no backward pass has written since `zero`. Before this only hooks may touch the gradients; `reduce`
@@ -98,8 +119,10 @@ class GradientBuffers:
         """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order."""
         self.complete()
         for kind, flat in self._flat.items():
-            if self._groups.get(kind) is not None:
+            if self._groups.get(kind) is not None and kind not in self._early_kinds:
                 dist.all_reduce(flat, group=self._groups[kind])
+        if self._early is not None:
+            self._early.finish()
 
     def scale(self, factor: float) -> None:
         for flat in self._flat.values():
