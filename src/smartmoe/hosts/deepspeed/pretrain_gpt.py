@@ -64,6 +64,9 @@ def _run(args: argparse.Namespace) -> None:
     trainer = DeepSpeedTrainer(config, tokens, device)
     writer = record.RunWriter(args.run_dir) if dist.get_rank() == 0 else None
     progress = Progress(config, 0)
+    if writer:
+        writer.log(progress.opening(config))
+        print(progress.opening(config), flush=True)
     while trainer.iteration < config.workload.iterations:
         result = trainer.run_iteration()
         if writer:
