@@ -3,8 +3,8 @@
     pip install --no-build-isolation .        # the torch of this environment; without the flag pip hides it
     python setup.py build_ext --inplace       # beside the sources
 
-TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0, and PTX for newer ones. Built
-for 9.0a, the extension multiplies rows and experts itself on an H100 or H200; else torch's grouped product does.
+TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0a, and PTX for newer ones. Built
+for 9.0a (not 9.0), the extension multiplies rows and experts itself on an H100 or H200; else torch's grouped product does.
 SMARTMOE_CUDA=0 leaves the extension out, SMARTMOE_CUDA=1 makes it an error when it cannot be built.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from setuptools import setup
 
 SOURCES = Path("src/csrc")
-DEFAULT_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90")
+DEFAULT_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 FIRST_CUDA = (12, 8)
 
 

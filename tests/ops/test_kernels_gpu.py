@@ -171,45 +171,61 @@ def test_ffn_and_its_gradients_against_float64(bias, activation, dtype):
                     m.grad = None
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "identity"])
-@pytest.mark.parametrize("sizes", [(16, 1024, 1536, 3072), (5, 700, 328, 1032), (64, 130, 256, 768)], ids=str)
-def test_products_of_many_tiles_a_block_end_and_are_right(sizes, activation):
+# slots, mean rows, width, ffn: many tiles a block; sizes that no tile divides, rows left over for one warpgroup or the other
+PRODUCT_SIZES = [(16, 1024, 1536, 3072), (5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("sizes", PRODUCT_SIZES, ids=str)
+def test_products_end_and_are_right(sizes, activation, bias):
     """Counts of all remainders, so that warpgroups without rows stand beside busy ones; rows behind the last hold NaN."""
     num_slots, mean, width, ffn = sizes
     torch.manual_seed(2)
+    wide = ffn * (2 if activation == "swiglu" else 1)
     count = (torch.rand(num_slots) * 2 * mean).long()
     count[1] = 0
     num_rows, end = int(count.sum()), count.cumsum(0).int().cuda()
-    rows, hidden = (torch.randn(num_rows + 77, size, device="cuda").bfloat16() for size in (width, ffn))
+    rows, hidden = (torch.randn(num_rows + 77, size, device="cuda").bfloat16() for size in (width, wide))
     rows[num_rows:], hidden[num_rows:] = float("nan"), float("nan")
-    weight = (torch.randn(num_slots, width, ffn, device="cuda") / width**0.5).bfloat16()
-    if extension.products_for(rows, weight) is None:
+    first = (torch.randn(num_slots, width, wide, device="cuda") / width**0.5).bfloat16()
+    second = (torch.randn(num_slots, ffn, width, device="cuda") / width**0.5).bfloat16()
+    b1 = torch.randn(num_slots, wide, device="cuda").bfloat16() if bias else None
+    if extension.products_for(rows, first, b1) is None:
         pytest.skip("the extension was not built for 9.0a, or this is another GPU")
-    kernels, back = extension._C, weight.transpose(1, 2).contiguous()
-    want, parts = torch.empty(num_rows, ffn, device="cuda"), []
+    kernels, zero, slot_R = extension._C, torch.zeros(num_slots, wide, device="cuda"), torch.arange(num_slots).cuda()
+    slot_R = slot_R.repeat_interleave(count.cuda())
+    bias_RW = (zero if b1 is None else b1.float())[slot_R]
+    want, want_act, parts = torch.empty(num_rows, wide, device="cuda"), torch.empty(num_rows, ffn, device="cuda"), []
     for slot, (start, stop) in enumerate(zip([0, *end.tolist()], end.tolist(), strict=False)):
-        want[start:stop] = rows[start:stop].float() @ weight[slot].float()
+        want[start:stop] = rows[start:stop].float() @ first[slot].float()
+        want_act[start:stop] = rows[start:stop].float() @ second[slot].float().T
         parts.append(rows[start:stop].float().T @ hidden[start:stop].float())
     close_in_norm(kernels.multiply_slots(rows, hidden, end), torch.stack(parts).double(), torch.bfloat16, "weights")
-    for _ in range(20):
-        plain = kernels.multiply_rows(rows, weight, end, False)
-        assert torch.equal(plain[:num_rows], kernels.multiply_rows(rows, back, end, True)[:num_rows])
-        if activation == "identity":
-            continue
-        first, act = kernels.multiply_activate(rows, weight, end, activation)
-        assert torch.equal(first[:num_rows], plain[:num_rows])
+    turned = first.transpose(1, 2).contiguous()
+    for _ in range(10):
+        plain = kernels.multiply_rows(rows, first, None, end, False)
+        product, act = kernels.multiply_activate(rows, first, b1, end, activation)
+        assert torch.equal(product[:num_rows], plain[:num_rows])
+        assert torch.equal(kernels.multiply_rows(rows, turned, None, end, True)[:num_rows], plain[:num_rows])
         place = hidden.clone()
-        grad, again = kernels.multiply_slope(rows, back, end, place, activation, True)
+        grad, again, grad_b1 = kernels.multiply_slope(rows, second, b1, end, place, activation, True)
         assert grad.data_ptr() == place.data_ptr() and grad[num_rows:].isnan().all()
     close_in_norm(plain[:num_rows], want.double(), torch.bfloat16, "rows")
-    if activation != "identity":
-        function = (lambda x: torch.nn.functional.gelu(x, approximate="tanh")) if activation == "gelu" else torch.relu
-        argument = hidden[:num_rows].double().requires_grad_()
-        value = function(argument)
-        value.backward(want.double())
-        close_in_norm(act[:num_rows], function(plain[:num_rows].double()), torch.bfloat16, "activation")
-        close_in_norm(grad[:num_rows], argument.grad, torch.bfloat16, "gradient of hidden")
-        close_in_norm(again[:num_rows], value.detach(), torch.bfloat16, "activation of hidden")
+    biased = kernels.multiply_rows(rows, first, b1, end, False)[:num_rows]
+    assert torch.equal(biased, (plain[:num_rows].float() + bias_RW).bfloat16() if bias else plain[:num_rows])
+    activated = activate(plain[:num_rows].double() + bias_RW, activation)
+    close_in_norm(act[:num_rows], activated, torch.bfloat16, "activation")
+    argument = (hidden[:num_rows].double() + bias_RW).requires_grad_()
+    value = activate(argument, activation)
+    value.backward(want_act.double())
+    close_in_norm(grad[:num_rows], argument.grad, torch.bfloat16, "gradient of hidden")
+    close_in_norm(again[:num_rows], value.detach(), torch.bfloat16, "activation of hidden")
+    if bias:
+        sums = torch.zeros(num_slots, wide, device="cuda", dtype=torch.double).index_add_(0, slot_R, argument.grad)
+        close_in_norm(grad_b1, sums, torch.bfloat16, "gradient of the bias")
+        for _ in range(3):
+            assert torch.equal(kernels.multiply_slope(rows, second, b1, end, hidden, activation, False)[2], grad_b1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

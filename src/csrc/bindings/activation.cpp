@@ -18,19 +18,19 @@ void check_slots(const Tensor& rows, const OptionalTensor& bias, const Tensor& e
   }
 }
 
+}  // namespace
+
 Tensor empty_pieces(const Tensor& rows, const Tensor& end_L) {
   return at::empty({smartmoe::num_pieces(rows.size(0), end_L.size(0)), rows.size(1)}, rows.options().dtype(at::kFloat));
 }
 
-Tensor finish_sum(const Tensor& partial, const Tensor& rows, const Tensor& end_L) {
+Tensor sum_of_pieces(const Tensor& partial, const Tensor& rows, const Tensor& end_L) {
   Tensor sum = at::empty({end_L.size(0), rows.size(1)}, rows.options());
   checked(smartmoe::sum_slots(partial.const_data_ptr<float>(), end_L.const_data_ptr<int>(), end_L.size(0),
                               sum.mutable_data_ptr(), rows.size(0), rows.size(1), dtype_of(rows), stream()),
           "sum_slots");
   return sum;
 }
-
-}  // namespace
 
 Tensor activate(const Tensor& hidden_RF, const OptionalTensor& bias_LF, const Tensor& end_L, const std::string& activation) {
   check_slots(hidden_RF, bias_LF, end_L);
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& hidden_RF, co
                                       out_RF.mutable_data_ptr(), bias_LF ? partial.mutable_data_ptr<float>() : nullptr,
                                       out_RF.size(0), out_RF.size(1), kind, dtype_of(hidden_RF), stream()),
           "activate_backward");
-  return {grad_hidden_RF, out_RF, bias_LF ? finish_sum(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
+  return {grad_hidden_RF, out_RF, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
 }
 
 void add_bias_(const Tensor& rows_RD, const Tensor& bias_LD, const Tensor& end_L) {
@@ -79,7 +79,7 @@ Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L) {
   checked(smartmoe::sum_pieces(rows_RD.const_data_ptr(), end_L.const_data_ptr<int>(), end_L.size(0),
                                partial.mutable_data_ptr<float>(), rows_RD.size(0), rows_RD.size(1), dtype_of(rows_RD), stream()),
           "sum_slots");
-  return finish_sum(partial, rows_RD, end_L);
+  return sum_of_pieces(partial, rows_RD, end_L);
 }
 
 }  // namespace smartmoe::bindings

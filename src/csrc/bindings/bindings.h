@@ -34,14 +34,17 @@ Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L);
 
 // Products on compute capability 9.0, bfloat16. can_multiply: a bool for the device of `like`, said by the host.
 Tensor can_multiply(const Tensor& like);
-Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Tensor& end_L, bool transposed);
-// Returns hidden = rows weight and its activation (relu, gelu).
-std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const Tensor& end_L,
-                                             const std::string& activation);
-// Returns the gradient of hidden (in its memory with `reuse`) from that of the rows behind the second matrix, and the
-// activation of hidden.
-std::tuple<Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD, const Tensor& end_L,
-                                          const Tensor& hidden_RF, const std::string& activation, bool reuse);
+// The bias is added to the product; it may be absent.
+Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const OptionalTensor& bias_LY, const Tensor& end_L,
+                     bool transposed);
+// Returns hidden = rows weight and the activation of hidden + bias.
+std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
+                                             const Tensor& end_L, const std::string& activation);
+// Returns the gradient of hidden (in its memory with `reuse`) from that of the rows behind the second matrix, the activation
+// of hidden + bias, and the gradient of the bias (empty without one).
+std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
+                                                  const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
+                                                  const std::string& activation, bool reuse);
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L);
 
 }  // namespace smartmoe::bindings

@@ -14,13 +14,12 @@ void check_products(const Tensor& rows, const Tensor& weight, const Tensor& end_
   TORCH_CHECK(weight.size(depth_dim) == rows.size(1), "weight: expected ", rows.size(1), " in dimension ", depth_dim);
 }
 
-void run_rows(const Tensor& rows, const Tensor& weight, const Tensor& end_L, const Tensor& out, const Tensor* act,
-              const Tensor* hidden, bool transposed, const std::string& activation) {
-  checked(smartmoe::multiply_rows(rows.const_data_ptr(), weight.const_data_ptr(), end_L.const_data_ptr<int>(), end_L.size(0),
-                                  out.mutable_data_ptr(), act ? act->mutable_data_ptr() : nullptr,
-                                  hidden ? hidden->const_data_ptr() : nullptr, rows.size(0), rows.size(1), out.size(1),
-                                  transposed, activation_of(activation), stream()),
-          "multiply_rows");
+const void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+void check_bias(const OptionalTensor& bias, int64_t num_slots, int64_t width) {
+  if (!bias) return;
+  check(*bias, "bias", 2, at::kBFloat16);
+  check_size(*bias, "bias", {num_slots, width});
 }
 
 }  // namespace
@@ -30,32 +29,58 @@ Tensor can_multiply(const Tensor& like) {
   return at::scalar_tensor(smartmoe::can_multiply(), at::kBool);
 }
 
-Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Tensor& end_L, bool transposed) {
+Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const OptionalTensor& bias_LY, const Tensor& end_L,
+                     bool transposed) {
   check_products(rows_RX, weight_LXY, end_L, transposed ? 2 : 1);
+  const int64_t num_slots = end_L.size(0), width = weight_LXY.size(transposed ? 1 : 2);
+  check_bias(bias_LY, num_slots, width);
   const c10::cuda::CUDAGuard guard(rows_RX.device());
-  Tensor out = at::empty({rows_RX.size(0), weight_LXY.size(transposed ? 1 : 2)}, rows_RX.options());
-  run_rows(rows_RX, weight_LXY, end_L, out, nullptr, nullptr, transposed, "identity");
+  Tensor out = at::empty({rows_RX.size(0), width}, rows_RX.options());
+  checked(smartmoe::multiply_rows(rows_RX.const_data_ptr(), weight_LXY.const_data_ptr(), data_or_null(bias_LY),
+                                  end_L.const_data_ptr<int>(), num_slots, out.mutable_data_ptr(), nullptr, nullptr, nullptr,
+                                  rows_RX.size(0), rows_RX.size(1), width, transposed, kIdentity, stream()),
+          "multiply_rows");
   return out;
 }
 
-std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const Tensor& end_L,
-                                             const std::string& activation) {
+std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
+                                             const Tensor& end_L, const std::string& activation) {
   check_products(rows_RD, weight_LDF, end_L, 1);
+  const int kind = activation_of(activation);
+  const int64_t num_slots = end_L.size(0), wide = weight_LDF.size(2), width = kind == kSwiglu ? wide / 2 : wide;
+  TORCH_CHECK(width % 8 == 0, "weight_LDF: expected a multiple of 8 columns for each half, got ", width);
+  check_bias(bias_LF, num_slots, wide);
   const c10::cuda::CUDAGuard guard(rows_RD.device());
-  Tensor hidden = at::empty({rows_RD.size(0), weight_LDF.size(2)}, rows_RD.options()), act = at::empty_like(hidden);
-  run_rows(rows_RD, weight_LDF, end_L, hidden, &act, nullptr, false, activation);
+  Tensor hidden = at::empty({rows_RD.size(0), wide}, rows_RD.options());
+  Tensor act = at::empty({rows_RD.size(0), width}, rows_RD.options());
+  checked(smartmoe::multiply_rows(rows_RD.const_data_ptr(), weight_LDF.const_data_ptr(), data_or_null(bias_LF),
+                                  end_L.const_data_ptr<int>(), num_slots, hidden.mutable_data_ptr(), act.mutable_data_ptr(),
+                                  nullptr, nullptr, rows_RD.size(0), rows_RD.size(1), width, false, kind, stream()),
+          "multiply_activate");
   return {hidden, act};
 }
 
-std::tuple<Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD, const Tensor& end_L,
-                                          const Tensor& hidden_RF, const std::string& activation, bool reuse) {
+std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
+                                                  const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
+                                                  const std::string& activation, bool reuse) {
   check_products(grad_RD, weight_LFD, end_L, 2);
+  const int kind = activation_of(activation);
+  const int64_t num_slots = end_L.size(0), num_rows = grad_RD.size(0), width = weight_LFD.size(1);
+  const int64_t wide = kind == kSwiglu ? 2 * width : width;
   check(hidden_RF, "hidden_RF", 2, at::kBFloat16);
-  check_size(hidden_RF, "hidden_RF", {grad_RD.size(0), weight_LFD.size(1)});
+  check_size(hidden_RF, "hidden_RF", {num_rows, wide});
+  check_bias(bias_LF, num_slots, wide);
   const c10::cuda::CUDAGuard guard(grad_RD.device());
-  Tensor grad_hidden = reuse ? hidden_RF : at::empty_like(hidden_RF), act = at::empty_like(hidden_RF);
-  run_rows(grad_RD, weight_LFD, end_L, grad_hidden, &act, &hidden_RF, true, activation);
-  return {grad_hidden, act};
+  Tensor grad_hidden = reuse ? hidden_RF : at::empty_like(hidden_RF);
+  Tensor act = at::empty({num_rows, width}, hidden_RF.options());
+  Tensor partial = bias_LF ? empty_pieces(hidden_RF, end_L) : at::empty({0}, hidden_RF.options().dtype(at::kFloat));
+  checked(smartmoe::multiply_rows(grad_RD.const_data_ptr(), weight_LFD.const_data_ptr(), data_or_null(bias_LF),
+                                  end_L.const_data_ptr<int>(), num_slots, grad_hidden.mutable_data_ptr(),
+                                  act.mutable_data_ptr(), hidden_RF.const_data_ptr(),
+                                  bias_LF ? partial.mutable_data_ptr<float>() : nullptr, num_rows, grad_RD.size(1), width,
+                                  true, kind, stream()),
+          "multiply_slope");
+  return {grad_hidden, act, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
 }
 
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L) {

@@ -81,13 +81,14 @@ cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, 
 bool can_multiply();
 
 // out[r] = rows[r] times the matrix of r's slot, for the rows before end_L[L - 1]; all bfloat16 and 16-byte aligned, depth
-// and columns multiples of 8. weight: [L, depth, columns], or [L, columns, depth] when transposed. activation (relu, gelu):
-// not transposed, act becomes the activation of out as well; transposed, the products are gradients of the activation of
-// hidden, out becomes the gradient of hidden (and may be hidden itself), and act its activation. identity: act and hidden
-// are not used.
-cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const int* end_L, int num_slots, void* out_RY,
-                          void* act_RY, const void* hidden_RY, int64_t num_rows, int depth, int columns, bool transposed,
-                          int activation, cudaStream_t stream);
+// and columns multiples of 8. weight: [L, depth, width], or [L, width, depth] when transposed; bias [L, width], or null.
+// identity: out is the product plus the bias; width = columns. Not transposed with an activation: out is the product, act
+// [R, columns] the activation of out + bias; width is twice columns for swiglu. Transposed with an activation: the products
+// [R, columns] are gradients of activation(hidden + bias); out becomes that of hidden (and may be hidden itself), act the
+// activation, partial (null = not wanted) the sums of out over each piece, [pieces, width of hidden] float32.
+cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int num_slots,
+                          void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int64_t num_rows, int depth,
+                          int columns, bool transposed, int activation, cudaStream_t stream);
 
 // out[l] = the sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot: [L, rows, columns]; as above.
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,

@@ -2,7 +2,7 @@
 
 The six grouped products of a layer's forward and backward on rows sorted by expert, and the two that an activation goes
 with, each in two ways by turns in one process: "torch" is torch.nn.functional.grouped_mm (and the activation's own
-kernel), "own" the products of the extension, with the activation in the same pass where it can be.
+kernel), "own" the products of the extension, with the activation in the same pass.
 """
 
 from __future__ import annotations
@@ -76,17 +76,16 @@ class Bench:
             multiply = partial(own.multiply_slots, rows, weight, end) if way == "own" else None
             return multiply or partial(F.grouped_mm, rows.t(), weight, offs=end)
         turned = weight.transpose(1, 2) if transposed else weight
-        multiply = partial(own.multiply_rows, rows, weight, end, transposed) if way == "own" else None
+        multiply = partial(own.multiply_rows, rows, weight, None, end, transposed) if way == "own" else None
         multiply = multiply or partial(F.grouped_mm, rows, turned, offs=end)
         if not with_act:
             return multiply
-        fused = way == "own" and activation != "swiglu"
         if name == "first":
-            if fused:
-                return partial(own.multiply_activate, rows, weight, end, activation)
+            if way == "own":
+                return partial(own.multiply_activate, rows, weight, None, end, activation)
             return lambda: _with(multiply(), lambda hidden: activate_rows(hidden, None, end, activation))
-        if fused:
-            return partial(own.multiply_slope, rows, weight, end, self.hidden_RW, activation, False)
+        if way == "own":
+            return lambda: own.multiply_slope(rows, weight, None, end, self.hidden_RW, activation, False)[:2]
         return lambda: activate_rows_backward(self.hidden_RW, None, multiply(), end, activation)[:2]
 
     def floor_ms(self, product: str, ceiling_tflops: float, ceiling_tbytes: float) -> float | None:

@@ -4,10 +4,10 @@ Three forms with one result. On CUDA, impl "grouped" is two operations with thei
 the activation, and the second product. They keep the rows and the pre-activation, recompute the activation, and sum the
 gradient of the first bias in the pass that makes its addends; that they are two lets go of the pre-activation before the
 gradients of the first product are made. Backward uses the memory of the pre-activation again (outside of torch.compile,
-with the extension, not for swiglu): a second backward pass through one graph (retain_graph) is then torch's error about a
-tensor modified in place. Where the extension has products of its own, and without a first bias, the activation and its
-slope are applied as the product is written. On a CPU, "grouped" is the composition that autograd differentiates. "loop"
-is that of FastMoE everywhere.
+with the extension; for swiglu only with its products): a second backward pass through one graph (retain_graph) is then
+torch's error about a tensor modified in place. Where the extension has products of its own, biases, the activation and
+its slope are applied as the product is written. On a CPU, "grouped" is the composition that autograd differentiates.
+"loop" is that of FastMoE everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from smartmoe.ops.library import register
 
 _ONES_WIDTH = 8
 _NAMES = ("gelu", "relu", "swiglu")
-_FUSED_NAMES = ("gelu", "relu")
 
 
 def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, impl: str) -> torch.Tensor:
@@ -80,20 +79,21 @@ def _bounds(end_L):
     return zip(range(len(ends)), [0, *ends], ends, strict=False)
 
 
-def _times_weights(rows, weight, end_L, transposed=False):
-    """Each row times its slot's matrix: weight [L, X, Y], or [L, Y, X] when transposed."""
+def _times_weights(rows, weight, end_L, transposed=False, bias=None):
+    """Each row times its slot's matrix, weight [L, X, Y], or [L, Y, X] when transposed; plus the bias of its slot."""
     weight_LXY = weight.transpose(1, 2) if transposed else weight
     if not rows.shape[0]:
         return rows.new_empty(0, weight_LXY.shape[2])
-    kernels = products_for(rows, weight)
+    kernels = products_for(rows, weight, bias)
     if kernels:
-        return kernels.multiply_rows(rows, weight, end_L, transposed)
+        return kernels.multiply_rows(rows, weight, bias, end_L, transposed)
     if path_for(rows).gemm == "grouped":
-        return F.grouped_mm(rows, weight_LXY, offs=end_L)
-    out = rows.new_empty(rows.shape[0], weight_LXY.shape[2])
-    for slot, start, end in _bounds(end_L):
-        torch.mm(rows[start:end], weight_LXY[slot], out=out[start:end])
-    return out
+        out = F.grouped_mm(rows, weight_LXY, offs=end_L)
+    else:
+        out = rows.new_empty(rows.shape[0], weight_LXY.shape[2])
+        for slot, start, end in _bounds(end_L):
+            torch.mm(rows[start:end], weight_LXY[slot], out=out[start:end])
+    return out if bias is None else add_bias_rows(out, bias, end_L)
 
 
 def _weight_gradient(rows, grad, end_L):
@@ -112,16 +112,11 @@ def _weight_gradient(rows, grad, end_L):
     return out
 
 
-def _fused_products(rows, weight, b1, activation):
-    """The extension when it can apply the activation as it writes the product."""
-    return products_for(rows, weight) if rows.shape[0] and b1 is None and activation in _FUSED_NAMES else None
-
-
 def _run_matmul_activate(rows, end_L, weight, b1, activation):
     rows = rows.contiguous()
-    kernels = _fused_products(rows, weight, b1, activation)
+    kernels = products_for(rows, weight, b1) if rows.shape[0] else None
     if kernels:
-        return kernels.multiply_activate(rows, weight, end_L, activation)
+        return kernels.multiply_activate(rows, weight, b1, end_L, activation)
     hidden = _times_weights(rows, weight, end_L)
     return hidden, activate_rows(hidden, b1, end_L, activation)
 
@@ -132,18 +127,16 @@ def _run_matmul_backward(grad, rows, end_L, weight):
 
 
 def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):
-    out = _times_weights(act, w2, end_L)
-    return out if b2 is None else add_bias_rows(out, b2, end_L)
+    return _times_weights(act, w2, end_L, bias=b2)
 
 
 def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False):
     grad = grad.contiguous()
     none = grad.new_empty(0)
     grad_b2 = sum_rows(grad, end_L) if has_b2 else none
-    kernels = _fused_products(grad, w2, b1, activation)
+    kernels = products_for(grad, w2, b1) if grad.shape[0] else None
     if kernels:
-        grad_hidden, act = kernels.multiply_slope(grad, w2, end_L, hidden, activation, reuse)
-        grad_b1 = None
+        grad_hidden, act, grad_b1 = kernels.multiply_slope(grad, w2, b1, end_L, hidden, activation, reuse)
         if reuse:
             torch.autograd.graph.increment_version(hidden)
     else:

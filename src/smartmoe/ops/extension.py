@@ -92,15 +92,16 @@ def _can_multiply(device: torch.device) -> bool:
     return found
 
 
-def products_for(*factors: torch.Tensor) -> ModuleType | None:
-    """The extension when it can multiply these: bfloat16, contiguous, in rows of whole 16 bytes, on a GPU of compute
-    capability 9.0 that it was built for as 9.0a; else None."""
+def products_for(*factors: torch.Tensor | None) -> ModuleType | None:
+    """The extension when it can multiply these (and add a bias, which may be None): bfloat16, contiguous, in rows of whole
+    16 bytes, on a GPU of compute capability 9.0 that it was built for as 9.0a; else None."""
     first = factors[0]
     if not first.is_cuda or kernels_for(first) is None or not _can_multiply(first.device):
         return None
     fits = all(
         t.dtype == torch.bfloat16 and t.is_contiguous() and t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0
         for t in factors
+        if t is not None
     )
     return _C if fits else None
 
