@@ -9,6 +9,7 @@ import torch
 from smartmoe import trace as tr
 from smartmoe.bench import measure, replay, replay_compare
 from smartmoe.bench.replay_compare import MODES, Schedule, Tokens, shape_of, summarise
+from smartmoe.bench.replay_goals import EXACT, HISTORY
 from smartmoe.bench.routing import capped
 from smartmoe.online import is_due
 from tests.dist import spawn
@@ -122,6 +123,9 @@ def test_every_mode_plays_the_same_tokens(tmp_path):
     assert rows["static"]["share_of_balanced"]["mean"] > 0 and rows["static"]["speedup_over_static"]["median"] == 1.0
     saved = json.loads(path.read_text())
     assert saved["kind"] == "replay" and saved["settings"]["micro_batches"] == 2 and len(saved["rows"]) == len(MODES)
+    told = {(verdict["mode"], verdict["what"]) for verdict in saved["goals"]}
+    assert told == {(m, w) for m in (*EXACT, *HISTORY) for w in ("of force-balanced", "times shadowing")}
+    assert rows["shadowing"]["speedup_over_shadowing"]["median"] == 1.0
 
     assert {row["status"] for row in data["wrong"]} == {"skipped"} and "4 experts" in data["wrong"][0]["reason"]
     hot = {(row["case"], row["mode"]): row for row in data["hot"]}

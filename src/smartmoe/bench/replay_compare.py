@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from smartmoe.bench.measure import LeftAloneError, World, attempt, spread
+from smartmoe.bench.replay_goals import format_verdict, judge
 from smartmoe.bench.replay_players import MODES, Player, Step, Tokens
 from smartmoe.bench.report import DTYPES, Report, dtype_of
 from smartmoe.bench.shapes import Shape, parse_shape
@@ -169,8 +170,9 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
         if "balanced" in rows:
             share_I = np.array(rows["balanced"]["series"]["ms"]) / ms_I
             row["share_of_balanced"] = {"mean": round(float(share_I.mean()), 4), **spread(share_I)}
-        if "static" in rows:
-            row["speedup_over_static"] = spread(np.array(rows["static"]["series"]["ms"]) / ms_I)
+        for other in ("static", "shadowing"):
+            if other in rows:
+                row[f"speedup_over_{other}"] = spread(np.array(rows[other]["series"]["ms"]) / ms_I)
     return rows
 
 
@@ -232,6 +234,9 @@ def compare(args: argparse.Namespace, world: World) -> dict:
                 _run_case(args, case, shape, world, report)
     except LeftAloneError as error:
         report.give_up(error)
+    verdicts = judge(report.data["rows"])
+    report.note("goals", verdicts)
+    report.say("\n".join(map(format_verdict, verdicts)))
     return report.data
 
 

@@ -73,6 +73,11 @@ class Report:
         row |= {"status": status, "reason": reason, **(make_row(results) if results else {})}
         self.end(row, format_row(row))
 
+    def note(self, key: str, value) -> None:
+        """Add a JSON-ready fact about all rows to the file."""
+        self.data[key] = value
+        self._write()
+
     def say(self, text: str) -> None:
         if self.world.ep_rank == 0:
             print(text, flush=True)
