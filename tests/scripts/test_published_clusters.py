@@ -1,7 +1,9 @@
+import csv
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -19,6 +21,23 @@ def test_bars_that_took_no_part_in_the_fit_are_met_as_the_cluster_file_says():
     ratio = {bar: clusters.ratio_of(bar, cluster, rates, clusters.EXPONENTS) for bar in mine}
     errors = {use: [abs(r - 1) for b, r in ratio.items() if b.is_training == use] for use in (True, False)}
     assert np.mean(errors[True]) < 0.04 and np.mean(errors[False]) < 0.12 and max(errors[False]) < 0.27
+    pinky, rates, _ = inputs.read_cluster("pinky", ROOT / "scripts")
+    large = [bar for bar in bars if bar.cluster == "pinky" and not bar.is_training]
+    for with_input, worst, mean in ((True, 0.14, 0.08), (False, 0.61, 0.45)):
+        errors = [abs(clusters.ratio_of(b, pinky, rates, clusters.EXPONENTS, with_input) - 1) for b in large]
+        assert max(errors) < worst and np.mean(errors) < mean
+    assert clusters.layer_ratios(bars, pinky, rates, clusters.EXPONENTS) == pytest.approx([0.94, 1.11], abs=0.01)
+
+
+def test_what_is_said_of_the_input_of_large_runs_agrees_with_the_published_layer_times():
+    with open(ROOT / "logs" / "published" / "fig12.csv") as file:
+        rows = [{key: float(row[key]) for key in row if key.endswith("_s")} for row in csv.DictReader(file)]
+    inside = [row for layer, row in enumerate(rows) if layer % 4]
+    forward = np.mean([row["static_forward_s"] for row in inside]) * 5  # seconds of 200 iterations -> ms of one
+    backward = np.mean([row["static_backward_s"] for row in rows]) * 5
+    assert (forward, backward) == pytest.approx(clusters.LAYER_MS, rel=0.01)
+    waits = (rows[0]["dynamic_forward_s"] - np.mean([row["dynamic_forward_s"] for row in inside])) * 5
+    assert waits == pytest.approx(2652, rel=0.02) and waits < clusters.INPUT_MS["pinky"][64]
 
 
 def test_the_fit_lowers_the_error_on_the_bars_it_is_given():
