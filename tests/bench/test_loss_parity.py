@@ -26,7 +26,7 @@ SPOILED = dataclasses.replace(loss_parity.MODES["moved"], before=forget_moments)
 
 def run_small(world_rank):
     loss_parity.MODES["spoiled"] = SPOILED
-    modes = ["again", "noise", "moved", "copied", "exact", "zero_moved", "spoiled"]
+    modes = ["again", "noise", "moved", "copied", "copied_early", "exact", "zero_moved", "spoiled"]
     args = loss_parity.parse_args([*SHORT, "--tolerance", "1e-6", "--dispatcher", "basic", "--modes", *modes])
     return loss_parity.run(args, World(torch.device("cpu")))
 
@@ -39,6 +39,7 @@ def test_two_ranks_keep_the_losses_and_a_spoiled_move_does_not():
     for mode in ("noise", "copied", "exact"):
         assert rows[mode]["passed"], (mode, rows[mode]["worst"])
     assert rows["copied"]["replica_bytes"] > 0 and rows["exact"]["replica_bytes"] > 0
+    assert rows["copied"]["loss"] == rows["copied_early"]["loss"]
     assert rows["moved"]["num_placements"] > 0 == rows["plain"]["num_placements"]
     spoiled = rows["spoiled"]
     assert not spoiled["passed"] and spoiled["equal_iterations"] == 3 and "BEYOND" in loss_parity.format_row(spoiled)

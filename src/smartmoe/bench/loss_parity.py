@@ -112,6 +112,8 @@ MODES = {
     "moved": Mode(about="random owners of all experts every --interval iterations, with all their state", before=move_all),
     "copied": Mode(about="random copies every --interval iterations, kept for whole steps", before=copy_some,
                    online=OnlineConfig(replicate="history")),
+    "copied_early": Mode(about="the same, and their gradients return during the backward pass", before=copy_some,
+                         online=OnlineConfig(replicate="history", return_early=True)),
     "exact": Mode(about="copies for every micro-batch from its own routing", online=OnlineConfig(replicate="exact")),
     "auto": Mode(about="owners and copies as policy auto decides",
                  online=OnlineConfig(policy="auto", replicate="history", interval=10)),
@@ -193,14 +195,16 @@ def make_row(found: dict, reference: list[float] | None, tolerance: float) -> di
     }
 
 
-COLUMNS = "mode        worst dev.   mean dev.  equal its  loss of last 20   step ms  placements  copies MB/it  peak GB"
+COLUMNS = (
+    "mode           worst dev.   mean dev.  equal its   loss of last 20  step ms  placements  copies MB/it  peak GB"
+)
 
 
 def format_row(row: dict) -> str:
     if row["status"] != "ok":
-        return f"{row['mode']:10s} {row['status']}: {row['reason']}"
+        return f"{row['mode']:12s} {row['status']}: {row['reason']}"
     return (
-        f"{row['mode']:10s} {row['worst']:11.2e} {row['mean']:11.2e} {row['equal_iterations']:10d} {row['last_loss']:16.5f} "
+        f"{row['mode']:12s} {row['worst']:11.2e} {row['mean']:11.2e} {row['equal_iterations']:10d} {row['last_loss']:16.5f} "
         f"{row['step_ms']:9.1f} {row['num_placements']:11d} {row['replica_bytes'] / 1e6:13.2f} "
         f"{row['peak_bytes'] / 1e9:8.2f}" + ("" if row["passed"] else "   BEYOND THE TOLERANCE")
     )
