@@ -1,6 +1,8 @@
 """Gradient norms, clipping, overflow and the learning rate: the same on every rank, and as one process has them."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,15 @@ from parity import GATES, WORKLOAD, make_config, make_trainer
 from smartmoe.config import ParallelPlan, Workload
 from smartmoe.optimizer import layer_of, learning_rate
 from smartmoe.placement import Placement
+
+
+def test_the_memory_of_a_trainer_that_nobody_has_any_more_is_free():
+    trainer = make_trainer(make_config(ParallelPlan()))
+    trainer.run_iteration()
+    kept = [weakref.ref(thing) for thing in (trainer, trainer.optimizer.buffers, trainer.optimizer.masters[0])]
+    del trainer
+    gc.collect()
+    assert [thing() for thing in kept] == [None] * 3
 
 
 def _norms(world_rank, plan):

@@ -7,6 +7,7 @@ global number of tokens, so gradients are summed, never averaged.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,10 @@ class GradientBuffers:
             self.refs.append(ParamRef(name, kind, param, local, grad))
 
     def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
+        mine = weakref.proxy(self)  # a hook that has its parameter through C++, where nobody looks for cycles, keeps it forever
+
         def hook(param: nn.Parameter) -> None:
-            accumulate_(grad, param.grad, is_first=self.fill(ref_idx))
+            accumulate_(grad, param.grad, is_first=mine.fill(ref_idx))
             param.grad = None
 
         return hook
