@@ -20,15 +20,16 @@ MAX_SHARING = 2
 PRELOAD = ["numpy", "torch", "torch.distributed.pipelining", "torch.distributed.checkpoint", "torch.utils.checkpoint"]
 
 
-def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 300.0):
+def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 300.0, fresh: bool = False):
     """Call `fn(world_rank, *args)` in `world_size` processes and return their results by rank.
 
     `fn` must be importable (a module-level function); its result is carried through `torch.save`. The first failing
-    rank's traceback is raised here as AssertionError.
+    rank's traceback is raised here as AssertionError. fresh: processes that have imported nothing before, and this one's
+    environment.
     """
     with tempfile.TemporaryDirectory() as folder:
         # Ranks on CPUs are forked from a clean server that has imported torch once: a world starts in half a second.
-        context = mp.get_context("forkserver" if backend == "gloo" else "spawn")
+        context = mp.get_context("forkserver" if backend == "gloo" and not fresh else "spawn")
         multiprocessing.set_forkserver_preload(PRELOAD)
         procs = [
             context.Process(target=_entry, args=(fn, rank, world_size, backend, folder, args), daemon=True)

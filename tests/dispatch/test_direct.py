@@ -175,12 +175,16 @@ def _overflow(world_rank, num_ranks, device_type):
 def test_too_many_rows_poison_the_output_of_every_rank_are_told_and_then_fit(device_type):
     num_ranks = 2 if device_type == "cuda" else 3
     backend = _gpus(num_ranks) if device_type == "cuda" else "gloo"
-    needed = num_ranks * TOKENS * TOP_K
     for seen in spawn(_overflow, num_ranks, num_ranks, device_type, backend=backend):
-        assert torch.isnan(seen["y"]).all() and not seen["nothing"].any()
-        for words in (seen["check"], seen["next call"]):
-            assert f"needed {needed} rows" in words and "layer.row_factor = 1.0" in words and "basic" in words
-        assert seen["again"] is None and seen["asked"] == (needed, 0)
+        check_overflow(seen, num_ranks)
+
+
+def check_overflow(seen, num_ranks):
+    needed = num_ranks * TOKENS * TOP_K
+    assert torch.isnan(seen["y"]).all() and not seen["nothing"].any()
+    for words in (seen["check"], seen["next call"]):
+        assert f"needed {needed} rows" in words and "layer.row_factor = 1.0" in words and "basic" in words
+    assert seen["again"] is None and seen["asked"] == (needed, 0)
 
 
 def _odd(world_rank, num_ranks, device_type):

@@ -21,7 +21,7 @@ from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.plan import count_slots
 
 _TRANSPORTS: dict[tuple, object] = {}
-_STEPS_PER_SHARE = 16  # the number of rows grows in sixteenths of an even share, so that it seldom changes
+_STEPS_PER_SHARE = 64  # the number of rows grows by such a part of an even share, so that it seldom changes
 _log = logging.getLogger(__name__)
 
 

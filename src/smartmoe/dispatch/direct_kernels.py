@@ -20,6 +20,12 @@ def _peer(peers_W, rank, offset, dtype: tl.constexpr):
 
 
 @triton.jit
+def _place(source, rank):
+    """Where the rows of rank `source` lie in the shared buffer of another rank, which has no place for its own."""
+    return tl.where(source > rank, source - 1, source)
+
+
+@triton.jit
 def _signal(peers_W, state, flag_offset, me, num_blocks, W: tl.constexpr):
     # all stores of this block, then its arrival; the last arrival therefore stands behind all stores of the call
     tl.debug_barrier()
@@ -43,6 +49,20 @@ def _wait(peers_W, state, flag_offset, me, W: tl.constexpr):
 
 
 @triton.jit
+def _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W: tl.constexpr):
+    """Rows of tokens n = (source rank, t): of this rank from its own tensor, of the others from the shared buffer."""
+    source = token // capacity
+    t = token - source * capacity
+    is_own = (source == me)[:, None]
+    row = tl.load(own_TD + t[:, None] * D + d[None, :], mask=live & is_own, other=0.0)
+    if W > 1:
+        at = (source - (source > me).to(tl.int64)) * capacity + t
+        theirs = tl.load(others_ND + at[:, None] * D + d[None, :], mask=live & (is_own == 0), other=0.0)
+        row = tl.where(is_own, row, theirs)
+    return row
+
+
+@triton.jit
 def meet_kernel(peers_W, state, me, flag_offset, W: tl.constexpr):
     """Wait until the streams of all ranks are here. One block."""
     _signal(peers_W, state, flag_offset, me, 1, W)
@@ -54,7 +74,7 @@ def meet_kernel(peers_W, state, me, flag_offset, W: tl.constexpr):
 def push_kernel(x_TD, slot_TK, weight_TK, peers_W, state, me, num_tokens, capacity, slots_per_rank, D, token_offset,
                 slot_offset, weight_offset, flag_offset, K: tl.constexpr, W: tl.constexpr, WITH_META: tl.constexpr,
                 K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Store each token into the memory of every rank that one of its copies goes to; slots and weights to all ranks."""
+    """Store each token into the memory of every other rank that one of its copies goes to; slots and weights to all."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, K_PAD)
     copy = t[:, None] * K + k[None, :]
@@ -68,14 +88,15 @@ def push_kernel(x_TD, slot_TK, weight_TK, peers_W, state, me, num_tokens, capaci
             tl.store(_peer(peers_W, target, slot_offset, tl.int32) + me * capacity * K + copy, slot, mask=in_buffer)
             tl.store(_peer(peers_W, target, weight_offset, tl.float32) + me * capacity * K + copy, weight, mask=in_buffer)
     goes = tl.max(owner, 1) >= 0
-    read_at, write_at = t.to(tl.int64) * D, (me * capacity + t).to(tl.int64) * D
+    read_at = t.to(tl.int64) * D
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         row = tl.load(x_TD + read_at[:, None] + d[None, :], mask=goes[:, None] & (d < D)[None, :], other=0.0)
-        for step in tl.static_range(W):
-            peer = (me + 1 + step) % W  # this rank's own copy last: the link is what takes time
+        for step in tl.static_range(W - 1):
+            peer = (me + 1 + step) % W
             wanted = tl.max((owner == peer).to(tl.int32), 1) > 0
             out = _peer(peers_W, peer, token_offset, x_TD.dtype.element_ty)
+            write_at = (_place(me, peer) * capacity + t).to(tl.int64) * D
             tl.store(out + write_at[:, None] + d[None, :], row, mask=wanted[:, None] & (d < D)[None, :])
     _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
 
@@ -110,8 +131,8 @@ def bound_kernel(wanted_L, count_L, num_rows, num_needed, odd, state, L, R, L_PA
 
 
 @triton.jit
-def gather_kernel(tokens_ND, rows_RD, copy_R, num_rows, D, K: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_D: tl.constexpr):  # fmt: skip
+def gather_kernel(own_TD, others_ND, rows_RD, copy_R, num_rows, me, capacity, D, K: tl.constexpr, W: tl.constexpr,
+                  BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Copy each row's token into the row; rows that are not in use stay unwritten."""
     used = tl.load(num_rows)
     if tl.program_id(0) * BLOCK_R < used:
@@ -120,12 +141,12 @@ def gather_kernel(tokens_ND, rows_RD, copy_R, num_rows, D, K: tl.constexpr, BLOC
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             live = (r < used)[:, None] & (d < D)[None, :]
-            row = tl.load(tokens_ND + token[:, None] * D + d[None, :], mask=live, other=0.0)
+            row = _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W)
             tl.store(rows_RD + r.to(tl.int64)[:, None] * D + d[None, :], row, mask=live)
 
 
 @triton.jit
-def weigh_kernel(grad_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W, state, me, capacity, D, grad_offset,
+def weigh_kernel(own_TD, others_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W, state, me, capacity, D, grad_offset,
                  flag_offset, K: tl.constexpr, W: tl.constexpr, WAIT: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
     """Wait for the gradients of the output; each row's gradient is its token's times its weight, and the product of row
@@ -143,7 +164,7 @@ def weigh_kernel(grad_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W,
             d = start + tl.arange(0, BLOCK_D)
             live = (r < used)[:, None] & (d < D)[None, :]
             at = r.to(tl.int64)[:, None] * D + d[None, :]
-            grad = tl.load(grad_ND + token[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+            grad = _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W).to(tl.float32)
             row = tl.load(rows_RD + at, mask=live, other=0.0).to(tl.float32)
             tl.store(grad_RD + at, (grad * weight[:, None]).to(grad_RD.dtype.element_ty), mask=live)
             dot += tl.sum(grad * row, 1)
@@ -156,7 +177,7 @@ def weigh_kernel(grad_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W,
 def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_W, state, me, capacity, num_tokens, R, D,
                     part_offset, needed_offset, flag_offset, K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr,
                     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Sum the rows of each token over k and store the sum into the memory of the token's rank, or in y_TD when W is 1.
+    """Sum the rows of each token over k and store the sum into the memory of the token's rank; in y_TD for own tokens.
 
     With weights, every rank is also told how many rows this one needed: n, -n when that is more than R; of an odd routing
     0, or -1 when it is more than R."""
@@ -169,11 +190,14 @@ def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_
     some = t < 0
     for k in tl.static_range(K):
         some = some | (tl.load(row_N + copy + k, mask=here, other=used) < used)
-    if W == 1:
-        out, at, write = y_TD, t.to(tl.int64) * D, t < num_tokens
-    else:
-        out = _peer(peers_W, source, part_offset, rows_RD.dtype.element_ty)
-        at, write = (me * capacity + t).to(tl.int64) * D, some
+    out, at, write = y_TD, t.to(tl.int64) * D, t < num_tokens
+    if W > 1:
+        is_own = source == me
+        address = tl.where(is_own, y_TD.to(tl.int64), tl.load(peers_W + source) + part_offset)
+        address = tl.multiple_of(address, 16).to(tl.pointer_type(rows_RD.dtype.element_ty))
+        out = tl.multiple_of(address, 16)
+        at = (tl.where(is_own, 0, _place(me, source) * capacity) + t).to(tl.int64) * D
+        write = some & ((source != me) | write)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -204,7 +228,7 @@ def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_
 def collect_kernel(part_ND, slot_TK, y_TD, needed_W, told, most, peers_W, state, me, num_tokens, capacity, slots_per_rank,
                    D, flag_offset, K: tl.constexpr, W: tl.constexpr, CHECK: tl.constexpr, K_PAD: tl.constexpr,
                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Wait for the sums of all ranks and add them, ranks ascending; NaN when some rank ran out of rows.
+    """Wait for the sums of all ranks and add them, ranks ascending, this one's from y_TD; NaN when some rank ran out of rows.
 
     CHECK: the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which
     `most` [1] int32 keeps."""
@@ -232,9 +256,12 @@ def collect_kernel(part_ND, slot_TK, y_TD, needed_W, told, most, peers_W, state,
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for source in tl.static_range(W):
             sent = tl.max((owner == source).to(tl.int32), 1) > 0
-            at = (source * capacity + t).to(tl.int64) * D
             live = sent[:, None] & (d < D)[None, :]
-            total += tl.load(part_ND + at[:, None] + d[None, :], mask=live, other=0.0).to(tl.float32)
+            is_own = ((t * 0 + source) == me)[:, None]
+            mine = tl.load(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], mask=live & is_own, other=0.0)
+            at = (_place(source, me) * capacity + t).to(tl.int64) * D
+            theirs = tl.load(part_ND + at[:, None] + d[None, :], mask=live & (is_own == 0), other=0.0)
+            total += tl.where(is_own, mine, theirs).to(tl.float32)
         total = total + poison
         tl.store(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], total.to(y_TD.dtype.element_ty),
                  mask=(t < num_tokens)[:, None] & (d < D)[None, :])  # fmt: skip

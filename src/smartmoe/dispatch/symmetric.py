@@ -98,12 +98,13 @@ def _gather_objects(value, group) -> list:
 class SymmetricTransport:
     """As CollectiveTransport, without the host, and collective over the group by flags in the peers' memory.
 
-    One buffer for each rank, the same layout everywhere: tokens [N, D], sums [N, D], slots and weights [N, K], gradients
-    of weights [C, K], rows needed [W], flags [W]. Each call that moves something ends when all peers' stores of that call
-    arrived. A peer starts to fill a region again only after it saw our next call, which this stream launches after its
-    reads of the region, as long as calls alternate between tokens (`send`, `push`) and sums (`sum_back`). Where they do
-    not, an extra meeting of all ranks stands between them. All calls must be made in the same order on
-    all ranks and on one stream at a time. Building it is collective and must not be captured in a CUDA graph.
+    One buffer for each rank, the same layout everywhere: tokens and sums [N - C, D] of the other ranks, slots and
+    weights [N, K], gradients of weights [C, K], rows needed [W], flags [W]. Each call that moves something ends when
+    all peers' stores of that call arrived. A peer starts to fill a region again only after it saw our next call,
+    which this stream launches after its reads of the region, as long as calls alternate between tokens (`send`,
+    `push`) and sums (`sum_back`). Where they do not, an extra meeting of all ranks stands between them. All calls
+    must be made in the same order on all ranks and on one stream at a time. Building it is collective and must not be
+    captured in a CUDA graph.
     """
 
     def __init__(self, group, slots_per_rank: int, capacity: int, x_TD: torch.Tensor, top_k: int):
@@ -131,9 +132,9 @@ class SymmetricTransport:
         return Told(torch.zeros(2, dtype=torch.int32, pin_memory=True), zero)
 
     def _layout(self):
-        num_tokens, num_copies = self.num_ranks * self.capacity, self.num_ranks * self.capacity * self.top_k
-        # one rank reads its input and writes its output in place: no rows in the buffer
-        rows = (num_tokens if self.num_ranks > 1 else 0) * self.width
+        num_copies = self.num_ranks * self.capacity * self.top_k
+        # a rank reads its own input and writes its own output in place: rows of the others only
+        rows = (self.num_ranks - 1) * self.capacity * self.width
         regions = {
             "tokens": (rows, self.dtype),
             "sums": (rows, self.dtype),
@@ -156,7 +157,7 @@ class SymmetricTransport:
         }
 
     def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
-        """As CollectiveTransport.send."""
+        """As CollectiveTransport.send, where tokens_ND is x_TD: `gather` and `weigh` find the others' in the buffer."""
         num_copies = self.num_ranks * self.capacity * self.top_k
         self._begin(opens=True)
         local_NK = torch.empty(num_copies // self.top_k, self.top_k, dtype=torch.int64, device=self.device)
@@ -166,14 +167,14 @@ class SymmetricTransport:
             self.view["slots"], self.view["weights"], local_NK, weight_NK, self.odd, self.peers_W, self.state,
             self.ep_rank, num_copies, self.slots_per_rank, self.offset["flags"], W=self.num_ranks, BLOCK=1024,
         )  # fmt: skip
-        return Arrivals(self._arrived(x_TD), local_NK, weight_NK)
+        return Arrivals(x_TD, local_NK, weight_NK)
 
     def push(self, x_TD, slot_TK) -> torch.Tensor:
         """As CollectiveTransport.push; the next call must be `weigh`, which waits."""
         self._begin(opens=True)
         if self.num_ranks > 1:
             self._push(x_TD, slot_TK, None)
-        return self._arrived(x_TD)
+        return x_TD
 
     def bound(self, wanted_L, weight_NK, row_bound: int):
         """As CollectiveTransport.bound."""
@@ -186,23 +187,24 @@ class SymmetricTransport:
         )  # fmt: skip
         return count_L, num_rows, num_needed
 
-    def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
+    def gather(self, x_TD, plan: LocalPlan) -> torch.Tensor:
         """As CollectiveTransport.gather; rows that are not in use are not written."""
         rows_RD = torch.empty(plan.row_bound, self.width, dtype=self.dtype, device=self.device)
         self._kernels.gather_kernel[self._grid(plan.row_bound)](
-            tokens_ND, rows_RD, plan.copy_R, plan.num_rows, self.width, K=self.top_k, **self._tile("R"),
+            x_TD, self.view["tokens"], rows_RD, plan.copy_R, plan.num_rows, self.ep_rank, self.capacity, self.width,
+            K=self.top_k, W=self.num_ranks, **self._tile("R"),
         )  # fmt: skip
         return rows_RD
 
-    def weigh(self, grad_ND, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
+    def weigh(self, grad_TD, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
         """As CollectiveTransport.weigh; rows that are not in use are not written."""
         grad_RD = rows_RD if reuse else torch.empty_like(rows_RD)
         if reuse:
             torch.autograd.graph.increment_version(rows_RD)
         self._kernels.weigh_kernel[self._grid(max(rows_RD.shape[0], 1))](
-            grad_ND, rows_RD, grad_RD, plan.copy_R, plan.weight_NK, plan.num_rows, self.peers_W, self.state, self.ep_rank,
-            self.capacity, self.width, self.offset["grads"], self.offset["flags"], K=self.top_k, W=self.num_ranks,
-            WAIT=self.num_ranks > 1, **self._tile("R"),
+            grad_TD, self.view["tokens"], rows_RD, grad_RD, plan.copy_R, plan.weight_NK, plan.num_rows, self.peers_W,
+            self.state, self.ep_rank, self.capacity, self.width, self.offset["grads"], self.offset["flags"], K=self.top_k,
+            W=self.num_ranks, WAIT=self.num_ranks > 1, **self._tile("R"),
         )  # fmt: skip
         return grad_RD
 
@@ -245,9 +247,6 @@ class SymmetricTransport:
             y_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self.offset["flags"], K=self.top_k,
             W=self.num_ranks, CHECK=told is not None, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
         )  # fmt: skip
-
-    def _arrived(self, x_TD):
-        return x_TD if self.num_ranks == 1 else self.view["tokens"].view(-1, self.width)
 
     def _grid(self, num_rows: int) -> tuple[int]:
         return (-(-num_rows // self.block_rows),)

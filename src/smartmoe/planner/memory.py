@@ -257,5 +257,5 @@ def _symmetric(setting: LayerSetting) -> float:
     """Buffers of the direct dispatcher, shared by all layers of a rank."""
     if setting.layer.dispatcher != "direct" or setting.ep == 1:
         return 0.0
-    rows = 2 * setting.ep * setting.tokens * setting.model.hidden_size * setting.dtype_bytes
+    rows = 2 * (setting.ep - 1) * setting.tokens * setting.model.hidden_size * setting.dtype_bytes
     return rows + 12.0 * setting.ep * setting.copies
