@@ -6,7 +6,7 @@
 #   Runs go to outputs_from_exec_<UTC time>/logs, the figures beside them. Figures not built yet say what they wait for.
 #   --cluster   a file of scripts/clusters: cpu (4 processes here, under 15 minutes), local (this machine's GPUs), slurm or
 #               another (a Slurm job for each run); auto (default): Slurm where it answers, else GPUs, else cpu
-#   --figures   only these (default: all)
+#   --figures   only these (default: all); --only REGEX: of their runs only those in whose path this is found
 #   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
 #   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing

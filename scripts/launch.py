@@ -1,6 +1,7 @@
 """Run the experiments behind the figures: expand them into runs, do the runs, record how each ended.
 
-    python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--dry-run] [--resume] [--max-jobs N]
+    python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--only REGEX] [--dry-run] [--resume]
+        [--max-jobs N]
 
 NAME is a file of clusters/: cpu and local are this machine, where one run follows the other; any other is a Slurm
 cluster, where each run is a job. Runs go to DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = configs.expand([figure for figure in figures if figure not in left_out], kind, cluster)
         if not runs:
             raise ValueError("nothing to run: all the figures asked for are left out")
+        runs = only(runs, args.only)
         if args.data:
             for run in runs:
                 run.config = dataclasses.replace(
@@ -84,6 +87,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "auto: Slurm where it answers, else GPUs when there are any, else cpu (default)",
     )
     parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
+    parser.add_argument("--only", default="", metavar="REGEX",
+                        help="of their runs only those in whose path this is found, and traces that these replay")  # fmt: skip
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
                         help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library)")  # fmt: skip
     parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S", help="slow every exchange between ranks "
@@ -169,6 +174,18 @@ def print_plan(runs: list[Run], site: Site | None) -> None:
         print("\n".join(f"each a job: sbatch {words} scripts/job.sbatch RUN_DIR" for words in sorted(options)))
 
 
+def only(runs: list[Run], pattern: str) -> list[Run]:
+    """The runs in whose folder `pattern` is found, and those whose traces they need. Raises ValueError when there is none."""
+    try:
+        found = [run for run in runs if re.search(pattern, str(run.folder))]
+    except re.error as error:
+        raise ValueError(f"--only {pattern}: not a regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"--only {pattern}: found in none of the {len(runs)} runs, for instance {runs[0].folder}")
+    keys = {run.key for run in found} | {run.needs.key for run in found if run.needs}
+    return [run for run in runs if run.key in keys]
+
+
 def without_what_lacks(runs: list[Run], site: Site | None) -> tuple[list[Run], dict[str, list[Run]]]:
     """The runs that this Python can start, and the others by reason: a program that is not installed. What a container or
     another Python on the nodes of a Slurm cluster has, only the runs find out."""
@@ -226,6 +243,7 @@ def same_again(args: argparse.Namespace) -> str:
     if args.configs != ROOT / "scripts":
         words += ["--configs", str(args.configs.resolve())]
     words += ["--figures", args.figures] if args.figures else []
+    words += ["--only", args.only] if args.only else []
     words += ["--max-jobs", str(args.max_jobs)] if args.max_jobs else []
     words += ["--slow-links", f"{args.slow_links:g}"] if args.slow_links else []
     return shlex.join([*words, *(["--data", *args.data] if args.data else [])])

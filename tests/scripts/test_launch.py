@@ -223,6 +223,15 @@ def test_runs_of_a_program_that_is_missing_are_skipped_and_said(setup, tmp_path,
     assert launch.without_what_lacks(runs, container) == (runs, {}), "what a container has is not known here"
 
 
+def test_only_some_runs_of_a_figure(setup, capsys):
+    arguments = [*setup(grid(1), grid(2).replace('"fastmoe"', '"padded"')), "--dry-run", "--only"]
+    assert launch.main([*arguments, "padded/.*inf"]) == 0
+    said = capsys.readouterr().out
+    assert "1 runs, about" in said and "fig8/padded" in said and "fig8/fastmoe" not in said
+    assert launch.main([*arguments, "tutel"]) == 2 and "none of the 2 runs" in capsys.readouterr().err
+    assert launch.main([*arguments, "(("]) == 2 and "not a regular expression" in capsys.readouterr().err
+
+
 def test_bad_input_starts_nothing(setup, tmp_path, capsys):
     wrong_key, wrong_size = grid(2).replace("panel", "panle"), grid(2).replace("= 2 }", "= 2, micro_batch_size = 3 }")
     for grids, more, message in (
