@@ -241,8 +241,8 @@ def test_room_follows_the_routing_in_steps_and_never_shrinks(caplog):
             dispatcher.told.on_host[1] = needed
             dispatcher._make_room()
             rooms.append(dispatcher._num_rows)
-    assert rooms == [180, 180, 190, 230, 230, 640]
-    assert caplog.records[0].getMessage().endswith("room for 190 rows from now on, 1.19 of an even share")
+    assert rooms == [180, 180, 186, 225, 225, 640]
+    assert caplog.records[0].getMessage().endswith("room for 186 rows from now on, 1.16 of an even share")
 
 
 def test_a_batch_larger_than_the_first_is_refused():
