@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run a small MoE layer, forward and backward, under compute-sanitizer: on one GPU, and on two when there are two.
+# Run a small MoE layer, forward and backward, under compute-sanitizer: on one GPU, on two when there are two, and the direct
+# exchange of two ranks, which share the GPU when there is one.
 # The arguments are its tools (memcheck, racecheck, synccheck, initcheck); default: memcheck racecheck. Any report fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,24 +8,30 @@ sanitizer="$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}
 [ -x "$sanitizer" ] || { echo "sanitize.sh: compute-sanitizer was not found; it comes with the CUDA toolkit" >&2; exit 2; }
 if [ -z "${PY:-}" ]; then
   # shellcheck source=scripts/venv.sh
-  source scripts/venv.sh train
+  source scripts/venv.sh test
 fi
 # each tensor is an allocation of its own, so that a step over its end is seen
-export PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1
+export PYTHONPATH=src:. PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- memcheck racecheck
 num_gpus="$("$PY" -c 'import torch; print(min(2, torch.cuda.device_count()))')"
 logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
 failed=0
+sanitize() { # tool, command
+  "$sanitizer" --tool "$1" --target-processes all --require-cuda-init no --error-exitcode 9 --log-file "$logs/log" "${@:2}" \
+    >"$logs/rows" 2>"$logs/errors" || { failed=1; tail -n 20 "$logs/errors"; }
+  cat "$logs/rows" "$logs/log"
+  grep -q SUMMARY "$logs/log" || failed=1
+}
 for tool in "$@"; do
+  echo "== $tool, two ranks, GPUs: $num_gpus"
+  sanitize "$tool" "$PY" -m tests.dispatch.small_world
+  [ "$(grep -c exchanged "$logs/rows")" = 2 ] || failed=1
   for ranks in $(seq "$num_gpus"); do
     echo "== $tool, GPUs: $ranks"
-    "$sanitizer" --tool "$tool" --target-processes all --require-cuda-init no --error-exitcode 9 --log-file "$logs/log" \
-      "$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m smartmoe.bench.layer --device cuda --bias \
-      --dispatchers basic padded direct --shapes 99,64,32,8,3 60,64,32,8,2,swiglu --warmup 1 --iterations 1 \
-      >"$logs/rows" 2>"$logs/errors" || { failed=1; tail -n 20 "$logs/errors"; }
-    cat "$logs/rows" "$logs/log"
-    grep -q SUMMARY "$logs/log" && [ "$(grep -c ' balanced .* [0-9.]* (' "$logs/rows")" = 6 ] || failed=1
+    sanitize "$tool" "$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m smartmoe.bench.layer --bias \
+      --device cuda --dispatchers basic padded direct --shapes 99,64,32,8,3 60,64,32,8,2,swiglu --warmup 1 --iterations 1
+    [ "$(grep -c ' balanced .* [0-9.]* (' "$logs/rows")" = 6 ] || failed=1
   done
 done
 [ "$failed" = 0 ] || { echo "sanitize.sh: see the reports above" >&2; exit 1; }
