@@ -62,6 +62,7 @@ def test_repeats_are_runs_of_other_seeds_for_the_same_bar(folder):
     (folder / "experiments" / "fig8.toml").write_text(GRID.replace('panel', 'repeats = 3\npanel'))
     runs = expand(folder)
     assert len(runs) == 9 and len({run.folder for run in runs}) == 9
+    assert [run.repeat for run in runs] == [1, 1, 1, 2, 2, 2, 3, 3, 3], "a run-set cut short has every bar"
     last = [run for run in runs if run.bars[0]["group"] == "4/+inf"]
     assert [(run.config.system, run.repeat) for run in last] == [
         (system, repeat) for repeat in (1, 2, 3) for system in ("fastmoe", "smartmoe_static")
