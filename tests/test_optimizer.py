@@ -13,6 +13,7 @@ from parity import GATES, WORKLOAD, make_config, make_trainer
 
 from smartmoe.config import ParallelPlan, Workload
 from smartmoe.optimizer import layer_of, learning_rate
+from smartmoe.parallel import data
 from smartmoe.placement import Placement
 
 
@@ -63,6 +64,21 @@ def test_the_norm_does_not_depend_on_where_experts_live():
                 ref.grad.copy_(plain[ref.name][torch.from_numpy(order)])
         norms.add(trainer.optimizer.grad_norm())
     assert len(norms) == 1
+
+
+def test_small_gradients_may_wait(monkeypatch):
+    def masters():
+        trainer = make_trainer(make_config())
+        for _ in range(2):
+            trainer.run_iteration()
+        return trainer.optimizer.masters
+
+    wanted = masters()
+    for many in (1, 7):
+        monkeypatch.setattr(data, "MANY", many)
+        assert all(torch.equal(a, b) for a, b in zip(masters(), wanted, strict=True)), many
+    monkeypatch.setattr(data, "SMALL", 0)
+    assert all(torch.equal(a, b) for a, b in zip(masters(), wanted, strict=True))
 
 
 def _overflow_once(buffers):

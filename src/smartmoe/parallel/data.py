@@ -20,6 +20,7 @@ from smartmoe.ops.all_to_all import group_rank
 from smartmoe.parallel.early import EarlyReduction
 
 KINDS = ("dense", "tensor", "expert")
+SMALL, MANY = 1 << 18, 64  # gradients of fewer numbers wait until there are so many
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GradientBuffers:
         self._groups = groups
         self._flat: dict[str, torch.Tensor] = {}
         self._empty: set[int] = set()  # of refs: those without a gradient since the last step
+        self._waiting: dict[int, torch.Tensor] = {}  # small gradients that are not accumulated yet, by ref
         self._place = {name: place for place, (name, _) in enumerate(named_params)}
         self._early: EarlyReduction | None = None
         self._early_kinds: frozenset[str] = frozenset()
@@ -82,12 +84,32 @@ class GradientBuffers:
 
     def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
         mine = weakref.proxy(self)  # a hook that has its parameter through C++, where nobody looks for cycles, keeps it forever
+        is_small = grad.numel() < SMALL
 
         def hook(param: nn.Parameter) -> None:
-            accumulate_(grad, param.grad, is_first=mine.fill(ref_idx))
+            mine.take_in(ref_idx, param.grad, is_small)
             param.grad = None
 
         return hook
+
+    def take_in(self, ref_idx: int, part: torch.Tensor, may_wait: bool) -> None:
+        """Accumulate a gradient, or keep it for a while."""
+        if not may_wait or self._early is not None:
+            accumulate_(self.refs[ref_idx].grad, part, is_first=self.fill(ref_idx))
+            return
+        if len(self._waiting) == MANY or ref_idx in self._waiting:
+            self._flush()
+        self._waiting[ref_idx] = part
+
+    def _flush(self) -> None:
+        """Accumulate the gradients that wait: two calls for all, as a launch from Python takes longer than such a sum."""
+        firsts, others = [], []
+        for ref_idx, part in self._waiting.items():
+            (firsts if self.fill(ref_idx) else others).append((self.refs[ref_idx].grad, part))
+        self._waiting.clear()
+        for pairs, accumulate in ((firsts, torch._foreach_copy_), (others, torch._foreach_add_)):
+            if pairs:
+                accumulate(*map(list, zip(*pairs, strict=True)))
 
     def fill(self, ref_idx: int) -> bool:
         """Note that a gradient is about to be written; returns whether it is the first since `zero` and must overwrite."""
@@ -107,13 +129,15 @@ class GradientBuffers:
 
     def zero(self) -> None:
         """Forget the gradients: what they were is overwritten by the first backward pass, or by `complete`."""
+        self._waiting.clear()
         self._empty = set(range(len(self.refs)))
         if self._early is not None:
             self._early.reset()
 
     def complete(self) -> None:
-        """Zero what no backward pass has written since `zero`. Before this only hooks may touch the gradients; `reduce`
-        does so first."""
+        """Accumulate what waits, and zero what no backward pass has written since `zero`. Before this only hooks may touch
+        the gradients; `reduce` does so first."""
+        self._flush()
         for ref_idx in self._empty:
             self.refs[ref_idx].grad.zero_()
         self._empty.clear()
