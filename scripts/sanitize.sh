@@ -11,7 +11,7 @@ if [ -z "${PY:-}" ]; then
   source scripts/venv.sh test
 fi
 # each tensor is an allocation of its own, so that a step over its end is seen
-export PYTHONPATH=src:. PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1
+export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- memcheck racecheck
 num_gpus="$("$PY" -c 'import torch; print(min(2, torch.cuda.device_count()))')"
 logs="$(mktemp -d)"
