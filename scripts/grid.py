@@ -174,8 +174,8 @@ class Configs:
             for number, grid, gates, rows in _fitting(experiment, kind, cluster):
                 where = f"{experiment.path}: grid {number}"
                 parsed = [_row(table, f"{where}, system {place}") for place, table in enumerate(rows, 1)]
-                # all bars before a repeat, so that a run-set cut short has them all; gate by gate, so that systems that a figure
-                # compares run close to one another
+                # all bars before a repeat, so that a run-set cut short has them all; gate by gate, so that systems that a
+                # figure compares run close to one another
                 for repeat, gate in itertools.product(range(1, grid.repeats + 1), gates):
                     for place, (row, parts) in enumerate(parsed, 1):
                         fits = row.min_ranks <= cluster.num_ranks <= (row.max_ranks or cluster.num_ranks)
