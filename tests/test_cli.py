@@ -1,9 +1,10 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from smartmoe import cli, config, record, trace
+from smartmoe import cli, config, hosts, record, trace
 
 SRC = str(Path(__file__).resolve().parents[1] / "src")
 TINY = """
@@ -68,6 +69,23 @@ def test_a_run_that_fails_says_why(folder, capfd):
     Path("run.toml").write_text(TINY.replace("text.txt", "bad"))
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 2
     assert "bad.idx: not a Megatron index" in capfd.readouterr().err and not Path("out").exists()
+
+
+def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypatch, capsys):
+    train = ["train", "run.toml", "--ranks", "2", "--out", "out"]
+    host = hosts.HOSTS["deepspeed"]
+    monkeypatch.setitem(hosts.HOSTS, "deepspeed", dataclasses.replace(host, package="no_such_package"))
+    Path("run.toml").write_text('system = "deepspeed"\n' + TINY)
+    assert cli.main(train) == 2 and "workload.checkpoint_interval" in capsys.readouterr().err
+    Path("run.toml").write_text('system = "deepspeed"\n' + TINY.replace("checkpoint_interval = 2\n", ""))
+    assert cli.main(train) == 2 and "no_such_package is not installed: pip install" in capsys.readouterr().err
+    assert not Path("out").exists()
+    monkeypatch.setitem(hosts.HOSTS, "deepspeed", dataclasses.replace(host, package="numpy"))
+    assert cli.main([*train, "--resume"]) == 2 and "no checkpoints to resume from" in capsys.readouterr().err
+    started = []
+    monkeypatch.setattr(cli, "_run", lambda command: started.append(command) or (0, False))
+    assert cli.main(train) == 0 and started[0][-2:] == [host.module, "out"] and "2" in started[0]
+    assert record.read_run("out")["provenance"]["entry"] == "deepspeed"
 
 
 @pytest.mark.parametrize(
