@@ -51,10 +51,10 @@ def test_coefficients_are_never_negative_and_as_good_as_scipys():
 
 
 def test_the_slowest_rank_is_found_among_many():
-    curve = Curve(np.array([0.1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    curve = Curve(np.array([0.1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
     primitives = Primitives({"experts_forward": curve}, {}, "described")
     rows = np.random.default_rng(0).integers(1, 9000, (3, 16))
-    sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128)
+    sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128, largest=rows / 4)
     slowest = primitives.slowest_ms("experts_forward", **sizes)
     assert slowest == pytest.approx(primitives.ms("experts_forward", **sizes).max(-1))
 
@@ -66,7 +66,7 @@ def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
     assert Primitives.fit(again).ms("linear_forward", **GRID[0]) == pytest.approx(_law(**GRID[0]))
     good = json.loads(path.read_text())
     for change, message in (
-        (lambda d: d.update(schema=9), "schema 1"),
+        (lambda d: d.update(schema=9), "schema 2"),
         (lambda d: d["points"].update(linaer_forward=[]) or d["points"]["linaer_forward"].extend([{}]), "did you mean"),
         (lambda d: d["points"]["linear_forward"][0]["sizes"].pop("tokens"), "sizes"),
         (lambda d: d["points"]["linear_forward"][0]["device_ms"].update(median=-1), "positive"),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.measure import Timing, World, describe_failure, start_world, time_steps
+from smartmoe.bench.measure import Timing, World, describe_failure, lead_for, start_world, time_steps
 from smartmoe.bench.profile_layer import profile_layer
 from smartmoe.bench.replay import open_trace
 from smartmoe.config import RunConfig, check, from_dict
@@ -36,14 +36,15 @@ from smartmoe.planner.primitives import Primitives, Profile
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 
-LEAD_CYCLES = 6_000_000  # that a GPU idles before each step: 3 ms, more than the host takes to launch one
+# Cycles that a GPU idles before each step of a layer that makes the host wait: it launches all before that in less than 3 ms.
+SYNC_LEAD = 6_000_000
 
 
 class LayerSteps:
     """One MoE layer of a trace on this rank, and a step of it."""
 
     def __init__(self, config: RunConfig, layer_idx: int, world: World):
-        self.config, self.world = config, world
+        self.config, self.world, self._lead = config, world, None
         model, work = config.model, config.workload
         dtype = getattr(torch, work.dtype)
         self.layer = MoELayer(
@@ -59,8 +60,11 @@ class LayerSteps:
         first = row * work.global_batch_size + self.world.ep_rank * work.micro_batch_size
         sample_B = torch.arange(first, first + work.micro_batch_size, device=self.world.device)
         token_id_BT = sample_B[:, None] * seq_len + torch.arange(seq_len, device=self.world.device)
-        times_IP, _ = time_steps(self.world, lambda mark: self._step(token_id_BT), Timing(
-            warmup=1, iterations=repeat, seconds=math.inf), self._drop_gradients, LEAD_CYCLES)  # fmt: skip
+        step, timing = lambda mark: self._step(token_id_BT), Timing(warmup=1, iterations=repeat, seconds=math.inf)
+        if self._lead is None:
+            time_steps(self.world, step, timing, self._drop_gradients)
+            self._lead = lead_for(self.world, step, self._drop_gradients) or SYNC_LEAD
+        times_IP, _ = time_steps(self.world, step, timing, self._drop_gradients, self._lead)
         return float(np.median([self.world.largest(ms) for ms in times_IP[:, 0].tolist()]))
 
     def _step(self, token_id_BT: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ from smartmoe.config import ParallelPlan
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.mesh import build_mesh
 from smartmoe.ops.all_to_all import group_size
-from smartmoe.planner.primitives import TILE_ROWS, Point, Profile, held_out_errors
+from smartmoe.planner.primitives import Point, Profile, expert_sizes, held_out_errors
 from smartmoe.slow_links import slow_links
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,7 +132,8 @@ class Profiler:
         runs = [self._once(step, reset, lead) for _ in range(num)]
         world.synchronize()
         marks_IM = np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs])
-        return marks_IM, 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)
+        # the marks' own time on the host is between the two that they note
+        return marks_IM, 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)[:, 1::2]
 
     def _once(self, step, reset, lead):
         world, device, host = self.site.world, [], []
@@ -145,6 +146,7 @@ class Profiler:
                 device[-1].record()
             else:
                 device.append(host[-1])
+            host.append(time.perf_counter())
 
         if is_cuda and lead:  # the host gets ahead, so that no launch is in the device's time
             torch.cuda._sleep(lead)
@@ -236,14 +238,11 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
     cases = []
     seeds = np.random.default_rng(0)
     for slots in sorted({max(1, shape.experts // 8), max(1, shape.experts // 2), shape.experts}):
-        for rows, held in token_grid([*tokens[::2], 4 * tokens[-1]]):
-            for skew in (0.0, 1.2):
+        for rows, held in token_grid([*tokens, 2 * tokens[-1], 4 * tokens[-1]]):
+            for skew in (0.0, 1.2, 3.0):
                 share = np.arange(1, slots + 1) ** -skew
                 counts = np.floor(seeds.permutation(share / share.sum()) * rows).astype(int)
-                sizes = dict(
-                    rows=int(counts.sum()), padded_rows=int((-(-counts // TILE_ROWS) * TILE_ROWS).sum()),
-                    active=int((counts > 0).sum()), slots=slots, width=shape.width, ffn=2 * shape.ffn,
-                )  # fmt: skip
+                sizes = expert_case_sizes(counts, shape.width, 2 * shape.ffn)
                 if sizes["rows"] == 0:
                     continue
                 for name, impl in (("experts", "grouped"), ("experts_loop", "loop")):
@@ -252,6 +251,13 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
                     run = functools.partial(parts.experts, site, counts.tolist(), shape.width, shape.ffn, "gelu", impl)
                     cases.append(both_ways(name, sizes, held, run))
     return cases
+
+
+def expert_case_sizes(counts_L: np.ndarray, width: int, ffn: int) -> dict[str, float]:
+    """Sizes of the primitive "experts" for rows of local experts; ffn: of both products together."""
+    return {key: int(value) for key, value in expert_sizes(counts_L).items()} | dict(
+        slots=len(counts_L), width=width, ffn=ffn
+    )
 
 
 def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Case]:

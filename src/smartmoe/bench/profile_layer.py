@@ -20,11 +20,12 @@ from smartmoe.bench.profile_cluster import (
     both_ways,
     collective_case,
     direct_case,
+    expert_case_sizes,
     measure,
 )
 from smartmoe.bench.profile_parts import Site
 from smartmoe.config import RunConfig
-from smartmoe.planner.primitives import TILE_ROWS, Profile
+from smartmoe.planner.primitives import Profile
 
 SECONDS_PER_CASE = {"cpu": 0.3, "cuda": 0.1}
 EXPERT_SKEWS = (0.0, 1.2, 5.0)  # exponents of the Zipf law of a rank's rows over its experts; the last leaves some idle
@@ -47,8 +48,8 @@ def hot_shares(num_ranks: int) -> list[tuple[float, bool]]:
     """(rows of the hot rank over an even share, whether held out), from even loads to all rows on one rank."""
     if num_ranks == 1:
         return [(1.0, False)]
-    grid = np.geomspace(1.0, num_ranks, 5).round(3).tolist()
-    between = round((grid[1] * grid[2]) ** 0.5, 3)
+    grid = np.geomspace(1.0, num_ranks, 9).round(3).tolist()
+    between = round((grid[3] * grid[4]) ** 0.5, 3)
     return [(share, False) for share in grid] + [(between, True)]
 
 
@@ -84,10 +85,7 @@ def _experts_case(site: Site, config: RunConfig, copies: int, share: float, skew
     model, world = config.model, site.world
     slots = model.num_experts // world.num_ranks
     hot = _rows_of_slots(copies, world.num_ranks, share, skew, slots, 0)
-    sizes = dict(
-        rows=int(hot.sum()), padded_rows=int((-(-hot // TILE_ROWS) * TILE_ROWS).sum()), active=int((hot > 0).sum()),
-        slots=slots, width=model.hidden_size, ffn=model.ffn_size * (3 if model.activation == "swiglu" else 2),
-    )  # fmt: skip
+    sizes = expert_case_sizes(hot, model.hidden_size, model.ffn_size * (3 if model.activation == "swiglu" else 2))
     mine = _rows_of_slots(copies, world.num_ranks, share, skew, slots, world.ep_rank).tolist()
     impl = config.layer.experts
     build = functools.partial(parts.experts, site, mine, model.hidden_size, model.ffn_size, model.activation, impl)

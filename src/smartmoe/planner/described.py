@@ -70,7 +70,7 @@ def describe(cluster: ClusterSpec, rates: Rates, dtype: str) -> Primitives:
     device, host = {}, {}
     for name, kernels in _KERNELS.items():
         for way, num_kernels in enumerate(kernels):
-            size = 7 if name.startswith("experts") else 3 if name in ("attention", "embedding") else 4
+            size = 8 if name.startswith("experts") else 3 if name in ("attention", "embedding") else 4
             size = 2 if name in ("norm", "loss") else size
             per = np.zeros(size)
             per[0] = num_kernels * floor_ms

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smartmoe.config import GateConfig, LayerConfig, ModelConfig
-from smartmoe.planner.primitives import TILE_ROWS, Primitives
+from smartmoe.planner.primitives import Primitives, expert_sizes
 
 # Gates that reduce statistics over the stage in every forward pass, when their scope is global.
 _TALKING_GATES = ("noisy", "switch", "gshard", "faster", "swipe")
@@ -135,12 +135,10 @@ def _times(primitives, setting, travel, count):
     gate = "gate_limited" if setting.gate.capacity is not None else "gate"
     experts = "experts" if layer.experts == "grouped" else "experts_loop"
     sizes = dict(tokens=setting.tokens, width=model.hidden_size, experts=model.num_experts, top_k=model.top_k)
-    rows = count.sum(-1)
+    work = expert_sizes(count)
+    rows = work["rows"]
     kept = travel.sum(-1).mean(-1)  # copies that a rank sends
-    work = dict(
-        rows=rows,
-        padded_rows=(np.ceil(count / TILE_ROWS) * TILE_ROWS).sum(-1),
-        active=(count > 0).sum(-1),
+    work |= dict(
         slots=min(count.shape[-1], model.num_experts // setting.ep + setting.replica_slots),
         width=model.hidden_size,
         ffn=setting.inner,
@@ -150,7 +148,7 @@ def _times(primitives, setting, travel, count):
         part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
         host[way]["gate"] = float(primitives.host_ms(f"{gate}_{way}", **sizes))
         part["experts"] = primitives.slowest_ms(f"{experts}_{way}", **work)
-        idle = {**work, "rows": 0, "padded_rows": 0, "active": 0}
+        idle = {**work, "rows": 0, "padded_rows": 0, "active": 0, "largest": 0}
         host[way]["experts"] = float(primitives.host_ms(f"{experts}_{way}", **idle))
         if layer.dispatcher == "direct":
             size = dict(tokens=setting.tokens, copies=rows.max(-1), width=model.hidden_size, ranks=setting.ep)

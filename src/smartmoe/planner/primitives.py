@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 TILE_ROWS = 128  # rows of a tile of a grouped product: an expert's rows are computed in multiples of it
 _NEAR = 1e-6  # squared distance (of logarithms) below which a point is taken as the point itself
 _CHUNK = 4096  # sizes evaluated at once
@@ -48,16 +48,25 @@ def _attention(samples, heads, tokens, head_dim):
     return 1.0, samples * heads * tokens**2 * head_dim * _GIGA, samples * heads * tokens * head_dim * _MEGA
 
 
-def _experts(rows, padded_rows, active, slots, width, ffn):
+def _experts(rows, padded_rows, active, slots, width, ffn, largest):
     matrix = width * ffn
+    # the last: each tile of the largest expert's weight gradient is a sum over all of its rows, by one processor
     return (
         1.0, active, rows * matrix * _GIGA, padded_rows * matrix * _GIGA, rows * (2 * width + ffn) * _MEGA,
-        active * matrix * _MEGA, slots * matrix * _MEGA,
+        active * matrix * _MEGA, slots * matrix * _MEGA, largest * matrix * _GIGA,
     )  # fmt: skip
 
 
-def _experts_host(rows, padded_rows, active, slots, width, ffn):
+def _experts_host(rows, padded_rows, active, slots, width, ffn, largest):
     return 1.0, slots
+
+
+def expert_sizes(count: np.ndarray) -> dict[str, np.ndarray]:
+    """What the time of experts depends on of their rows, count [..., slots]: each [...]."""
+    return dict(
+        rows=count.sum(-1), padded_rows=(np.ceil(count / TILE_ROWS) * TILE_ROWS).sum(-1), active=(count > 0).sum(-1),
+        largest=count.max(-1),
+    )  # fmt: skip
 
 
 def _gate(tokens, width, experts, top_k):
@@ -89,11 +98,12 @@ def _exchange(ranks, intra_bytes, inter_bytes):
 
 
 _TOKENS = ("tokens", "width")
+_EXPERTS = ("rows", "padded_rows", "active", "slots", "width", "ffn", "largest")
 _PARTS = {
     "linear": Kind(("tokens", "inner", "outer"), _linear),
     "attention": Kind(("samples", "heads", "tokens", "head_dim"), _attention),
-    "experts": Kind(("rows", "padded_rows", "active", "slots", "width", "ffn"), _experts, _experts_host),
-    "experts_loop": Kind(("rows", "padded_rows", "active", "slots", "width", "ffn"), _experts, _experts_host),
+    "experts": Kind(_EXPERTS, _experts, _experts_host),
+    "experts_loop": Kind(_EXPERTS, _experts, _experts_host),
     "gate": Kind((*_TOKENS, "experts", "top_k"), _gate),
     "gate_limited": Kind((*_TOKENS, "experts", "top_k"), _gate),
     "route": Kind(("tokens", "copies", "width"), _route),
@@ -309,7 +319,9 @@ def _medians(points: list[Point], key: str) -> np.ndarray:
 
 
 def _fit_host(amounts_PA: np.ndarray, times_P: np.ndarray) -> np.ndarray:
-    return fit_non_negative(amounts_PA / times_P[:, None], np.ones(len(times_P)))
+    """Through the lower quartile of the points: what else a host does only adds, and does so to one of them or another."""
+    coefficients = fit_non_negative(amounts_PA / times_P[:, None], np.ones(len(times_P)))
+    return coefficients * np.percentile(times_P / np.maximum(amounts_PA @ coefficients, 1e-9), 25)
 
 
 def held_out_errors(profile: Profile) -> dict[str, dict[str, float]]:
