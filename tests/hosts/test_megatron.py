@@ -111,6 +111,15 @@ def test_the_run_directory_is_complete(runs):
     assert record.read_run(runs / "tp2-megatron")["system"] == "megatron"
 
 
+def test_megatrons_own_datasets_and_evaluation(runs):
+    """Passes outside training are no load for the placement."""
+    assert len(losses(runs, "mock-ours")) == 3 and record.read_run(runs / "mock-ours")["status"] == "ok"
+
+
+def test_a_run_that_megatron_ends_early_is_closed(runs):
+    assert len(losses(runs, "ended-ours")) == 2 and record.read_run(runs / "ended-ours")["status"] == "ok"
+
+
 def test_a_launched_run_of_megatrons_own_layer(runs):
     """As scripts/launch.py starts figure 8's: the run directory says all."""
     run = record.read_run(runs / "launched-megatron")

@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 
 import pytest
+import torch
 
 from smartmoe import systems
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, OnlineConfig, ParallelPlan, Workload
 from smartmoe.hosts.megatron import limits, options
+from smartmoe.hosts.megatron.gate import routing_of
 
 FITTING = {
     "smartmoe": "smartmoe", "num_experts": 8, "add_bias_linear": False, "swiglu": True, "openai_gelu": False,
@@ -73,6 +75,9 @@ def test_a_file_says_layer_and_placement(tmp_path):
     for wrong in ({"overlap_grad_reduce": True}, {"accumulate_allreduce_grads_in_fp32": False}):
         with pytest.raises(ValueError, match="gradients of copies"):
             options.run_config(arguments(smartmoe=str(file), **wrong))
+    file.write_text('[layer]\ndispatcher = "direct"\nrow_factor = 1.5\n')
+    with pytest.raises(ValueError, match="set it to 2"):
+        options.run_config(arguments(smartmoe=str(file)))
     file.write_text("[plan]\npp = 2\n")
     with pytest.raises(ValueError, match="are Megatron's arguments here"):
         options.run_config(arguments(smartmoe=str(file)))
@@ -94,6 +99,17 @@ def test_help_survives_per_cent_signs_of_others():
     parser.add_argument("--loss", default=3, help="100% (or 5 %) of all, 2%% more; default %(default)s")
     text = options.add_arguments(parser).format_help()
     assert "100% (or 5 %) of all, 2% more; default 3" in text and "smartmoe_static, smartmoe, or a TOML" in text
+
+
+def test_a_routing_from_megatrons_map():
+    chosen_TE = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    prob_TE = (torch.rand(3, 4) * chosen_TE).requires_grad_()
+    routing = routing_of(prob_TE, chosen_TE, top_k=2)
+    assert routing.expert_idx_TK.tolist() == [[1, 3], [0, -1], [-1, -1]]  # dropped copies are not sent
+    expected_TK = torch.stack([prob_TE[0, [1, 3]], prob_TE[1, [0, 1]], prob_TE[2, [0, 1]]])
+    assert torch.equal(routing.weight_TK, expected_TK) and routing.weight_TK.dtype == torch.float32
+    routing.weight_TK.sum().backward()
+    assert torch.equal(prob_TE.grad[chosen_TE], torch.ones(3)) and routing.balance_loss == 0
 
 
 # --------------------------------------------------------------------------------------------- a run directory's run

@@ -107,6 +107,11 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         return configs.check(run, f"--smartmoe {HOST_ONLY}")
     run = systems.build(asked["system"], plan=plan, online=asked.get("online"), **parts)
     layer = asked.get("layer", run.layer)
+    if layer.dispatcher in ("direct", "auto") and layer.row_factor < plan.ep:
+        raise ValueError(
+            f"--smartmoe {args.smartmoe}: layer.row_factor = {layer.row_factor} is too little for some routings, and Megatron "
+            f"does not repeat a step: set it to {plan.ep}, the number of expert-parallel ranks"
+        )
     return configs.check(dataclasses.replace(run, layer=layer, gate=parts["gate"]), f"--smartmoe {args.smartmoe}")
 
 

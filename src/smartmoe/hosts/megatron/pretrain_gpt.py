@@ -74,7 +74,12 @@ def train(args, run: RunConfig) -> None:
     session = Session(run, args.smartmoe_run)
     session.install()
     container = pretrain_cfg_container_from_args(args, model_config(args, run))
-    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
+    try:
+        pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
+    except (Exception, SystemExit) as error:  # Megatron's --exit-... arguments end the process where they apply
+        good = isinstance(error, SystemExit) and not error.code
+        session.finish("ok" if good else "failed", "" if good else f"{type(error).__name__}: {error}")
+        raise
     session.finish()
 
 

@@ -146,12 +146,12 @@ class Session:
             record.set_status(self.run_dir, "running")
         self._writer = record.RunWriter(self.run_dir, keep_through=iteration or None)
 
-    def finish(self) -> None:
-        """Close the run directory; the status is ok, unless a launcher keeps it."""
+    def finish(self, status: str = "ok", message: str = "") -> None:
+        """Close the run directory, and say how the run ended unless a launcher does."""
         if self._writer is not None:
             self._writer.close()
             if not self._is_launched:
-                record.set_status(self.run_dir, "ok")
+                record.set_status(self.run_dir, status, message)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
