@@ -8,6 +8,10 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from smartmoe import dispatch
+from smartmoe.bench import routing
+from smartmoe.bench.layer import Bench
+from smartmoe.bench.measure import World
+from smartmoe.bench.shapes import parse_shape
 from smartmoe.config import LayerConfig, ModelConfig, RunConfig, check
 from smartmoe.dispatch.basic import BasicDispatcher
 from smartmoe.dispatch.direct import DirectDispatcher
@@ -352,6 +356,38 @@ def test_gloo_layers_interleave():
 def test_layers_interleave_on_gpus(num_ranks):
     backend = _gpus(num_ranks)
     spawn(_interleave, num_ranks, num_ranks, "cuda", backend=backend, timeout_s=120)
+
+
+# Memory.
+
+
+def _peaks(world_rank, num_ranks):
+    """Peak bytes of one step: (direct with what peers store into, plain torch; 0 where that cannot be run)."""
+    bench = Bench(parse_shape("4096,512,1024,16,4"), World(gpu_of(world_rank)), torch.bfloat16, 0, False, 1.125)
+    bench.set_routing(routing.parse("balanced"))
+    peaks = []
+    for name in ("direct", "torch") if num_ranks == 1 else ("direct",):
+        forward = bench._forward_of(name, "grouped")
+        for _ in range(2):
+            bench._drop_gradients()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            bench._step(forward, lambda: None)
+            torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before + getattr(bench.dispatcher, "shared_bytes", 0))
+    return (*peaks, 0)[:2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_peak_memory_is_that_of_the_rows_in_use(num_ranks):
+    shape = parse_shape("4096,512,1024,16,4")
+    rows, weights = shape.num_tokens * shape.top_k, 2 * 16 // num_ranks * 2 * 512 * 1024  # bytes
+    # rows, hidden, gradients of the two, and a seventh for room; gradients of the weights; tokens in, out and from peers
+    most = 2 * rows * (512 + 1024 + 512 + 1024) * 8 // 7 + weights + 2 * shape.num_tokens * 512 * 2 * (2 + num_ranks)
+    for mine, plain in spawn(_peaks, num_ranks, num_ranks, backend=_gpus(num_ranks), timeout_s=120):
+        assert mine < most and (num_ranks > 1 or mine < plain), (mine, plain, most)
 
 
 # No host in between.
