@@ -23,7 +23,7 @@ ODD_MODEL = dataclasses.replace(
     MODEL, num_layers=2, hidden_size=37, ffn_size=61, num_heads=1, vocab_size=331, num_experts=6
 )
 LOOP = LayerConfig(experts="loop")
-ITERATIONS = 6
+ITERATIONS = 5
 
 
 def config_of(plan, zero, **changes):
@@ -73,23 +73,21 @@ def run_all(world_rank, folder):
     found = {
         name: [losses_of(make(plan, zero, **more)) for zero in (0, 1)] for name, (make, plan, more) in CASES.items()
     }
-    for name in ("odd", "split", "bfloat16"):
+    for name in ("split", "bfloat16"):
         make, plan, more = CASES[name]
         found[f"{name} moved"] = found[name][1], losses_of(make(plan, 1, **more), shuffle)
     still = found["split"][0]
-    for mode, replicate in REPLICATION.items():
-        if replicate or mode == "exact":
-            found[mode] = still, losses_of(with_replicas(mode), replicate or (lambda *_: None))
+    found["history"] = still, losses_of(with_replicas("history"), REPLICATION["history"])
     return found | {"moves": move_often(), "sizes": sizes(), "resumed": save_and_resume(Path(folder))}
 
 
 def test_losses_and_norms_are_those_without(runs):
-    for name in [*CASES, "odd moved", "split moved", "bfloat16 moved", "history", "exact"]:
+    for name in [*CASES, "split moved", "bfloat16 moved", "history"]:
         wanted, found = runs[0][name]
         np.testing.assert_allclose(found, wanted, rtol=1e-3 if name == "bfloat16" else LOSS_TOLERANCE, err_msg=name)
         if name == "pair":
             np.testing.assert_array_equal(found[:, 0], wanted[:, 0], name)
-        # with odd sizes, products on a CPU depend on where the rows of a slot begin
+        # sizes in 16 numbers: with odd ones, products on a CPU depend on where the rows of a slot begin
         if name in ("split moved", "bfloat16 moved"):
             np.testing.assert_array_equal(found, wanted, name)
 
@@ -163,7 +161,7 @@ def test_a_rank_keeps_its_part_of_the_optimizer_state(runs):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-RESUMES = [(PAIR, 0), (ParallelPlan(dp=2, tp=2, ep=2), 1), (ParallelPlan(dp=4, ep=4), 1), (SPLIT, 1)]
+RESUMES = [(PAIR, 0), (ParallelPlan(dp=2, tp=2, ep=2), 1), (SPLIT, 1)]
 
 
 def save_and_resume(folder):
@@ -174,16 +172,16 @@ def save_and_resume(folder):
     for _ in range(3):
         first.run_iteration()
     path = first.save(folder / "one")
-    losses = {"on": [first.run_iteration().lm_loss for _ in range(3)]}
+    losses = {"on": [first.run_iteration().lm_loss for _ in range(2)]}
     for idx, (plan, zero) in enumerate(RESUMES):
         trainer = make_trainer(config_of(plan, zero))
         trainer.resume(path)
         if idx == 0:
             again = trainer.save(folder / "two")
-        losses[idx] = [trainer.run_iteration().lm_loss for _ in range(3)]
+        losses[idx] = [trainer.run_iteration().lm_loss for _ in range(2)]
     trainer = make_trainer(config_of(SPLIT, 1))
     trainer.resume(again)
-    losses["back"] = [trainer.run_iteration().lm_loss for _ in range(3)]
+    losses["back"] = [trainer.run_iteration().lm_loss for _ in range(2)]
     odd_one = make_trainer(odd(ParallelPlan(dp=4, ep=1), 1))
     odd_one.run_iteration()
     odd_path = odd_one.save(folder / "odd")
@@ -202,7 +200,7 @@ def test_a_checkpoint_is_read_by_any_plan_with_and_without(runs, saved):
     np.testing.assert_allclose(losses["odd"], losses["odd on"], rtol=LOSS_TOLERANCE)
     alone = make_trainer(config_of(ParallelPlan(), 1))  # one process shares nothing
     alone.resume(checkpoint.latest(saved / "one"))
-    np.testing.assert_allclose([alone.run_iteration().lm_loss for _ in range(3)], losses["on"], rtol=LOSS_TOLERANCE)
+    np.testing.assert_allclose([alone.run_iteration().lm_loss for _ in range(2)], losses["on"], rtol=LOSS_TOLERANCE)
     checkpoint.export(checkpoint.latest(saved / "odd"), saved / "odd.pt")
     weights = torch.load(saved / "odd.pt", weights_only=True)["model"]
     assert weights["blocks.0.moe.experts.w1_LDF"].shape == (6, 37, 61)
