@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from smartmoe.ops.extension import have_triton
+
 
 def wide_linear(x_TD: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
     """x @ weight.T + bias in float32: [T, E] float32, also for activations of half precision.
@@ -40,22 +42,35 @@ def _multiply(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def _stack(value: torch.Tensor, parts: str, dim: int) -> torch.Tensor:
+    """Parts of `value` [X, Y] one behind the other along `dim`: "0" its first bfloat16 part, "1" and "2" the next. One kernel
+    where Triton is there: a launch takes the host longer than the work takes a GPU."""
+    if value.is_cuda and have_triton():
+        from smartmoe.ops.wide_linear_kernels import stack_parts
+
+        return stack_parts(value.contiguous(), tuple(map(int, parts)), dim)
+    found = split(value, 3)
+    return torch.cat([found[int(part)] for part in parts], dim=dim)
+
+
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_ED, bias_E):
-        parts_XD = torch.cat(split(weight_ED, 3))
+        # the first three for forward, the last four for backward
+        parts_XD = _stack(weight_ED, "210001", dim=0)
         ctx.save_for_backward(x_TD, parts_XD)
-        return _multiply(x_TD, parts_XD.t()).view(x_TD.shape[0], 3, -1).sum(1) + bias_E
+        num_outputs = weight_ED.shape[0]
+        return _multiply(x_TD, parts_XD[: 3 * num_outputs].t()).view(-1, 3, num_outputs).sum(1) + bias_E
 
     @staticmethod
     def backward(ctx, grad_TE):
         x_TD, parts_XD = ctx.saved_tensors
-        grad_x = grad_weight = None
-        high, middle, low = split(grad_TE, 3)
+        num_outputs, grad_x, grad_weight = grad_TE.shape[1], None, None
+        grad_TX = _stack(grad_TE, "0120", dim=1)
         if ctx.needs_input_grad[0]:
-            first, second, _ = parts_XD.chunk(3)
-            # without the product of both second parts, 2^-16 of the result, which is rounded to 2^-9
-            grad_x = torch.cat([high, high, middle], dim=1) @ torch.cat([first, second, first])
+            # all of the gradient with the weight's first part, and its first part with the second: what is missing is
+            # 2^-16 of the result, which is rounded to 2^-9
+            grad_x = grad_TX @ parts_XD[2 * num_outputs :]
         if ctx.needs_input_grad[1]:
-            grad_weight = _multiply(torch.cat([high, middle, low], dim=1).t(), x_TD).view(3, -1, x_TD.shape[1]).sum(0)
+            grad_weight = _multiply(grad_TX[:, : 3 * num_outputs].t(), x_TD).view(3, num_outputs, -1).sum(0)
         return grad_x, grad_weight, grad_TE.sum(0)
