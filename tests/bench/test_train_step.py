@@ -39,6 +39,9 @@ def test_systems_run_side_by_side_on_the_same_model(tmp_path, capsys):
         rate = report["settings"]["flops_per_token"] * row["tokens_per_s"] / 1e12
         assert row["tflops_per_gpu"] == pytest.approx(rate, abs=1e-3)
     assert "smartmoe_static:direct" in capsys.readouterr().out
+    skewed = ["--trace", "synthetic:zipf-strong", "--policy", "greedy", "--interval", "1", "--profile", "smartmoe"]
+    assert train_step.main([*argv, *skewed, "--systems", "smartmoe"]) == 0
+    assert json.loads(file.read_text())["settings"]["gate"]["kind"] == "trace"
     assert train_step.main([*argv, "--systems", "smartmoe:drect"]) == 2
     assert 'dispatcher "drect" is not one of' in capsys.readouterr().err
 

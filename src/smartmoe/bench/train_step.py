@@ -66,7 +66,12 @@ def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: i
     config = systems.build(
         system,
         model=model,
-        gate=dataclasses.replace(base.gate, kind=args.gate or base.gate.kind, capacity=args.capacity),
+        gate=dataclasses.replace(
+            base.gate,
+            kind="trace" if args.trace else args.gate or base.gate.kind,
+            trace=args.trace or base.gate.trace,
+            capacity=args.capacity,
+        ),
         workload=work,
         cluster=cluster,
         plan=plan if chosen.plan_given else None,
@@ -88,7 +93,7 @@ def read_tokens(args: argparse.Namespace, base: RunConfig) -> TokenDataset:
     return TokenDataset([("synthetic", tokens)], vocab_size, args.seed)
 
 
-def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argparse.Namespace) -> dict:
+def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argparse.Namespace, is_profiled: bool) -> dict:
     """Train with one system: times, losses and memory of this rank, and the profile of rank 0. Collective."""
     is_cuda = world.device.type == "cuda"
     gc.collect()
@@ -103,7 +108,7 @@ def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argpars
         "max_over_mean": results[-1].load_max_over_mean,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else 0,
     }
-    if args.profile and is_cuda:
+    if is_profiled and is_cuda:
         if world.ep_rank == 0:
             found["profile"] = profile(trainer.run_iteration)
         else:
@@ -165,12 +170,16 @@ def run(args: argparse.Namespace, world: World) -> list[dict]:
                f"{first.num_micro_batches} micro-batches of {first.workload.micro_batch_size}, {first.workload.dtype}; "
                f"{settings['flops_per_token'] / 1e9:.3f} GFLOP a token")  # fmt: skip
     report.say(HEADER)
+
+    def is_profiled(name: str) -> bool:
+        return args.profile is not None and (not args.profile or name in args.profile)
+
     try:
         for name, config in configs.items():
             row = {"system": name, "plan": config.plan.describe(), "layer": dataclasses.asdict(config.layer)}
             report.measure(
                 row,
-                lambda config=config: measure(config, world, tokens, args),
+                lambda name=name, config=config: measure(config, world, tokens, args, is_profiled(name)),
                 lambda results, config=config: make_row(config, results, args.warmup),
                 lambda row: format_row(row, args.top),
             )
@@ -201,6 +210,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=at_least(1), default=8, help="samples of a rank in a pass; default: 8")
     parser.add_argument("--batch", type=at_least(1), help="samples in an iteration; default: 4 micro-batches a rank")
     parser.add_argument("--gate", choices=GATES)
+    parser.add_argument("--trace", metavar="FILE.npz", help="route as this trace does, instead of by a gate that learns")
     parser.add_argument("--capacity", type=float, help="of the gate; default: dropless")
     parser.add_argument("--policy", default="auto", help="of online placement, for smartmoe; default: auto")
     parser.add_argument("--interval", type=at_least(1), default=10, help="iterations between decisions; default: 10")
@@ -210,7 +220,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--synthetic", action="store_true", help="no text: independent tokens of Zipf's frequencies")
     parser.add_argument("--warmup", type=at_least(1), default=3, help="untimed iterations; default: 3")
     parser.add_argument("--iterations", type=at_least(1), default=8, help="timed iterations; default: 8")
-    parser.add_argument("--profile", action="store_true", help="profile one more iteration of each system (CUDA)")
+    parser.add_argument(
+        "--profile", nargs="*", metavar="NAME", help="profile one more iteration of these systems (CUDA); default: of all"
+    )
     parser.add_argument("--top", type=at_least(0), default=25, help="kernels to list; default: 25")
     return parser.parse_args(argv)
 
