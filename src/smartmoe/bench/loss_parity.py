@@ -145,6 +145,8 @@ def base_config(args: argparse.Namespace, num_ranks: int) -> RunConfig:
     work = dataclasses.replace(
         config.workload, iterations=args.iterations, warmup_iterations=0, dtype=dtype_of(args), seed=args.seed
     )
+    if args.data:
+        work = dataclasses.replace(work, data=tuple(args.data))
     cluster = dataclasses.replace(config.cluster, device=args.device)
     layer = LayerConfig(dispatcher=args.dispatcher, row_factor=float(num_ranks))
     return dataclasses.replace(config, workload=work, cluster=cluster, layer=layer, online=OnlineConfig())
@@ -246,6 +248,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_options(parser, timing=False)
     parser.add_argument("run", type=checked(_existing), nargs="?", metavar="RUN.toml", help="default: a small GPT")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES], metavar="MODE", help="default: all")
+    parser.add_argument("--data", nargs="+", help="text files or a .bin/.idx prefix; default: Python's library")
     parser.add_argument("--iterations", type=at_least(2), default=200, help="default: 200")
     parser.add_argument("--interval", type=at_least(1), default=10, help="iterations between moves; default: 10")
     parser.add_argument("--replica-slots", type=at_least(1), default=2, help="copies a rank has room for; default: 2")
