@@ -134,13 +134,22 @@ def print_plan(parts: list[Part], node: Node, minutes: float | None) -> None:
 
 
 def measure(parts: list[Part], node: Node, minutes: float | None) -> int:
-    """Do what is to do, parts that failed before last, until the time is over. Returns the exit code."""
+    """Do what is to do, parts that failed before last, until the time is over or a signal comes. Returns the exit code."""
     end = float("inf")
     if minutes:  # what is cut needs a moment to end
         end = time.monotonic() + minutes * 60 - min(STOP_S, minutes * 6)
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    asks = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: signals.append(number)) for number in asks]
+    try:
+        return summarise(parts, node, _do_all(parts, node, end, signals), signals)
+    finally:
+        for number, handler in zip(asks, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _do_all(parts: list[Part], node: Node, end: float, signals: list[int]) -> list[Part]:
+    """Returns the parts whose turn did not come before `end` or a signal."""
     waiting = [part for part in parts if part.state() != "done" and not part.why_skipped(parts)]
     waiting.sort(key=lambda part: part.state() == "failed")
     late = []
@@ -156,7 +165,7 @@ def measure(parts: list[Part], node: Node, minutes: float | None) -> int:
         label = f"[{place + 1}/{len(waiting)}] {part.name}"
         words = f"skipped: {missing}" if missing else run_part(part, label, left_s, signals)
         print(f"{label} {words}", flush=True)
-    return summarise(parts, node, late, signals)
+    return late
 
 
 def build_extension(node: Node) -> str:

@@ -151,6 +151,22 @@ def test_what_cannot_run_is_skipped_with_its_reason(site, tmp_path):
     assert code == 0 and "trace     1 min  to do" in text and "first" not in text
 
 
+def test_on_gpus_a_part_sees_as_many_as_it_is_for(site, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure_node, "count_gpus", lambda: 4)
+    monkeypatch.setattr(measure_node, "gpu_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(measure_node, "build_extension", lambda node: "the extension is there")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    note = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], '{gpus} {cluster}', file=open('{set}/notes', 'a'))"
+    show = [f'{{python}} -c "{note}"']
+    arguments = site(a=(1, "", {"command": show, "sizes": "each"}), b=(1, "", {"command": show, "sizes": "one"}))[2:]
+    handler = signal.getsignal(signal.SIGTERM)
+    assert measure_node.main(arguments) == 0 and signal.getsignal(signal.SIGTERM) is handler
+    lines = (tmp_path / "set" / "notes").read_text().splitlines()
+    assert lines == ["4,5,6,7 4 local", "4,5 2 local", "4 1 local"]
+    assert "[3/3] b after " in (text := capsys.readouterr().out) and "4 GPUs" in text and "the extension is there" in text
+    assert json.loads((tmp_path / "set" / "node.json").read_text()) == {"device": "NVIDIA H200", "gpus": 4}
+
+
 def test_a_run_set_is_not_continued_on_another_kind_of_machine(site, tmp_path):
     arguments = site(a=(1, "note('a')", {}))
     (tmp_path / "set" / "node.json").write_text('{"device": "NVIDIA H200", "gpus": 4}')
