@@ -68,6 +68,7 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 # without clipping a migration changes no bit: Megatron sums the gradient norm in an order that depends on where experts are
 SHARDED = ("--use-distributed-optimizer", "--clip-grad", "0")
 HALF = (*EP2, *SHARDED, "--bf16")
+RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
 RESHARDABLE = (*SHARDED, "--dist-ckpt-optim-fully-reshardable")
 SAVE = ("--save", "{folder}/saved", "--save-interval", str(MOVE_AT))
 LOAD = ("--load", "{folder}/saved", "--ckpt-step", str(MOVE_AT))
@@ -94,7 +95,7 @@ def worlds() -> dict[int, list[Case]]:
             Case("saved-one", "smartmoe_static", (*RESHARDABLE, *LOAD)),
         ],
         4: [
-            *plan("edp2", (*EP2, *SHARDED), ("ours", "moving")),
+            *plan("edp2", (*EP2, *SHARDED, *RECOMPUTE), ("ours", "moving")),
             *plan("pp2ep2", (*EP2, *PP2, *SHARDED)),
         ],
     }

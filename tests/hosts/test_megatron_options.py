@@ -53,6 +53,7 @@ def test_a_run_is_described_by_megatrons_arguments():
         ({"moe_shared_expert_intermediate_size": 64}, "--moe-shared-expert-intermediate-size is not available"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers is not available"),
         ({"fp8": "hybrid"}, "fp8"),
+        ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl out"),
         ({"overlap_param_gather": True}, "leave --overlap-param-gather out"),
         ({"async_save": True}, "leave --async-save out"),
         ({"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": False}, "wrong gradients"),

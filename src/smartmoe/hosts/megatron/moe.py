@@ -6,10 +6,12 @@ the same model. Shape letters are those of `smartmoe.ops`; Megatron's hidden sta
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
@@ -34,6 +36,7 @@ class SmartMoELayer(BaseMoELayer):
         if is_mtp_layer:
             raise ValueError("multi-token prediction layers with experts are not supported: leave --mtp-num-layers out")
         self._run, self._num_passes = run, 0
+        self._recompute = config.recompute_granularity == "selective" and "moe" in config.recompute_modules
         self._stage_group, self._expert_dp_group = pg_collection.tp_dp_cp, pg_collection.expt_dp
         self.router = submodules.router(config=config, pg_collection=pg_collection, is_mtp_layer=False)
         self.moe: MoELayer | None = None
@@ -76,7 +79,10 @@ class SmartMoELayer(BaseMoELayer):
         observers = self.moe.observers
         if not self.training:  # online placement looks at training alone
             self.moe.observers = []
-        y_SBD, _ = self.moe(hidden_states, token_id_SB)
+        if self._recompute and self.training:
+            y_SBD, _ = tensor_parallel.checkpoint(self.moe, False, hidden_states, token_id_SB)
+        else:
+            y_SBD, _ = self.moe(hidden_states, token_id_SB)
         self.moe.observers = observers
         return y_SBD, None
 
@@ -94,13 +100,15 @@ class SmartMoELayer(BaseMoELayer):
         return sharded
 
 
-def with_smartmoe(layer_spec: Callable, run: RunConfig) -> Callable:
-    """The layer spec that `layer_spec(model_config, vp_stage)` makes, with SmartMoE's layer for each of Megatron's."""
+def with_smartmoe(layer_spec: Callable | ModuleSpec, run: RunConfig) -> Callable:
+    """`layer_spec` as Megatron takes it (--spec), with SmartMoE's layer wherever it has Megatron's."""
 
     def spec(model_config, vp_stage=None):
-        made = layer_spec(model_config, vp_stage=vp_stage)
-        layers = made.layer_specs if hasattr(made, "layer_specs") else [made]
-        for layer in layers:
+        made = layer_spec
+        if callable(layer_spec) and not isinstance(layer_spec, ModuleSpec):
+            knows_stage = "vp_stage" in inspect.signature(layer_spec).parameters
+            made = layer_spec(model_config, **({"vp_stage": vp_stage} if knows_stage else {}))
+        for layer in made.layer_specs if hasattr(made, "layer_specs") else [made]:
             _replace(layer, run)
         return made
 

@@ -162,6 +162,8 @@ def _problems(args) -> list[str]:
     ):  # fmt: skip
         if getattr(args, name, None):
             problems.append(f"--{name.replace('_', '-')} is not available: leave it out")
+    if getattr(args, "cuda_graph_impl", None) not in (None, "none"):
+        problems.append("layers with experts are not captured here: leave --cuda-graph-impl out")
     if getattr(args, "fp8", None) or getattr(args, "fp4", None):
         problems.append("experts in fp8 or fp4 are not available: leave --fp8-format and --fp4-format out")
     if (args.virtual_pipeline_model_parallel_size or 1) > 1 and not args.overlap_p2p_comm:
