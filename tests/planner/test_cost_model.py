@@ -153,6 +153,20 @@ def test_gradients_are_reduced_over_those_who_share_them():
     assert found[8] < found[4] < found[1]
 
 
+def test_zero_sends_weights_instead_of_gradients_back_and_updates_a_part():
+    sharing = dataclasses.replace(CONFIG, workload=dataclasses.replace(WORK, zero=1))
+    plan = ParallelPlan(dp=8, ep=2)
+    without, with_it = (_cost(config=config).estimate(plan, 2).parts for config in (CONFIG, sharing))
+    # 4 + 2 bytes instead of 8; an eighth of the dense numbers and a quarter of the experts' to update, in as many launches
+    assert with_it["gradient reduction"] == pytest.approx(6 / 8 * without["gradient reduction"], rel=0.02)
+    part = _cost().parameters(plan)[0].shared_out(plan)
+    assert part.dense == _cost().parameters(plan)[0].dense / 8 and part.tensors == _cost().parameters(plan)[0].tensors
+    launches_ms = float(PRIMITIVES.host_ms("optimizer", numel=part.total, tensors=part.tensors))
+    assert with_it["optimizer"] == pytest.approx(launches_ms) and launches_ms < 0.7 * without["optimizer"]
+    alone = [_cost(config=config).estimate(ParallelPlan(pp=8), 2).parts for config in (CONFIG, sharing)]
+    assert alone[0] == alone[1]
+
+
 def test_overlap_by_hand():
     # two steps of 2 ms each way and 3 ms of work: arrivals at 2, 4; work ends at 5, 8; returns end at 7, 10
     assert layer_cost._overlapped(np.array(4.0), np.array(6.0), 2) == 10.0

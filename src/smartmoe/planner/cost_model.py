@@ -391,7 +391,9 @@ class CostModel:
         return self._once(key, lambda: self._make_after(plan))
 
     def _make_after(self, plan):
-        rpn, worst = self.cluster.ranks_per_node, None
+        rpn, worst, zero = self.cluster.ranks_per_node, None, self.config.workload.zero
+        # numbers travel twice: summed float32 gradients, and with ZeRO-1 the weights that come of them
+        width = 4 + self.dtype_bytes if zero else 2 * 4
         stages = {sum(self.parameters(plan)[stage :: plan.pp], Parameters()) for stage in range(plan.pp)}
         for mine in stages:
             reduce = 0.0
@@ -401,9 +403,9 @@ class CostModel:
                 (mine.expert, plan.expert_dp, plan.ep),
             ):
                 if ranks > 1 and numel:
-                    spread = group_bytes(2 * 4 * numel, ranks, stride, rpn)
+                    spread = group_bytes(width * numel, ranks, stride, rpn)
                     reduce += float(exchange_ms(self.primitives, "all_reduce", ranks, *spread))
-            update = self._state_ms("optimizer", mine)
+            update = self._state_ms("optimizer", mine.shared_out(plan) if zero else mine)
             if worst is None or reduce + update > sum(worst):
                 worst = (reduce, update)
         parts = {"gradient reduction": worst[0], "optimizer": worst[1]}

@@ -9,7 +9,7 @@ library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class Parameters:
     @property
     def total(self) -> float:
         return self.dense + self.tensor + self.expert
+
+    def shared_out(self, plan: ParallelPlan) -> Parameters:
+        """The part of a rank when those who share a parameter deal it out."""
+        parts = {"dense": plan.stage_size, "tensor": plan.dp, "expert": plan.expert_dp, "router": plan.stage_size}
+        return replace(self, **{kind: getattr(self, kind) / num for kind, num in parts.items()})
 
     def __add__(self, other: Parameters) -> Parameters:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
