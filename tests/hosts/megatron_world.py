@@ -6,6 +6,7 @@ FOLDER gets a run directory for every case, and in error.txt what went wrong.
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 import traceback
@@ -70,8 +71,8 @@ SHARDED = ("--use-distributed-optimizer", "--clip-grad", "0")
 HALF = (*EP2, *SHARDED, "--bf16")
 RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
 RESHARDABLE = (*SHARDED, "--dist-ckpt-optim-fully-reshardable")
-SAVE = ("--save", "{folder}/saved", "--save-interval", str(MOVE_AT))
-LOAD = ("--load", "{folder}/saved", "--ckpt-step", str(MOVE_AT))
+SAVE = ("--save", "{folder}/saved-{group}", "--save-interval", str(MOVE_AT))
+LOAD = ("--load", "{folder}/saved-saved", "--ckpt-step", str(MOVE_AT))
 
 
 def plan(name: str, words: tuple[str, ...], systems=tuple(SYSTEMS)) -> list[Case]:
@@ -96,6 +97,7 @@ def worlds() -> dict[int, list[Case]]:
         ],
         4: [
             *plan("edp2", (*EP2, *SHARDED, *RECOMPUTE), ("ours", "moving")),
+            Case("bare-moving", MOVING, (*EP2, *PP2, "--moe-layer-freq", "[1,0]", "--train-iters", "6", *SAVE)),
             *plan("pp2ep2", (*EP2, *PP2, *SHARDED)),
         ],
     }
@@ -113,7 +115,7 @@ def run_case(case: Case, folder: Path) -> None:
 
     words = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in FLAGS if not (flag == "smartmoe-text" and "--mock-data" in case.words)]
-    own = [word.format(folder=folder) for word in case.words]
+    own = [word.format(folder=folder, group=case.name.split("-")[0]) for word in case.words]
     sys.argv = ["pretrain_gpt", *words, *own, "--smartmoe", case.system, "--smartmoe-run", str(folder / case.name)]
     originals = {name: getattr(training, name) for name in ("train_step", "save_checkpoint", "load_checkpoint")}
     describe = pretrain_gpt.model_config
@@ -171,7 +173,8 @@ def fill(chunks):
             named += [
                 (layer.layer_number, name, param) for name, param in layer.named_parameters() if "experts" not in name
             ]
-            fill_experts(layer, isinstance(layer.mlp, SmartMoELayer))
+            if hasattr(layer.mlp, "router"):
+                fill_experts(layer, isinstance(layer.mlp, SmartMoELayer))
         for number, name, param in named:
             if param.dim() > 1:
                 cut = 0 if "router" in name else part
@@ -205,6 +208,7 @@ def values(shape: tuple[int, ...], *key) -> torch.Tensor:
 def rank_main(rank: int, size: int, cases: list[Case], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    signal.alarm(300)  # a rank that waits for one that is gone ends, too
     log = os.open(folder / f"log.{size}.{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     try:

@@ -148,8 +148,6 @@ def _problems(args) -> list[str]:
         problems.append("experts have no biases here: add --disable-bias-linear")
     if not (args.swiglu or args.openai_gelu):
         problems.append("experts know silu gates and the tanh form of gelu: add --swiglu or --openai-gelu")
-    if args.swiglu and args.squared_relu:
-        problems.append("--squared-relu is not available: leave it out")
     if args.expert_tensor_parallel_size != 1:
         problems.append("experts are whole on their rank: add --expert-tensor-parallel-size 1")
     if args.context_parallel_size > 1:
@@ -159,6 +157,7 @@ def _problems(args) -> list[str]:
     for name in (
         "moe_shared_expert_intermediate_size", "moe_latent_size", "mtp_num_layers", "use_megatron_fsdp",
         "use_torch_fsdp2", "overlap_moe_expert_parallel_comm", "moe_apply_probs_on_input", "moe_input_jitter_eps",
+        "squared_relu", "quick_geglu",
     ):  # fmt: skip
         if getattr(args, name, None):
             problems.append(f"--{name.replace('_', '-')} is not available: leave it out")

@@ -19,6 +19,7 @@ from smartmoe import record
 from smartmoe.config import RunConfig, to_dict
 from smartmoe.hosts.megatron.copies import Copies
 from smartmoe.hosts.megatron.moe import smartmoe_layers
+from smartmoe.hosts.megatron.options import HOST_ONLY
 from smartmoe.hosts.megatron.states import ExpertStates, MegatronPlacement, after_loading, before_loading
 from smartmoe.online import is_due
 from smartmoe.placement import Placement
@@ -123,7 +124,8 @@ class Session:
         self._writer.log(line)
 
     def _gather_events(self, iteration: int, events: list[dict]) -> list[dict]:
-        if self.online is None or not is_due(self.run.online, iteration):
+        """On world rank 0, those of all stages, of which some may have no layer with experts. Collective over the world."""
+        if not is_due(self.run.online, iteration):
             return []
         mine = events if mpu.get_expert_data_parallel_rank() == 0 and _stage_rank() == 0 else []
         parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -158,9 +160,8 @@ class Session:
     def _save_checkpoint(self, original, iteration, model, optimizer, *rest, **kwargs):
         """Megatron's checkpoint of experts in plain order, which any number of ranks reads, then back again."""
         self._start(model, optimizer)
-        if self.online is None:
-            return original(iteration, model, optimizer, *rest, **kwargs)
-        placements, replicas = zip(*((layer.placement, layer.replicas) for layer in self._layers), strict=True)
+        placements = [layer.placement for layer in self._layers]
+        replicas = [layer.replicas for layer in self._layers]
         self._place([Placement.identity(each.num_experts, each.num_ranks) for each in placements])
         result = original(iteration, model, optimizer, *rest, **kwargs)
         self._place(placements)
@@ -168,7 +169,8 @@ class Session:
             if layer.replicas != old:  # a move forgets them
                 layer.set_replicas(old)
         self._copies.refresh()
-        self._save_placements(_checkpoint_dir(get_args().save, iteration))
+        if self.run.system != HOST_ONLY:
+            self._save_placements(_checkpoint_dir(get_args().save, iteration))
         return result
 
     def _place(self, placements: list[Placement]) -> None:
@@ -177,9 +179,10 @@ class Session:
             self.online.move(targets)
 
     def _save_placements(self, folder: Path) -> None:
+        """Collective over the world."""
         mine = {layer.layer_idx: layer.placement.to_dict() for layer in self._layers}
         parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (mine, self.online.saved_loads()))
+        dist.all_gather_object(parts, (mine, self.online.saved_loads() if self.online else {}))
         if dist.get_rank() == 0:
             facts = {"placements": {}, "loads": {}, "config": to_dict(self.run)}
             for placements, loads in parts:

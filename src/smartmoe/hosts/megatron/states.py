@@ -28,10 +28,6 @@ class Piece:
     part: torch.Tensor | None
     start: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.part is not None and self.part.numel() == self.param.numel()
-
     def whole_view(self) -> torch.Tensor:
         """[L, ...], sharing memory with the state."""
         return self.part.view(self.param.shape)
