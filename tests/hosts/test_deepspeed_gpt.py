@@ -22,6 +22,8 @@ from tests.dist import spawn
 
 deepspeed = pytest.importorskip("deepspeed", reason='needs the extra: pip install --no-build-isolation ".[deepspeed]"')
 
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
 from smartmoe.hosts.deepspeed import engine, moe, pretrain_gpt  # noqa: E402
 from smartmoe.hosts.deepspeed_alpa.moe import DeepSpeedGumbelGate, SmartMoE  # noqa: E402
 
@@ -59,6 +61,8 @@ class Curve:
     balance_loss: list[float]
     grad_norm: list[float]
     load: list[float]
+    loss_scale: list[float]
+    skipped: list[bool]
 
 
 def train(trainer) -> Curve:
@@ -68,6 +72,8 @@ def train(trainer) -> Curve:
         [result.balance_loss for result in results],
         [result.optimizer.grad_norm for result in results],
         [result.load_max_over_mean for result in results],
+        [result.optimizer.loss_scale for result in results],
+        [result.optimizer.skipped for result in results],
     )
 
 
@@ -82,7 +88,10 @@ def ours(tokens) -> Curve:
 
 
 CASES = {
-    1: {"zero 0": config(zero=0), "zero 1": config(), "zero 2": config(zero=2)},
+    1: {
+        "zero 0": config(zero=0), "zero 1": config(), "zero 2": config(zero=2),
+        "fp16": config(dtype="float16"), "overflow": config(dtype="float16", initial_loss_scale=2.0**30),
+    },
     2: {
         "ep 1": config(2, 1), "ep 2": config(2, 2), "ep 2 zero 2": config(2, 2, 2),
         "capacity": config(2, 2, gate=LIMITED),
@@ -97,6 +106,7 @@ def world(rank: int, folder: str) -> dict[str, Curve]:
     engine.init_world("gloo")
     # experts and routers that matter: with 0.02 the loss hardly notices them
     gates.INIT_STD = layer.INIT_STD = moe.INIT_STD = 0.2
+    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it computes
     tokens, cpu = load_tokens((), MODEL.vocab_size, CACHE, seed=WORK.seed), torch.device("cpu")
     cases = CASES[dist.get_world_size()]
     curves = {name: train(pretrain_gpt.DeepSpeedTrainer(run, tokens, cpu)) for name, run in cases.items()}
@@ -126,7 +136,7 @@ def assert_same(curve: Curve, other: Curve, keys=("loss", "balance_loss", "grad_
         assert getattr(curve, key) == pytest.approx(getattr(other, key), rel=TOLERANCE), key
 
 
-@pytest.mark.parametrize("case", CASES[1])
+@pytest.mark.parametrize("case", ["zero 0", "zero 1", "zero 2"])
 def test_one_process_of_deepspeed_trains_as_one_of_ours(one, case):
     """Without ZeRO DeepSpeed does not tell the norm of its fp32 gradients."""
     assert_same(one[case], one["ours"], ("loss",) if case == "zero 0" else ("loss", "balance_loss", "grad_norm"))
@@ -149,6 +159,13 @@ def test_a_capacity_drops_as_with_our_layer_and_deepspeeds_gate(two):
     theirs, mine = two[0][0]["capacity"], two[0][0]["capacity, our layer"]
     assert_same(theirs, mine)
     assert all(loss > 1 for loss in theirs.balance_loss), "GShard's balance loss, summed over the layers"
+
+
+def test_losses_are_scaled_in_fp16(one):
+    curve, overflow = one["fp16"], one["overflow"]
+    assert curve.loss == pytest.approx(one["ours"].loss, rel=2e-3) and not any(curve.skipped)
+    assert curve.loss_scale == [WORK.initial_loss_scale] * WORK.iterations
+    assert all(overflow.skipped) and overflow.loss_scale == [2.0 ** (30 - idx) for idx in range(WORK.iterations)]
 
 
 @pytest.mark.parametrize("case", ["top-1", "bf16"])
