@@ -144,6 +144,19 @@ def test_the_command_writes_a_run_that_train_reads(folder, capsys):
     assert cli.main(["plan", "--model", "best.toml", "--cluster", "two", "--gpus", "1", "--loads", "uniform"]) == 0
 
 
+def test_slow_links_make_pipelines_win_and_are_in_the_run(folder, capsys):
+    rows = {}
+    for rate in ("0", "0.002"):
+        options = ("--slow-links", rate, "--out", f"{rate}.toml", "--samples", "2", "--loads", "uniform", "--top", "99")
+        assert _plan(*options) == 0
+        table = [line.split() for line in capsys.readouterr().out.splitlines() if line[:3].strip().isdigit()]
+        rows[rate] = {words[1]: float(words[2]) for words in table if "mb" in words[1]}
+    assert rows["0"]["dp2-ep2-mb1"] < rows["0"]["pp2-mb1"] and rows["0.002"]["dp2-ep2-mb1"] > rows["0.002"]["pp2-mb1"]
+    slow = cli.read_config(folder / "0.002.toml", None)
+    assert slow.cluster.slow_links_gbytes_per_s == 0.002 and "links slowed to 0.002 GB/s" in slow.cluster.name
+    assert cli.read_config(folder / "0.toml", None).cluster.slow_links_gbytes_per_s == 0
+
+
 def test_bad_input_is_named_before_anything_runs(folder, capsys):
     for settings, message in (
         (dict(model="smal"), 'did you mean "small"'),
