@@ -101,6 +101,12 @@ def test_a_checkpoint_is_read_by_another_number_of_expert_parallel_ranks(runs):
     assert losses(runs, "saved-one") == pytest.approx(losses(runs, "saved-whole")[world.MOVE_AT :], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("written, read", [("saved-whole", "saved-foreign"), ("foreign-megatron", "foreign-ours")])
+def test_megatrons_own_layer_and_ours_read_each_others_checkpoints(runs, written, read):
+    """With the optimizer's states; the second on another number of expert-parallel ranks."""
+    assert losses(runs, read) == pytest.approx(losses(runs, written)[world.MOVE_AT :], rel=TOLERANCE)
+
+
 def test_a_stage_may_have_no_layer_with_experts(runs):
     assert len(losses(runs, "bare-moving")) == 6 and moved(runs, "bare-moving", world.MOVE_AT) > 0
     saved = json.loads((runs / "saved-bare" / "iter_0000005" / "smartmoe.json").read_text())

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +23,8 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from smartmoe.config import RunConfig
 from smartmoe.hosts.megatron.gate import MegatronGate
 from smartmoe.layer import INIT_STD, MoELayer
+
+MEGATRON_NAMES = {"w1_LDF": "linear_fc1.weight", "w2_LFD": "linear_fc2.weight"}
 
 
 class SmartMoELayer(BaseMoELayer):
@@ -87,17 +89,30 @@ class SmartMoELayer(BaseMoELayer):
         return y_SBD, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """What Megatron's distributed checkpoints hold: each weight of the experts as one tensor [.., E, ..] of which this
-        rank has its part. Experts must stand in plain order: the part's place says which they are."""
-        experts, axis = self.moe.experts, len(sharded_offsets)
-        part = (axis, get_pg_rank(self.ep_group), get_pg_size(self.ep_group))
+        """What Megatron's distributed checkpoints hold: each weight of the experts as one tensor of all of them, of which
+        this rank has its part, under the names and in the form of Megatron's own layers: either reads the other's. Experts
+        must stand in plain order: the part's place says which they are."""
+        part = (len(sharded_offsets), get_pg_rank(self.ep_group), get_pg_size(self.ep_group))
+        offsets, replica_id = (*sharded_offsets, part), (0, 0, get_pg_rank(self._expert_dp_group))
         sharded = sharded_state_dict_default(self.router, f"{prefix}router.", sharded_offsets, metadata)
-        for name, param in experts.named_parameters():
-            sharded[f"{prefix}moe.experts.{name}"] = ShardedTensor.from_rank_offsets(
-                f"{prefix}experts.{name}", param, *sharded_offsets, part,
-                replica_id=(0, 0, get_pg_rank(self._expert_dp_group)), prepend_axis_num=axis,
-            )  # fmt: skip
+        for name, param in self.moe.experts.named_parameters():
+            sharded[f"{prefix}moe.experts.{name}"] = ShardedTensorFactory(
+                f"{prefix}experts.experts.{MEGATRON_NAMES[name]}",
+                param,
+                partial(_as_in_megatron, offsets, len(sharded_offsets)),
+                lambda parts: parts[0].transpose(1, 2),
+                replica_id,
+            )
         return sharded
+
+
+def _as_in_megatron(offsets, num_prepended: int, key, stacked, replica_id, flattened_range) -> list[ShardedTensor]:
+    """Experts [L, in, out], or what an optimizer keeps of them, as Megatron stores them: [L, out, in]."""
+    return [
+        ShardedTensor.from_rank_offsets(
+            key, stacked.transpose(1, 2), *offsets, replica_id=replica_id, prepend_axis_num=num_prepended
+        )
+    ]
 
 
 def with_smartmoe(layer_spec: Callable | ModuleSpec, run: RunConfig) -> Callable:
