@@ -313,19 +313,22 @@ def _direct_cases(site, shapes, tokens) -> list[Case]:
     for group in dict.fromkeys((None, world.group)):
         for shape in shapes[-2:]:
             grid = token_grid(tokens[-3:])
-            cases += [direct_case(site, num, shape.top_k, shape.width, held, group) for num, held in grid]
+            for bias in (0.0, 0.5) if group else (0.0,):
+                cases += [direct_case(site, num, shape.top_k, shape.width, held, group, bias) for num, held in grid]
     return cases
 
 
-def direct_case(site: Site, tokens: int, top_k: int, width: int, held: bool, group) -> Case:
-    """The direct dispatcher under even loads over `group`, None = this rank alone."""
+def direct_case(site: Site, tokens: int, top_k: int, width: int, held: bool, group, bias: float) -> Case:
+    """The direct dispatcher over `group`, None = this rank alone; bias: see parts.direct_slots."""
     num_ranks = group_size(group)
-    reached = 1 - (1 - 1 / num_ranks) ** top_k
-    sizes = dict(
-        tokens=tokens, copies=tokens * top_k, width=width, ranks=num_ranks,
-        off_bytes=reached * tokens * width * site.dtype.itemsize * (num_ranks - 1),
-    )  # fmt: skip
-    return both_ways("direct", sizes, held, lambda: parts.direct(site, tokens, top_k, width, group))
+    rank_STK = np.stack([parts.direct_slots(rank, num_ranks, tokens, top_k, bias).numpy() for rank in range(num_ranks)])
+    rank_STK //= parts.DIRECT_SLOTS
+    rows = max(int((rank_STK == rank).sum()) for rank in range(num_ranks))
+    crossing_SW = np.stack([(rank_STK == rank).any(2).sum(1) for rank in range(num_ranks)], 1).astype(float)
+    np.fill_diagonal(crossing_SW, 0.0)
+    off_bytes = float(max(crossing_SW.sum(0).max(), crossing_SW.sum(1).max())) * width * site.dtype.itemsize
+    sizes = dict(tokens=tokens, copies=rows, width=width, ranks=num_ranks, off_bytes=off_bytes)
+    return both_ways("direct", sizes, held, lambda: parts.direct(site, tokens, top_k, width, group, bias))
 
 
 def measure_sync(world: World) -> Point:

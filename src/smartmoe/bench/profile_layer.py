@@ -76,7 +76,9 @@ def layer_cases(site: Site, config: RunConfig, tokens: int) -> list[Case]:
             cases.append(all_to_all_case(site, rows, 2, 1.0, False))
             cases.append(collective_case(site, "all_reduce", rows, world.group, False))
     if config.layer.dispatcher == "direct":
-        cases += [direct_case(site, num, top_k, width, False, world.group) for num in (tokens // 2, tokens, 2 * tokens)]
+        for bias in (0.0, 0.25, 0.5, 1.0) if world.group else (0.0,):
+            sizes = (tokens // 2, tokens) if bias else (tokens // 2, tokens, 2 * tokens)
+            cases += [direct_case(site, num, top_k, width, False, world.group, bias) for num in sizes]
     return cases
 
 

@@ -124,14 +124,24 @@ def route(site: Site, tokens: int, copies: int, width: int) -> Step:
     return _there_and_back(forward, [x_TD, weight_TK])
 
 
-def direct(site: Site, tokens: int, top_k: int, width: int, group) -> Step:
+DIRECT_SLOTS = 8  # of a rank, in the piece that times the direct dispatcher
+
+
+def direct_slots(ep_rank: int, num_ranks: int, tokens: int, top_k: int, bias: float) -> torch.Tensor:
+    """[tokens, top_k] slots that a rank's tokens choose, on the host; the larger `bias`, the more of them on rank 0, all
+    from 1 on."""
+    scores = torch.rand(tokens, DIRECT_SLOTS * num_ranks, generator=torch.Generator().manual_seed(ep_rank))
+    scores[:, :DIRECT_SLOTS] += bias
+    return scores.topk(top_k, dim=1).indices
+
+
+def direct(site: Site, tokens: int, top_k: int, width: int, group, bias: float) -> Step:
     """The direct dispatcher's whole way there and back over `group`, experts left out. Collective."""
     world, num_ranks = site.world, group_size(group)
-    dispatcher = DirectDispatcher(group, 8, float(num_ranks))
+    dispatcher = DirectDispatcher(group, DIRECT_SLOTS, float(num_ranks))
     x_TD = site.randn(tokens, width, grad=True)
     weight_TK = torch.rand(tokens, top_k, device=world.device, requires_grad=True)
-    scores = torch.rand(tokens, 8 * num_ranks, generator=torch.Generator().manual_seed(world.ep_rank))
-    slot_TK = scores.topk(top_k, dim=1).indices.to(world.device)
+    slot_TK = direct_slots(world.ep_rank, num_ranks, tokens, top_k, bias).to(world.device)
 
     def forward():
         rows, handle = dispatcher.dispatch(x_TD, slot_TK, weight_TK)
