@@ -6,7 +6,16 @@ from scipy.optimize import nnls
 
 from smartmoe.config import ClusterSpec
 from smartmoe.planner import described
-from smartmoe.planner.primitives import KINDS, Curve, Point, Primitives, Profile, fit_non_negative, held_out_errors
+from smartmoe.planner.primitives import (
+    KINDS,
+    Curve,
+    Point,
+    Primitives,
+    Profile,
+    expert_sizes,
+    fit_non_negative,
+    held_out_errors,
+)
 
 
 def _profile(law, sizes, held=(), name="linear_forward"):
@@ -99,3 +108,27 @@ def test_a_described_cluster_has_every_primitive_and_keeps_its_peaks():
         primitives.ms("all_to_all", ranks=2, intra_bytes=a, inter_bytes=b) for a, b in ((1e8, 0.0), (0.0, 1e8))
     )
     assert near == pytest.approx(1.0, rel=0.03) and far == pytest.approx(10.0, rel=0.01)
+
+
+def test_what_else_a_host_does_is_not_taken_for_launches():
+    times = [0.02, 0.02, 0.021, 0.05, 0.02, 0.09]
+    points = [
+        Point({"tokens": 64.0 * k, "width": 32.0}, {"median": 1.0 + k}, {"median": ms}) for k, ms in enumerate(times, 1)
+    ]
+    primitives = Primitives.fit(Profile({"norm_forward": points}, "float32", {}))
+    assert float(primitives.host_ms("norm_forward", tokens=64, width=32)) == pytest.approx(0.02, rel=1e-6)
+
+
+def test_sizes_of_experts_are_those_of_their_rows():
+    sizes = expert_sizes(np.array([[0, 1, 128, 300], [2, 2, 2, 2]]))
+    assert sizes["rows"].tolist() == [429, 8] and sizes["padded_rows"].tolist() == [128 * 5, 128 * 4]
+    assert sizes["active"].tolist() == [3, 4] and sizes["largest"].tolist() == [300, 2]
+    # the largest expert alone tells these points apart, as no other size does
+    points = [
+        Point({"rows": 1024.0, "padded_rows": 1024.0, "active": 4.0, "slots": 4.0, "width": 512.0, "ffn": 1024.0,
+               "largest": float(n)}, {"median": 0.5 + n * 1e-3}, {"median": 0.0})
+        for n in (256, 300, 500, 800)
+    ]  # fmt: skip
+    known = {key: value for key, value in points[0].sizes.items() if key != "largest"}
+    primitives = Primitives.fit(Profile({"experts_backward": points}, "bfloat16", {}))
+    assert float(primitives.ms("experts_backward", **known, largest=650)) == pytest.approx(1.15, rel=0.01)
