@@ -77,7 +77,8 @@ Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L) {
   const c10::cuda::CUDAGuard guard(rows_RD.device());
   Tensor partial = empty_pieces(rows_RD, end_L);
   checked(smartmoe::sum_pieces(rows_RD.const_data_ptr(), end_L.const_data_ptr<int>(), end_L.size(0),
-                               partial.mutable_data_ptr<float>(), rows_RD.size(0), rows_RD.size(1), dtype_of(rows_RD), stream()),
+                               partial.mutable_data_ptr<float>(), rows_RD.size(0), rows_RD.size(1), dtype_of(rows_RD),
+                               stream()),
           "sum_slots");
   return sum_of_pieces(partial, rows_RD, end_L);
 }

@@ -22,6 +22,8 @@ void check_bias(const OptionalTensor& bias, int64_t num_slots, int64_t width) {
   check_size(*bias, "bias", {num_slots, width});
 }
 
+Tensor empty_counter(const Tensor& like) { return at::empty({1}, like.options().dtype(at::kInt)); }
+
 }  // namespace
 
 Tensor can_multiply(const Tensor& like) {
@@ -38,7 +40,8 @@ Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Opti
   Tensor out = at::empty({rows_RX.size(0), width}, rows_RX.options());
   checked(smartmoe::multiply_rows(rows_RX.const_data_ptr(), weight_LXY.const_data_ptr(), data_or_null(bias_LY),
                                   end_L.const_data_ptr<int>(), num_slots, out.mutable_data_ptr(), nullptr, nullptr, nullptr,
-                                  rows_RX.size(0), rows_RX.size(1), width, transposed, kIdentity, stream()),
+                                  empty_counter(rows_RX).mutable_data_ptr<int>(), rows_RX.size(0), rows_RX.size(1), width,
+                                  transposed, kIdentity, stream()),
           "multiply_rows");
   return out;
 }
@@ -55,7 +58,8 @@ std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor
   Tensor act = at::empty({rows_RD.size(0), width}, rows_RD.options());
   checked(smartmoe::multiply_rows(rows_RD.const_data_ptr(), weight_LDF.const_data_ptr(), data_or_null(bias_LF),
                                   end_L.const_data_ptr<int>(), num_slots, hidden.mutable_data_ptr(), act.mutable_data_ptr(),
-                                  nullptr, nullptr, rows_RD.size(0), rows_RD.size(1), width, false, kind, stream()),
+                                  nullptr, nullptr, empty_counter(rows_RD).mutable_data_ptr<int>(), rows_RD.size(0),
+                                  rows_RD.size(1), width, false, kind, stream()),
           "multiply_activate");
   return {hidden, act};
 }
@@ -77,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const T
   checked(smartmoe::multiply_rows(grad_RD.const_data_ptr(), weight_LFD.const_data_ptr(), data_or_null(bias_LF),
                                   end_L.const_data_ptr<int>(), num_slots, grad_hidden.mutable_data_ptr(),
                                   act.mutable_data_ptr(), hidden_RF.const_data_ptr(),
-                                  bias_LF ? partial.mutable_data_ptr<float>() : nullptr, num_rows, grad_RD.size(1), width,
+                                  bias_LF ? partial.mutable_data_ptr<float>() : nullptr,
+                                  empty_counter(grad_RD).mutable_data_ptr<int>(), num_rows, grad_RD.size(1), width,
                                   true, kind, stream()),
           "multiply_slope");
   return {grad_hidden, act, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
@@ -91,8 +96,8 @@ Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor
   const c10::cuda::CUDAGuard guard(rows_RX.device());
   Tensor out = at::empty({end_L.size(0), rows_RX.size(1), grad_RY.size(1)}, rows_RX.options());
   checked(smartmoe::multiply_slots(rows_RX.const_data_ptr(), grad_RY.const_data_ptr(), end_L.const_data_ptr<int>(),
-                                   end_L.size(0), out.mutable_data_ptr(), rows_RX.size(0), rows_RX.size(1), grad_RY.size(1),
-                                   stream()),
+                                   end_L.size(0), out.mutable_data_ptr(), empty_counter(rows_RX).mutable_data_ptr<int>(),
+                                   rows_RX.size(0), rows_RX.size(1), grad_RY.size(1), stream()),
           "multiply_slots");
   return out;
 }

@@ -10,7 +10,11 @@ namespace smartmoe {
 // In 16-bit types the error of the fast functions is far below the rounding of the result.
 template <bool FAST>
 __device__ __forceinline__ float sigmoid(float x) {
-  return FAST ? __fdividef(1.f, 1.f + __expf(-x)) : 1.f / (1.f + expf(-x));
+  if constexpr (!FAST) return 1.f / (1.f + expf(-x));
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  return inverse;
 }
 
 constexpr float kGeluScale = 1.5957691216057308f;  // 2 * sqrt(2 / pi)

@@ -64,6 +64,16 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return value;
 }
 
+__device__ __forceinline__ int load_int(uint32_t from) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_int(uint32_t to, int value) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t to, const float* four) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3])
                : "memory");
