@@ -3,8 +3,8 @@
     pip install --no-build-isolation .        # the torch of this environment; without the flag pip hides it
     python setup.py build_ext --inplace       # beside the sources
 
-TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0a, and PTX for newer ones. Built
-for 9.0a (not 9.0), the extension multiplies rows and experts itself on an H100 or H200; else torch's grouped product does.
+TORCH_CUDA_ARCH_LIST names the GPUs to build for; by default compute capability 8.0 and 9.0, and PTX for newer ones. 9.0 is
+built as 9.0a, which every such GPU runs: its instructions are what the extension multiplies rows and experts with.
 SMARTMOE_CUDA=0 leaves the extension out, SMARTMOE_CUDA=1 makes it an error when it cannot be built.
 """
 
@@ -19,6 +19,19 @@ from setuptools import setup
 SOURCES = Path("src/csrc")
 DEFAULT_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 FIRST_CUDA = (12, 8)
+
+
+def targets_of(arch_list: str) -> tuple[str, ...]:
+    """What nvcc is to build for, from TORCH_CUDA_ARCH_LIST; none when torch is to read it (names, or nothing of 9.0)."""
+    if not arch_list:
+        return DEFAULT_TARGETS
+    found = [re.fullmatch(r"(\d+)\.(\d+a?)(\+PTX)?", entry) for entry in re.split(r"[;\s]+", arch_list.strip())]
+    targets = []
+    for major, minor, ptx in (match.groups() for match in found if match):
+        code = "90a" if (major, minor) == ("9", "0") else major + minor
+        targets += [f"arch=compute_{code},code=sm_{code}"]
+        targets += [f"arch=compute_{major}{minor},code=compute_{major}{minor}"] if ptx else []
+    return tuple(targets) if all(found) and any("90a" in target for target in targets) else ()
 
 
 def why_not() -> str:
@@ -54,7 +67,7 @@ def extension() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    targets = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else [f"-gencode={target}" for target in DEFAULT_TARGETS]
+    targets = [f"-gencode={target}" for target in targets_of(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))]
     sources = sorted(str(path) for path in [*SOURCES.glob("kernels/*.cu"), *SOURCES.glob("bindings/*.cpp")])
     flags = {"cxx": ["-O3"], "nvcc": ["-O3", *targets]}
     return {

@@ -1,6 +1,7 @@
 """The CUDA sources compile, the tables of names agree, and the build says why when there is nothing to build with."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def test_the_build_asked_for_the_extension_fails_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('hidden by the test')")
     done = build(tmp_path, SMARTMOE_CUDA="1", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0 and "torch is not installed in the build environment" in done.stderr
+
+
+def test_9_0_is_built_with_the_instructions_of_9_0a(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setenv("SMARTMOE_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    targets_of = runpy.run_path(str(ROOT / "setup.py"))["targets_of"]
+    hopper = "arch=compute_90a,code=sm_90a"
+    assert hopper in targets_of("") and targets_of("9.0") == targets_of("9.0a") == (hopper,)
+    assert targets_of("8.0 9.0+PTX") == ("arch=compute_80,code=sm_80", hopper, "arch=compute_90,code=compute_90")
+    assert targets_of("8.0;8.6") == targets_of("Hopper") == targets_of("9.0;Ampere") == ()
 
 
 def build(tmp_path, **environment):
