@@ -9,6 +9,7 @@ from plotting import heatmap, style
 from plotting.model import CurvePanel, PanelFigure
 
 CURVE_INCH = 1.75
+LINE_LETTERS = 145  # of a legend's line in the width of a page
 STAR = {"marker": "*", "markersize": 4.5, "markeredgecolor": "black", "markeredgewidth": 0.25}
 
 
@@ -41,7 +42,7 @@ def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
         num_above = sum(time > top for time in curve.times_ms)
         above = f", {num_above} cut" if num_above else ""
         labels.append(f"{style.label(curve.series)} (mean {curve.mean_ms:.4g} ms{changes}{above}{simulated})")
-    num_columns = min(len(labels), 2 if panel.maps else 3)
+    num_columns = min(len(labels), 2 if panel.maps else 3, max(1, LINE_LETTERS // max(map(len, labels))))
     num_lines = -(-len(labels) // num_columns)
     axes.set_ylim(0, top * (1.08 + 0.14 * num_lines))
     axes.set_xlabel("training iteration of the trace", labelpad=1)
