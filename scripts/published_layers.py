@@ -200,8 +200,7 @@ def write(out: Path, panels, sides, curves, trace: ExpertTrace) -> None:
     for panel, rows in panels.items():
         num_gpus, micro_batch = PANELS[panel]
         run, _ = setting(num_gpus, micro_batch)
-        bar = {"figure": "fig11", "panel": f"paper's measurement, {num_gpus} GPUs, micro-batch {micro_batch}, our model",
-               "group": "", "series": "layer"}  # fmt: skip
+        bar = {"figure": "fig11", "panel": "inky", "group": f"{num_gpus}/{micro_batch}", "series": "layer"}
         _create(out / "fig11" / f"inky-{panel}", run, bar, {**facts, "device": "cluster inky", "num_ranks": num_gpus})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / "fig11" / f"inky-{panel}" / "predictions.jsonl").write_text(text, encoding="utf-8")
