@@ -88,8 +88,8 @@ bool can_multiply();
 // activation, partial (null = not wanted) the sums of out over each piece, [pieces, width of hidden] float32.
 // counter: one int32 of workspace.
 cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int num_slots,
-                          void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter, int64_t num_rows, int depth,
-                          int columns, bool transposed, int activation, cudaStream_t stream);
+                          void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
+                          int64_t num_rows, int depth, int columns, bool transposed, int activation, cudaStream_t stream);
 
 // out[l] = the sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot: [L, rows, columns]; as above.
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
