@@ -2,7 +2,7 @@
 
 import pytest
 
-from smartmoe.bench.replay_goals import format_verdict, judge
+from smartmoe.bench.replay_goals import format_verdict, judge, late_note
 
 
 def row(mode, case="L6", status="ok", **medians):
@@ -58,3 +58,12 @@ def test_a_verdict_is_a_line():
     share, times = judge([row("exact", balanced=0.9699, shadowing=1.2)])
     assert format_verdict(share).split() == "S2 L6 exact of force-balanced 97.0% goal 97.0% missed".split()
     assert format_verdict(times).split() == "S2 L6 exact times shadowing 1.200 goal 1.200 met".split()
+
+
+def test_a_host_that_is_behind_is_said():
+    def late(mode, share, status="ok"):
+        return {"mode": mode, "status": status, **({"late": share} if status == "ok" else {})}
+
+    assert late_note([late("exact", 0.1), late("both", 0.0), late("static", 0, "failed")]) == ""
+    note = late_note([late("exact", 1.0), late("balanced", 0.2), late("exact", 0.5), late("both", 0.05)])
+    assert note.startswith("in balanced, exact the host was behind") and "--lead-cycles" in note

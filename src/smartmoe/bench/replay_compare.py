@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from smartmoe.bench.measure import LeftAloneError, World, attempt, spread
-from smartmoe.bench.replay_goals import format_verdict, judge
+from smartmoe.bench.replay_goals import format_verdict, judge, late_note
 from smartmoe.bench.replay_players import MODES, Player, Step, Tokens
 from smartmoe.bench.report import DTYPES, Report, dtype_of
 from smartmoe.bench.shapes import Shape, parse_shape
@@ -236,7 +236,7 @@ def compare(args: argparse.Namespace, world: World) -> dict:
         report.give_up(error)
     verdicts = judge(report.data["rows"])
     report.note("goals", verdicts)
-    report.say("\n".join(map(format_verdict, verdicts)))
+    report.say("\n".join([*map(format_verdict, verdicts), late_note(report.data["rows"])]))
     return report.data
 
 

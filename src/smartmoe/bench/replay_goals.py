@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+MAX_LATE = 0.1
 EXACT, HISTORY = ("exact", "both_exact"), ("history", "both")
 
 
@@ -77,3 +78,14 @@ def format_verdict(verdict: dict) -> str:
     found, goal = number.format(verdict["found"]), number.format(verdict["goal"])
     start = f"{verdict['shape']:14.14s} {verdict['case']:16.16s} {verdict['mode']:10.10s} {verdict['what']:20s}"
     return f"{start} {found:>8s}  goal {goal:>6s}  {'met' if verdict['met'] else 'missed'}"
+
+
+def late_note(rows: list[dict]) -> str:
+    """What to do where many steps began before the host had launched them, whose times are then partly the host's; ""."""
+    late = sorted({row["mode"] for row in rows if row["status"] == "ok" and row["late"] > MAX_LATE})
+    if not late:
+        return ""
+    return (
+        f"in {', '.join(late)} the host was behind in more than {MAX_LATE:.0%} of the steps, so that its time is in them: "
+        "raise --lead-cycles; where that does not help, the mode itself waits for the host"
+    )
