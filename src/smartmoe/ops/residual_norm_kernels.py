@@ -12,7 +12,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 4
 
 
 @triton.jit
-def forward_kernel(x, update, weight, bias, total, normed, stats_2R, R, D, eps, ADDS: tl.constexpr, BLOCK_D: tl.constexpr):
+def norm_forward_kernel(x, update, weight, bias, total, normed, stats_2R, R, D, eps, ADDS: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row a block."""
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     inside = d < D
@@ -32,7 +32,7 @@ def forward_kernel(x, update, weight, bias, total, normed, stats_2R, R, D, eps, 
 
 
 @triton.jit
-def backward_kernel(grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, R, D, P, ROWS, ADDS: tl.constexpr,
+def norm_backward_kernel(grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, R, D, P, ROWS, ADDS: tl.constexpr,
                     BLOCK_D: tl.constexpr):  # fmt: skip
     """ROWS consecutive rows a block, P blocks; its sums for weight and bias go to part_2PD [2, P, D] float32."""
     block, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
@@ -65,7 +65,7 @@ def forward(x, update, weight, bias, eps: float):
     total = x if update is None else torch.empty_like(x)
     normed, stats_2R = torch.empty_like(x), x.new_empty(2, num_rows, dtype=torch.float32)
     update = x if update is None else update.contiguous()
-    forward_kernel[(num_rows,)](x, update, weight, bias, total, normed, stats_2R, num_rows, width, eps,
+    norm_forward_kernel[(num_rows,)](x, update, weight, bias, total, normed, stats_2R, num_rows, width, eps,
                                 ADDS=total is not x, BLOCK_D=triton.next_power_of_2(width), num_warps=4)  # fmt: skip
     return total, normed, stats_2R
 
@@ -80,7 +80,7 @@ def backward(grad_normed, grad_total, total, weight, stats_2R):
     grad, grad_normed = torch.empty_like(total), grad_normed.contiguous()
     adds = grad_total is not None
     grad_total = grad_total.contiguous() if adds else grad_normed
-    backward_kernel[(num_blocks,)](grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, num_rows, width,
+    norm_backward_kernel[(num_blocks,)](grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, num_rows, width,
                                    num_blocks, rows, ADDS=adds, BLOCK_D=triton.next_power_of_2(width),
                                    num_warps=8)  # fmt: skip
     grad_weight, grad_bias = part_2PD.sum(1).to(weight.dtype)

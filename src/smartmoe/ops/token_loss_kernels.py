@@ -10,7 +10,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def forward_kernel(logits_SV, target_S, loss_S, log_sum_S, V, BLOCK_V: tl.constexpr):
+def loss_forward_kernel(logits_SV, target_S, loss_S, log_sum_S, V, BLOCK_V: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
     # each lane keeps its own maximum and sum, so that a turn has no reduction
     most = tl.full([BLOCK_V], float("-inf"), tl.float32)
@@ -30,7 +30,7 @@ def forward_kernel(logits_SV, target_S, loss_S, log_sum_S, V, BLOCK_V: tl.conste
 
 
 @triton.jit
-def backward_kernel(logits_SV, target_S, log_sum_S, grad, V, BLOCK_V: tl.constexpr):
+def loss_backward_kernel(logits_SV, target_S, log_sum_S, grad, V, BLOCK_V: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
     log_sum, target, slope = tl.load(log_sum_S + s), tl.load(target_S + s), tl.load(grad)
     for start in range(0, V, BLOCK_V):
@@ -44,14 +44,14 @@ def forward(logits_SV, target_S) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss [S], logarithm of the sum of exponentials [S]), float32."""
     num_tokens, vocab = logits_SV.shape
     loss_S, log_sum_S = logits_SV.new_empty(2, num_tokens, dtype=torch.float32)
-    forward_kernel[(num_tokens,)](logits_SV, target_S, loss_S, log_sum_S, vocab, BLOCK_V=_block(vocab), num_warps=8)
+    loss_forward_kernel[(num_tokens,)](logits_SV, target_S, loss_S, log_sum_S, vocab, BLOCK_V=_block(vocab), num_warps=8)
     return loss_S, log_sum_S
 
 
 def backward_(logits_SV, target_S, log_sum_S, grad) -> None:
     """Overwrite the logits with their gradients. grad: 0-dim float32, of the sum of the losses."""
     num_tokens, vocab = logits_SV.shape
-    backward_kernel[(num_tokens,)](logits_SV, target_S, log_sum_S, grad, vocab, BLOCK_V=_block(vocab), num_warps=8)
+    loss_backward_kernel[(num_tokens,)](logits_SV, target_S, log_sum_S, grad, vocab, BLOCK_V=_block(vocab), num_warps=8)
 
 
 def _block(vocab: int) -> int:
