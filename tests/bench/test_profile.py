@@ -12,7 +12,7 @@ from tests.dist import spawn
 TINY = ["--device", "cpu", "--shapes", "16,32,2,4,2,32,300", "--tokens", "16", "64", "128", "--seconds", "0.001"]
 
 
-SLOW = 0.0005  # GB/s
+SLOW = 0.002  # GB/s
 
 
 def _run(_world_rank, path, slow):
