@@ -214,6 +214,15 @@ def test_each_size_has_its_parts():
     assert measure_node.short_name("NVIDIA H200") == "h200" and measure_node.short_name("Tesla V100-SXM2-32GB") == "v100"
 
 
+def test_every_test_for_gpus_is_in_some_part():
+    commands = [command for part in own_parts(4) for command in part.commands() if "pytest" in command]
+    covered = [SCRIPTS.parent / word for command in commands for word in command if word.startswith("tests/")]
+    marked = [path for path in sorted((SCRIPTS.parent / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    here = Path(__file__).resolve()
+    left_out = [path for path in marked if path != here and not {path, *path.parents} & set(covered)]
+    assert len(marked) > 15 and not left_out
+
+
 def test_every_command_of_the_table_is_one_that_its_program_takes(monkeypatch):
     """What runs on GPUs alone is at least spelt right: modules exist, options are parsed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
