@@ -178,6 +178,13 @@ def refusals(blocks) -> dict[str, str]:
     return problems
 
 
+def test_nothing_of_the_engine_waits_for_the_gpu_between_micro_steps():
+    """Its throughput timer would, before and after each: the host could not prepare the next one meanwhile."""
+    _, case = options.parse(["1", "--suite", "tiny"])
+    timers = deepspeed.runtime.config.get_timers_config(engine.engine_config(case, 2, "bf16"))
+    assert not timers.enabled or not timers.synchronized
+
+
 @pytest.fixture(scope="module")
 def four():
     return spawn(world, 4, PARITY[4] + PAIRS + NO_RECOMPUTE + HALF)
