@@ -22,6 +22,7 @@ FITTING = {
     "moe_ffn_hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "seq_length": 64, "vocab_size": 512,
     "padded_vocab_size": None, "moe_router_topk": 2, "moe_aux_loss_coeff": [0.01, 0.02], "bf16": True, "fp16": False,
     "moe_expert_capacity_factor": 1.2, "global_batch_size": 16, "micro_batch_size": 2, "train_iters": 20, "seed": 7,
+    "train_samples": None, "sequence_parallel": False,
     "lr": 1e-3, "min_lr": None, "lr_warmup_iters": 2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "clip_grad": 1.0, "smartmoe_text": None, "save": None, "save_interval": None,
     "overlap_grad_reduce": False, "accumulate_allreduce_grads_in_fp32": True,
@@ -38,6 +39,8 @@ def test_a_run_is_described_by_megatrons_arguments():
     assert (run.model.moe_every, run.model.activation, run.model.ffn_size) == (2, "swiglu", 128)
     assert (run.gate.capacity, run.gate.scope, run.gate.balance_weight) == (1.2, "local", 0.03)
     assert (run.workload.dtype, run.workload.seed, run.workload.iterations) == ("bfloat16", 7, 20)
+    by_samples = options.run_config(arguments(train_iters=None, train_samples=163))
+    assert by_samples.workload.iterations == 10  # as Megatron counts them
     whole = {"pipeline_model_parallel_size": 1, "data_parallel_size": 4, "expert_model_parallel_size": 4}
     assert options.run_config(arguments(smartmoe="fastmoe", **whole)).layer.experts == "loop"
     own = options.run_config(arguments(smartmoe="megatron", add_bias_linear=True, overlap_param_gather=True))
@@ -51,6 +54,8 @@ def test_a_run_is_described_by_megatrons_arguments():
         ({"swiglu": False}, "--openai-gelu"),
         ({"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 1"),
         ({"moe_shared_expert_intermediate_size": 64}, "--moe-shared-expert-intermediate-size is not available"),
+        ({"tensor_model_parallel_size": 2}, "add --sequence-parallel"),
+        ({"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value is not available"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers is not available"),
         ({"fp8": "hybrid"}, "fp8"),
         ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl out"),

@@ -150,6 +150,8 @@ def _problems(args) -> list[str]:
         problems.append("experts know silu gates and the tanh form of gelu: add --swiglu or --openai-gelu")
     if args.expert_tensor_parallel_size != 1:
         problems.append("experts are whole on their rank: add --expert-tensor-parallel-size 1")
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        problems.append("tensor-parallel ranks would all send the same tokens to the experts: add --sequence-parallel")
     if args.context_parallel_size > 1:
         problems.append("--context-parallel-size must be 1")
     if args.moe_pad_expert_input_to_capacity:
@@ -157,7 +159,8 @@ def _problems(args) -> list[str]:
     for name in (
         "moe_shared_expert_intermediate_size", "moe_latent_size", "mtp_num_layers", "use_megatron_fsdp",
         "use_torch_fsdp2", "overlap_moe_expert_parallel_comm", "moe_apply_probs_on_input", "moe_input_jitter_eps",
-        "squared_relu", "quick_geglu",
+        "squared_relu", "quick_geglu", "activation_func_clamp_value", "glu_linear_offset", "moe_use_upcycling",
+        "moe_mlp_glu_interleave_size", "moe_expert_rank_capacity_factor",
     ):  # fmt: skip
         if getattr(args, name, None):
             problems.append(f"--{name.replace('_', '-')} is not available: leave it out")
@@ -225,11 +228,13 @@ def _balance_weight(args) -> float:
 
 def _workload(args) -> Workload:
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    # of --train-samples Megatron makes iterations later
+    iterations = args.train_iters or max(1, (args.train_samples or 0) // args.global_batch_size)
     return Workload(
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
-        iterations=args.train_iters,
-        warmup_iterations=min(5, args.train_iters - 1),
+        iterations=iterations,
+        warmup_iterations=min(5, iterations - 1),
         seed=args.seed,
         dtype=dtype,
         lr=args.lr or 0.0,
