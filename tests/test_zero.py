@@ -54,12 +54,15 @@ def shuffle(trainer, iteration):
 PAIR = ParallelPlan(pp=2, vpp=2, dp=2, ep=1, recompute=True)
 SPLIT = ParallelPlan(dp=4, ep=2)  # each expert on two of the four ranks
 HALF = dataclasses.replace(WORKLOAD, dtype="bfloat16")
+FEW = dataclasses.replace(MODEL, num_layers=2, moe_every=2)
 CASES = {
     "pair": (config_of, PAIR, {}),
     "slices": (config_of, ParallelPlan(dp=2, tp=2, ep=2), {}),
     "odd": (odd, SPLIT, {}),
     "split": (config_of, SPLIT, {}),
     "bfloat16": (config_of, SPLIT, {"workload": HALF}),
+    # a stage without experts must agree with the other on the entries of the gradient norm
+    "no experts": (config_of, dataclasses.replace(PAIR, vpp=1), {"model": FEW}),
 }
 
 

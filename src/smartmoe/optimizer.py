@@ -16,7 +16,7 @@ import torch.distributed as dist
 from smartmoe.config import Workload
 from smartmoe.mesh import Mesh
 from smartmoe.ops.adamw import Hyperparameters, adamw_, can_fuse
-from smartmoe.parallel.data import KINDS, GradientBuffers, ParamRef, Share
+from smartmoe.parallel.data import GradientBuffers, ParamRef, Share
 from smartmoe.placement import Placement
 
 
@@ -158,7 +158,9 @@ class GradientNorm:
         plan, self._mesh, self._placement_of = mesh.plan, mesh, placement_of
         pairs = list(zip(buffers.refs, buffers.shares, strict=True))
         num_of = {ref.kind: share.num for ref, share in pairs}
-        num_dense, num_tensor, self._num_shares = (num_of.get(kind, 1) for kind in KINDS)
+        num_dense, num_tensor = num_of["dense"], num_of.get("tensor", 1)
+        # not as this stage's experts are cut: it may have none, and the entries are the same on every rank
+        self._num_shares = plan.expert_dp if num_dense > 1 else 1
         first_tensor = plan.pp * num_dense
         self._first_expert, self._num_experts = first_tensor + plan.pp * plan.tp * num_tensor, num_experts
         self._num_entries = self._first_expert + num_layers * num_experts * self._num_shares
