@@ -88,6 +88,20 @@ def test_a_search_ranks_with_copies_tells_them_and_writes_what_the_trainer_takes
         assert (run.online.policy, run.online.migrate) == ("auto", migrate)
 
 
+def test_copies_are_chosen_by_what_plans_are_ranked_by(monkeypatch):
+    cost = _cost(HOT)
+    without = cost.estimate(PLAN, 4)
+
+    def judge(cost, estimate, mode, slots):  # with more slots the mean falls, the slowest samples rise
+        step_ms = without.step_ms * {1: [0.8, 0.8, 0.8], 2: [0.5, 0.5, 1.1], 4: [0.3, 0.3, 1.3]}[slots]
+        return dataclasses.replace(estimate, step_ms=step_ms, copies=f"{mode} {slots}")
+
+    monkeypatch.setattr(copies, "_judge", judge)
+    monkeypatch.setattr(search, "_best", lambda *args: ([without], 1))
+    best = {score: search.search(cost, 4, top=1, score=score, copies=True).ranked[0] for score in search.SCORES}
+    assert {score: found.copies for score, found in best.items()} == {"mean": "history 4", "p95": "history 1"}
+
+
 def test_padded_buffers_are_of_one_size_and_get_no_copies():
     cost = _cost(HOT)
     config = dataclasses.replace(cost.config, layer=dataclasses.replace(cost.config.layer, dispatcher="padded"),

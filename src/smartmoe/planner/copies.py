@@ -29,8 +29,9 @@ MOST_SHARES = 3e7  # numbers in the shares of all samples: beyond, copies are no
 PART = "copies of experts"  # its name among an estimate's parts
 
 
-def with_copies(cost: CostModel, estimate: Estimate) -> Estimate:
-    """The fastest of a plan without copies and with them, in any number of slots that is legal and fits in memory.
+def with_copies(cost: CostModel, estimate: Estimate, value=lambda e: e.mean_ms) -> Estimate:
+    """The best of a plan without copies and with them, in any number of slots that is legal and fits in memory: the one with
+    the least `value` of an estimate.
 
     Copies stay for a step ("history") where all micro-batches of the loads are alike, else they may also be of each
     micro-batch ("exact").
@@ -41,7 +42,7 @@ def with_copies(cost: CostModel, estimate: Estimate) -> Estimate:
         return estimate
     modes = ("history", "exact") if shape[1] > 1 else ("history",)
     found = [_judge(cost, estimate, mode, slots) for mode in modes for slots in SLOTS]
-    return min([estimate, *filter(None, found)], key=lambda e: e.mean_ms)
+    return min([estimate, *filter(None, found)], key=value)
 
 
 def model_with_copies(cost: CostModel, estimate: Estimate) -> CostModel:

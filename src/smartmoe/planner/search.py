@@ -6,6 +6,7 @@ when no bound can reach the list any more: the list is that of judging all of th
 
 from __future__ import annotations
 
+import functools
 import heapq
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ def search(
         )
     ranked, num_judged = _best(cost, pool.fitting, top, score)
     if copies:
-        ranked = sorted((with_copies(cost, e) for e in ranked), key=lambda e: value_of(e, score))
+        value = functools.partial(value_of, score=score)
+        ranked = sorted((with_copies(cost, e, value) for e in ranked), key=value)
     return Result(ranked, pool, num_judged, cost.loads.about)
 
 
