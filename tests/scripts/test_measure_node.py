@@ -177,7 +177,7 @@ def test_a_run_set_is_not_continued_on_another_kind_of_machine(site, tmp_path):
 @pytest.mark.parametrize(
     "part, words",
     [
-        ({"minutes": 9}, "at most 8 unless resumable"),
+        ({"minutes": 7.5}, "at most 7 unless resumable"),  # --minutes 8 would never start it
         ({"sizes": "some"}, 'sizes = "some"'),
         ({"name": "A part"}, 'name = "A part"'),
         ({"needs": ["modul:json"]}, 'needs = "modul:json"'),
