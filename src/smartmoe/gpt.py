@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from smartmoe.config import ModelConfig
+from smartmoe.dispatch.direct import same_room
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
 
@@ -129,7 +130,8 @@ class GPT(nn.Module):
             if self.recompute and self.training:
                 # Every rank must repeat the same collectives, so the recomputation is never cut short.
                 with set_checkpoint_early_stop(False):
-                    x, block_loss = checkpoint(block, x, token_id_BT, use_reentrant=False, preserve_rng_state=False)
+                    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
+                    x, block_loss = checkpoint(block, x, token_id_BT, **options)
             else:
                 x, block_loss = block(x, token_id_BT)
             balance_loss = balance_loss + block_loss

@@ -14,8 +14,10 @@ from smartmoe.bench.measure import World
 from smartmoe.bench.shapes import parse_shape
 from smartmoe.config import LayerConfig, ModelConfig, RunConfig, check
 from smartmoe.dispatch.basic import BasicDispatcher
-from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.dispatch.direct import DirectDispatcher, same_room
 from smartmoe.dispatch.transport import Arrivals, CollectiveTransport, make_local_plan
+from smartmoe.gpt import GPT
+from smartmoe.layer import MoELayer
 from smartmoe.ops.plan import slots_of
 from tests import oracle
 from tests.dispatch import cases
@@ -233,6 +235,57 @@ def _careful(world_rank, num_ranks):
 
 def test_the_first_calls_ask_before_they_make_room():
     assert spawn(_careful, 2, 2) == [[True, True, False]] * 2
+
+
+def _repeated(world_rank, num_ranks):
+    """Passes that are repeated in their backward passes when the room has grown since."""
+    routed = {kind: _routed(num_ranks, world_rank, "cpu", kind) for kind in ("random", "one rank")}
+
+    def forward(dispatcher, kind, **options):
+        x, slot, weight, _ = routed[kind]
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+
+        def layer(x, weight):
+            rows, handle = dispatcher.dispatch(x, slot, weight)
+            return dispatcher.combine(_Scaled(world_rank)(rows, handle.count_L), handle)
+
+        return kind, inputs, checkpoint(layer, *inputs, use_reentrant=False, **options)
+
+    def check_backward(kind, inputs, y):
+        got = (y.detach(), *torch.autograd.grad(y, inputs, routed[kind][3]))
+        _check_exchange(got, _wanted(*routed[kind]), f"repeated, {kind}")
+
+    # the host has heard since that some call needed more
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS)
+    passed = forward(dispatcher, "random")
+    dispatcher._most_needed = num_ranks * TOKENS * TOP_K
+    check_backward(*passed)
+    # another pass asked for more before the first one came back
+    dispatcher = DirectDispatcher(_group(num_ranks), SLOTS)
+    passed = [forward(dispatcher, kind, context_fn=same_room) for kind in ("random", "one rank")]
+    assert dispatcher._num_rows == num_ranks * TOKENS * TOP_K
+    for each in passed:
+        check_backward(*each)
+    # and in a model, as a pipeline does
+    config = RunConfig(
+        model=ModelConfig(num_layers=2, hidden_size=16, ffn_size=16, num_heads=2, num_experts=4, vocab_size=8, seq_len=8),
+        layer=LayerConfig(dispatcher="direct"),
+    )
+    group = _group(num_ranks)
+    model = GPT(config.model, lambda idx: MoELayer(config, layer_idx=idx, ep_group=group), recompute=True)
+    ids = torch.arange(16).view(2, 8) + 16 * world_rank
+    passed = []
+    for _ in range(2):
+        passed.append(model(ids % 8, token_id_BT=ids, target_BT=ids % 8)[0].sum())
+        for block in model.blocks.values():
+            if block.moe is not None:
+                block.moe.dispatcher._most_needed = num_ranks * 32
+    for loss in passed:
+        loss.backward()
+
+
+def test_a_repeated_pass_has_the_rows_that_it_had():
+    spawn(_repeated, 2, 2)
 
 
 def test_room_follows_the_routing_in_steps_and_never_shrinks(caplog):

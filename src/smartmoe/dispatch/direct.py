@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +24,7 @@ from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.plan import count_slots
 
 _TRANSPORTS: dict[tuple, object] = {}
+_TAKE_ROOM: ContextVar[Callable[[int], int]] = ContextVar("rows to make of those that a dispatcher would", default=int)
 _STEPS_PER_SHARE = 64  # the number of rows grows by such a part of an even share, so that it seldom changes
 _log = logging.getLogger(__name__)
 
@@ -54,6 +58,30 @@ class CompiledHandle(NamedTuple):
     sizes: torch.Tensor
 
 
+def same_room() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """A context for a forward pass and one for its repetition in the backward pass: the calls of dispatchers inside have the
+    same number of rows both times, which torch.utils.checkpoint insists on, whatever was learnt between. Its context_fn."""
+    num_rows: list[int] = []
+    return _Room(num_rows, repeats=False), _Room(num_rows, repeats=True)
+
+
+class _Room(AbstractContextManager):
+    def __init__(self, num_rows: list[int], repeats: bool):
+        self._num_rows, self._repeats = num_rows, repeats
+
+    def __enter__(self):
+        earlier, outer = iter(tuple(self._num_rows)), _TAKE_ROOM.get()
+
+        def note(wanted: int) -> int:
+            self._num_rows.append(outer(wanted))
+            return self._num_rows[-1]
+
+        self._token = _TAKE_ROOM.set((lambda wanted: next(earlier)) if self._repeats else note)
+
+    def __exit__(self, *error):
+        _TAKE_ROOM.reset(self._token)
+
+
 class DirectDispatcher:
     """Each token travels once to every rank that hosts some of its experts, and one summed row returns.
 
@@ -73,7 +101,8 @@ class DirectDispatcher:
     next call or `check` raises ValueError. In the published routing trace (250 of 2,491 iterations, 24 layers, experts in
     order on 2, 4 or 8 ranks) row_factor 1.125 would run out of room in 5 to 7 recorded iterations, all before iteration
     170, where calls are still careful; a fixed room of twice an even share would in 249 on 4 and on 8 ranks. A CUDA graph
-    keeps the room it was captured with.
+    keeps the room it was captured with. A pass that is repeated in the backward pass learns nothing; where other passes stand
+    between the two, as in a pipeline, torch.utils.checkpoint needs `same_room` as its context_fn.
 
     Inside torch.compile the four steps of an exchange are operations (dispatch.direct_ops) in one graph. The first call must
     be made outside of it. There, nothing is raised and the room stays as it is until `check` or `overflow` is called:
@@ -120,7 +149,7 @@ class DirectDispatcher:
             return rows_RD, CompiledHandle(slot_TK, *tensors)
         transport = self._transport_for(x_TD, slot_TK, weight_TK)
         handle = Handle(transport, slot_TK.contiguous(), self.told)
-        rows_RD, handle.weight_TK = _Dispatch.apply(x_TD, weight_TK, handle, self._num_rows)
+        rows_RD, handle.weight_TK = _Dispatch.apply(x_TD, weight_TK, handle, _TAKE_ROOM.get()(self._num_rows))
         return rows_RD, handle
 
     def combine(self, rows_RD: torch.Tensor, handle: Handle, reuse: bool = False) -> torch.Tensor:
@@ -167,10 +196,11 @@ class DirectDispatcher:
     def _transport_for(self, x_TD, slot_TK, weight_TK):
         if self.transport is None:
             self._first_call(x_TD, slot_TK)
-        self._num_calls += 1
-        if self._is_careful(x_TD):
-            self._most_needed = max(self._most_needed, self._rows_needed(slot_TK, weight_TK))
-        self._make_room()
+        if not self._num_rows or torch._C._current_graph_task_id() == -1:  # -1: not inside a backward pass
+            self._num_calls += 1
+            if self._is_careful(x_TD):
+                self._most_needed = max(self._most_needed, self._rows_needed(slot_TK, weight_TK))
+            self._make_room()
         if self._num_calls > 1:
             needed = int(self.told.on_host[0])
             if needed and not self.waits_to_be_asked:
