@@ -256,6 +256,25 @@ def test_greedy_does_not_try_a_migration_that_has_no_room(world):
     assert refused[2] == "experts cannot move: its buffer needs 403 MB, 5 MB are free on the fullest GPU"
 
 
+def test_passes_that_are_repeated_are_neither_counted_nor_timed():
+    layer, since = FakeLayer(0, 4, 1, 0), [0.0]
+
+    def layer_ms():
+        ms, since[0] = since[0], 0.0
+        return {0: ms}
+
+    groups = {"ep_group": None, "stage_group": None, "state_of": lambda layer: layer.state}
+    placer = on.OnlinePlacement([layer], OnlineConfig(policy="auto"), layer_ms=layer_ms, **groups)
+    for is_repeated in (True, False):
+        layer.see(torch.tensor([[0, 1]] * 3), ids(0, (3, 1)))
+        since[0] += 2.0
+        if is_repeated:
+            placer.forget_passes()
+    placer.after_step(1)
+    counts_LWE, (ms, *_) = placer._auto._sent.view.read()
+    assert counts_LWE.tolist() == [[[3, 3, 0, 0]]] and ms == 2.0
+
+
 def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
     """Two layers with one hot expert each, timed by what their fullest rank gets; `slower`: once experts have moved."""
     plan, num_experts = ParallelPlan(dp=world_size, ep=ep), 8

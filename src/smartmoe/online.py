@@ -206,8 +206,10 @@ class OnlinePlacement:
         return lack_of_room(float(least))
 
     def forget_passes(self) -> None:
-        """Those since the last `after_step` will be repeated: do not count them."""
+        """Those since the last `after_step` will be repeated: neither count nor time them."""
         self._recorder.turn()
+        if self._auto is not None:
+            self._auto.forget_times()
 
     def _decide(self, load_E: np.ndarray, current: Placement) -> tuple[Placement, str]:
         """The placement to have from now on, and why."""
@@ -278,6 +280,10 @@ class _Auto:
         no_room = self._read()
         self._send(iteration)
         return self._decide(iteration, no_room) if is_due(self._config, iteration) else []
+
+    def forget_times(self) -> None:
+        """The layers' times since the last iteration are those of passes that do not count."""
+        self._layer_ms()
 
     def _send(self, iteration: int) -> None:
         group = self._online._stage_group
