@@ -68,6 +68,13 @@ def test_a_run_directory_has_everything(tmp_path):
     assert "pp2 dp2 tp1 ep2" in output and "iterations 1 to 5" in output
 
 
+def test_the_time_of_a_step_has_all_that_the_device_does(monkeypatch):
+    monkeypatch.setattr("smartmoe.trainer.wait_for", lambda device: time.sleep(0.5))
+    for policy in ("static", "auto"):  # the second reads nothing of the iteration itself
+        trainer = make_trainer(make_config(online=OnlineConfig(policy=policy), gate=GateConfig(kind="naive")))
+        assert trainer.run_iteration().step_ms >= 500, policy
+
+
 def _run_out_of_rows(world_rank):
     """Two iterations of a run that has room for anything, and of one whose room is taken away before the second: losses,
     loads, masters and how often the second had to make its passes."""

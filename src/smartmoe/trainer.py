@@ -33,6 +33,12 @@ def _is_direct(layer: MoELayer) -> bool:
     return isinstance(layer.dispatcher, DirectDispatcher)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when all that was launched on the current stream is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @dataclass(frozen=True)
 class IterationResult:
     """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
@@ -200,6 +206,7 @@ class Trainer:
         self.iteration += 1
         with record_function("smartmoe placement"):
             events = self.online.after_step(self.iteration)
+        wait_for(self.mesh.device)  # placement may not have, and the update may be on its way
         step_ms = (time.perf_counter() - start) * 1e3
         if self.mesh.world_group is not None:
             dist.all_reduce(losses)
