@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
-from smartmoe import config, dispatch, mesh
+from smartmoe import config, dispatch, mesh, migrate, replicas
 from smartmoe import slow_links as slow_links_module
 from smartmoe.config import ParallelPlan, RunConfig
 from smartmoe.data import load_tokens
@@ -140,6 +140,23 @@ def test_what_no_exchange_slows_down_is_refused_or_avoided(monkeypatch):
     backwards = dataclasses.replace(slow, slow_links_gbytes_per_s=-1.0)
     with pytest.raises(ValueError, match="must be positive, or 0"):
         config.check(dataclasses.replace(run, cluster=backwards))
+
+
+def test_experts_go_the_slow_way_too(monkeypatch):
+    """As if two GPUs reached each other's memory: copies of experts, and those that move."""
+    for module in (replicas, migrate):
+        monkeypatch.setattr(module, "why_unavailable", lambda *args, **more: None)
+        monkeypatch.setattr(module, "group_size", lambda group: 2)
+    monkeypatch.setattr(migrate, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(migrate, "_PeerMemory", lambda *args: "memory")
+    monkeypatch.setattr(migrate, "_Collective", lambda *args: "exchange")
+    online = config.OnlineConfig(replicate="exact", replica_slots=1)
+    run = dataclasses.replace(RUN, layer=config.LayerConfig(dispatcher="auto"), online=online)
+    for rate, mechanism, way in ((0.0, "SymmetricReplication", "memory"), (2.0, "ExactReplication", "exchange")):
+        run = dataclasses.replace(run, cluster=config.slowed(RUN.cluster, rate))
+        assert type(replicas.build_replication(run, None)).__name__ == mechanism
+        with slow_links(rate):
+            assert migrate.Staging().exchange(None, torch.device("cpu")) == way
 
 
 @pytest.mark.gpu

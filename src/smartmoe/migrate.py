@@ -4,8 +4,9 @@ Layer 4. Axes: N slots of a rank, B bytes. All that leaves a rank is first gathe
 because experts change places: a slot may be needed by the one that comes before the one that goes has left. What does
 not fit travels in rounds, for which two halves of the buffer serve in turn, so that gathering overlaps the exchange.
 GPUs of one host then copy out of each other's staging into the slots (the copy engines move both directions at once at
-the speed of one); elsewhere one all-to-all a round carries it into a second buffer. Measured on two GPUs, messages
-straight from and to the tensors were slower than either: each costs the host more than it saves the device.
+the speed of one); elsewhere, and where links are slowed down, one all-to-all a round carries it into a second buffer.
+Measured on two GPUs, messages straight from and to the tensors were slower than either: each costs the host more than it
+saves the device.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.placement import EMPTY, Placement, num_moves
+from smartmoe.slow_links import are_slowed
 
 STAGING_BYTES = 128 << 20
 _ALIGN_BYTES = 16  # rounds cut rows at multiples of this
@@ -246,7 +248,7 @@ class Staging:
             return self._alone
         if self._together is None:
             # all ranks are of one opinion: the reason is agreed on
-            near = _is_gpu(device) and why_unavailable(ep_group) is None
+            near = _is_gpu(device) and not are_slowed() and why_unavailable(ep_group) is None
             self._together = (_PeerMemory if near else _Collective)(ep_group, self.max_bytes, device)
         return self._together
 

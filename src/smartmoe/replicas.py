@@ -75,15 +75,16 @@ class Replication(Protocol):
 def build_replication(config: RunConfig, ep_group) -> Replication | None:
     """The mechanism that online.replicate asks for; None = no replica slots.
 
-    "exact" is decided on the device where the dispatcher is the direct one and GPUs reach each other's memory, otherwise
-    by collectives. That is collective over ep_group on the first call.
+    "exact" is decided on the device where the dispatcher is the direct one and GPUs reach each other's memory, otherwise,
+    and where links are slowed down, by collectives. That is collective over ep_group on the first call.
     """
     online = config.online
     if online.replicate == "never":
         return None
     if online.replicate == "history":
         return HistoryReplication(ep_group, online.replica_slots)
-    if config.layer.dispatcher in ("direct", "auto") and group_size(ep_group) > 1:
+    is_near = config.layer.dispatcher in ("direct", "auto") and not config.cluster.slow_links_gbytes_per_s
+    if is_near and group_size(ep_group) > 1:
         if why_unavailable(ep_group, over_nvlink=config.layer.dispatcher == "auto") is None:
             return SymmetricReplication(ep_group, online.replica_slots)
     return ExactReplication(ep_group, online.replica_slots, copy_cost(config))

@@ -3,8 +3,9 @@
 Layer 1. Inside `slow_links(rate)` the collectives of torch.distributed and the pipeline's messages have, beside the time that
 they take anyway, that of their bytes at `rate`: what this rank sends to others or receives from them, whichever is more. An
 exchange that overlaps with computation still does. Exchanges of one group, or from one peer, follow one another; those of
-different groups do not wait for each other. Latency stays what it is. Stores into another rank's memory (the direct
-dispatcher) are no exchanges of torch.distributed: `config.check` refuses that pair.
+different groups do not wait for each other. Latency stays what it is. Stores into another rank's memory and reads from it
+are no exchanges of torch.distributed: `config.check` refuses the direct dispatcher, and whoever else has a choice between
+memory and exchanges asks `are_slowed`.
 
 On a GPU the delay is a kernel on a stream beside the training stream, which follows the exchange and which whoever waits for
 the exchange waits for: the host never waits. On a CPU the rank sleeps: a collective counts from its launch, a message of the
@@ -34,7 +35,7 @@ def slow_links(gbytes_per_s: float) -> Iterator[None]:
     if not gbytes_per_s:
         yield
         return
-    assert not hasattr(dist.all_reduce, "slowed"), "slow_links inside slow_links"
+    assert not are_slowed(), "slow_links inside slow_links"
     changed = [(dist, name, _slowed(getattr(dist, name), moved, gbytes_per_s * 1e9)) for name, moved in _MOVED.items()
                if hasattr(dist, name)]  # fmt: skip
     for module, name in ((dist, "batch_isend_irecv"), (schedules, "_batch_p2p")):
@@ -47,6 +48,11 @@ def slow_links(gbytes_per_s: float) -> Iterator[None]:
     finally:
         for module, name, function in before:
             setattr(module, name, function)
+
+
+def are_slowed() -> bool:
+    """Whether this process is inside `slow_links` now. Not collective."""
+    return hasattr(dist.all_reduce, "slowed")
 
 
 # ----------------------------------------------------------------------------------------------------- bytes of this rank
