@@ -92,10 +92,15 @@ class Launcher:
         return old is None or old["status"] != "ok"
 
     def keep(self, run: Run) -> None:
-        """Let a run that is done already serve the bars asked for now."""
-        old = record.read_run(self.root / run.folder)
-        if old["bars"] != run.bars:
-            record.write_json(self.root / run.folder / "run.json", {**old, "bars": run.bars})
+        """Let a run that is done already serve the bars asked for now, too."""
+        old, bars = record.read_run(self.root / run.folder), self._bars(run)
+        if old["bars"] != bars:
+            record.write_json(self.root / run.folder / "run.json", {**old, "bars": bars})
+
+    def _bars(self, run: Run) -> list[dict]:
+        """The bars asked for now, and those of other figures that the run was declared for before."""
+        old, now = self.existing(run), {bar["figure"] for bar in run.bars}
+        return [bar for bar in (old["bars"] if old else []) if bar["figure"] not in now] + run.bars
 
     def declare(self, run: Run) -> None:
         """Write run.json as pending, and set aside what an earlier attempt left, unless that can be resumed."""
@@ -110,7 +115,7 @@ class Launcher:
         facts = {**self.provenance, "num_ranks": run.config.plan.world_size, "entry": run.entry, "repeat": run.repeat}
         if host := hosts.HOSTS.get(run.entry):
             facts[host.package] = record.version_of(host.package)
-        record.create_run(run_dir, run.run_id, to_dict(run.config), run.bars, provenance=facts)
+        record.create_run(run_dir, run.run_id, to_dict(run.config), self._bars(run), provenance=facts)
 
     def set_aside(self, run: Run, reason: str) -> None:
         """Declare a run that cannot be done here as skipped, unless it was done before."""

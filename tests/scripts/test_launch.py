@@ -114,6 +114,18 @@ def test_resume_skips_what_is_done_and_sets_failed_attempts_aside(setup, tmp_pat
     assert len((folder_of(tmp_path, 2) / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_run_keeps_its_bars_when_another_figure_is_asked_for_next(setup, tmp_path):
+    """Figures done one after another into one run-set share runs: the later one must not take them from the earlier."""
+    arguments = setup(grid(1), grid(2))
+    (tmp_path / "configs" / "experiments" / "fig10.toml").write_text('figure = "fig10"\n' + grid(1) + "\n" + grid(2))
+    figures = lambda: {seed: sorted(bar["figure"] for bar in run["bars"]) for seed, run in runs_of(tmp_path).items()}  # noqa: E731
+    assert run([*arguments, "--figures", "8"])[0] == 1  # the second fails and is done again
+    assert figures() == {1: ["fig8"], 2: ["fig8"]}
+    for _ in range(2):
+        run([*arguments, "--figures", "10", "--resume"])
+        assert figures() == {1: ["fig10", "fig8"], 2: ["fig10", "fig8"]}
+
+
 def test_resume_runs_again_what_has_another_config(setup, tmp_path):
     assert run(setup(grid(1)))[0] == 0
     code, text = run([*setup(grid(1).replace("seed = 1 }", "seed = 1, iterations = 30 }")), "--resume"])
