@@ -17,7 +17,7 @@ def _scipy(who: str):
     try:
         from scipy.optimize import LinearConstraint, milp
     except ImportError:
-        raise ValueError(f'{who} needs scipy: pip install "smartmoe[test]"') from None
+        raise ValueError(f'{who} needs scipy: pip install scipy') from None
     return LinearConstraint, milp
 
 

@@ -15,7 +15,7 @@ from smartmoe.hosts.deepspeed_alpa import options, report
 from smartmoe.hosts.deepspeed_alpa.suites import Case, iteration_flops, parameter_count
 
 ENTRY = "smartmoe.hosts.deepspeed_alpa.bench"
-INSTALL = 'pip install --no-build-isolation "smartmoe[deepspeed]"'
+INSTALL = 'pip install --no-build-isolation ".[deepspeed]" (in the repository)'
 
 
 def commands(args: argparse.Namespace, environ: dict[str, str]) -> list[list[str]]:
