@@ -61,3 +61,13 @@ def test_a_run_for_other_ranks_is_refused(tmp_path, capsys):
     assert "its plan has 2 ranks, started are 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         loss_parity.main([*SHORT, str(tmp_path / "absent.toml")])
+
+
+def test_without_a_reference_nothing_passes(tmp_path, monkeypatch):
+    def train(*args):
+        raise ValueError("not here")
+
+    monkeypatch.setattr(loss_parity, "train", train)
+    out = tmp_path / "out.json"
+    assert loss_parity.main([*SHORT, "--modes", "again", "--json", str(out)]) == 1
+    assert [(row["mode"], row["status"]) for row in json.loads(out.read_text())["rows"]] == [("plain", "skipped")]
