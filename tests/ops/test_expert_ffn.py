@@ -95,6 +95,9 @@ def test_rows_that_grouped_gemm_cannot_take_are_refused_with_the_remedy():
     weights = [torch.zeros(1, 6, 8), None, torch.zeros(1, 8, 6), None]
     with pytest.raises(ValueError, match="24 bytes.*loop"):
         expert_ffn(torch.zeros(2, 6), torch.tensor([2]), *weights, activation="gelu", impl="grouped")
+    gated = [torch.zeros(1, 8, 12), None, torch.zeros(1, 6, 8), None]  # the first matrix fits, its gated half does not
+    with pytest.raises(ValueError, match="activations is 24 bytes.*ffn_size"):
+        expert_ffn(torch.zeros(2, 8), torch.tensor([2]), *gated, activation="swiglu", impl="grouped")
     with pytest.raises(ValueError, match="grouped, loop"):
         expert_ffn(torch.zeros(2, 6), torch.tensor([2]), *weights, activation="gelu", impl="other")
     with pytest.raises(ValueError, match="gelu, relu, swiglu"):

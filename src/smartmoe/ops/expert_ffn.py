@@ -57,7 +57,8 @@ def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, 
 
 
 def _check_strides(rows_RD, w1_LDF, w2_LFD):
-    for name, width in (("rows", rows_RD.shape[1]), ("w1", w1_LDF.shape[2]), ("w2", w2_LFD.shape[2])):
+    widths = {"rows": rows_RD.shape[1], "w1": w1_LDF.shape[2], "activations": w2_LFD.shape[1], "w2": w2_LFD.shape[2]}
+    for name, width in widths.items():
         num_bytes = width * rows_RD.element_size()
         if num_bytes % 16:
             raise ValueError(
