@@ -185,6 +185,18 @@ def test_nothing_of_the_engine_waits_for_the_gpu_between_micro_steps():
     assert not timers.enabled or not timers.synchronized
 
 
+def test_gumbel_noise_is_that_of_torchs_distribution_in_few_operations():
+    like, one = torch.zeros(1000, 16), torch.ones(())
+    torch.manual_seed(3)
+    expected = torch.distributions.Gumbel(one - 1, one).rsample(like.shape)
+    torch.manual_seed(3)
+    with torch.profiler.profile() as profile:
+        noise = moe.gumbel(like)
+    assert torch.equal(noise, expected)
+    computed = [event.name for event in profile.events() if event.name in ("aten::mul_", "aten::add_", "aten::log_")]
+    assert len(computed) == 4
+
+
 @pytest.fixture(scope="module")
 def four():
     return spawn(world, 4, PARITY[4] + PAIRS + NO_RECOMPUTE + HALF)

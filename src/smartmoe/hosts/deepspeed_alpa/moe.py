@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
-from torch.distributions import Gumbel
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
-from smartmoe.gates import Gate, Tokens, first_choice_loss
+from smartmoe.gates import Gate, Tokens
 from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
 from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups, router_values
 from smartmoe.hosts.deepspeed_alpa.options import BACKENDS
@@ -53,15 +52,22 @@ class DeepSpeedGumbelGate(Gate):
         first_T1 = prob_TE.argmax(-1, keepdim=True)
         rest_TE = logits_TE.detach()
         if self.sample:
-            one = torch.ones((), device=rest_TE.device)
-            # its checks of arguments would make the host wait
-            rest_TE = rest_TE + Gumbel(one - 1, one, validate_args=False).rsample(rest_TE.shape)
+            rest_TE = rest_TE + gumbel(rest_TE)
         second_T1 = rest_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True)
         pruned_TK, total_KE, _ = self._prune(torch.cat([first_T1, second_T1], 1), tokens)
         weight_TK = prob_TE.gather(1, pruned_TK.clamp(min=0)).masked_fill(pruned_TK < 0, 0)
         weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
-        loss = first_choice_loss(self, logits_TE, total_KE)
+        num_tokens = max(x_TD.shape[0], 1)
+        loss = self._importance_loss(total_KE[0] / num_tokens, prob_TE, num_tokens)
         return self._routing(pruned_TK, weight_TK, loss, x_TD.shape[0])
+
+
+def gumbel(like: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of this shape, dtype and device: the bits that torch.distributions.Gumbel(0, 1) draws, as DeepSpeed does,
+    in 7 operations instead of 17."""
+    info = torch.finfo(like.dtype)
+    uniform = torch.rand_like(like).mul_(1 - info.eps - info.tiny).add_(info.tiny)
+    return uniform.log_().neg_().log_().neg_()
 
 
 class SmartMoE(MoE):
