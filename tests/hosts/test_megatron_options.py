@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,8 @@ def test_a_run_is_described_by_megatrons_arguments():
         ({"moe_shared_expert_intermediate_size": 64}, "--moe-shared-expert-intermediate-size is not available"),
         ({"tensor_model_parallel_size": 2}, "add --sequence-parallel"),
         ({"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value is not available"),
+        ({"reset_attention_mask": True}, "--reset-attention-mask is not available"),
+        ({"smartmoe": "megatron", "dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers is not available"),
         ({"fp8": "hybrid"}, "fp8"),
         ({"cuda_graph_impl": "local"}, "leave --cuda-graph-impl out"),
@@ -159,3 +163,10 @@ def test_what_megatron_cannot_do_is_said_before_it_starts():
         (change(good, record_trace=True), "record_trace"),
     ):
         assert any(words in problem for problem in limits.problems(bad)), words
+
+
+def test_a_missing_megatron_is_said_with_what_brings_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "smartmoe.hosts.megatron.pretrain_gpt", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"megatron-core is not installed: pip install .*\.\[megatron\]"):
+        importlib.import_module("smartmoe.hosts.megatron.pretrain_gpt")

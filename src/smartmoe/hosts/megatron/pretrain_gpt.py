@@ -11,6 +11,11 @@ import importlib.util
 import sys
 from functools import partial
 
+from smartmoe.hosts import HOSTS
+
+if missing := HOSTS["megatron"].lacking:
+    raise ModuleNotFoundError(missing)
+
 import megatron.core.datasets.utils
 import torch
 import torch.nn.functional as F
