@@ -82,7 +82,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     """
     asked = _asked(args.smartmoe)
     is_ours = asked["system"] != HOST_ONLY
-    problems = _problems(args) if is_ours else []
+    problems = _data_problems(args) + (_problems(args) if is_ours else [])
     problems += _online_problems(args, asked) if is_ours else []
     if problems:
         raise ValueError("--smartmoe " + str(args.smartmoe) + ": " + "; ".join(problems))
@@ -174,6 +174,14 @@ def _problems(args) -> list[str]:
             "--no-overlap-p2p-communication out"
         )
     return problems
+
+
+def _data_problems(args) -> list[str]:
+    """What Megatron's own pretrain_gpt.py makes of its data and this one, whose attention is causal over samples, does not."""
+    names = ("reset_attention_mask", "dataloader_inter_document_masking", "sft", "fim_data", "per_dataset_sequences_path")
+    return [
+        f"--{name.replace('_', '-')} is not available: leave it out" for name in names if getattr(args, name, None)
+    ]
 
 
 def _online_problems(args, asked: dict) -> list[str]:
