@@ -1,6 +1,7 @@
 """The whole layer, gate to combine: against the oracle, under every placement, with recomputation, from any world."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from smartmoe import layer as layer_module
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, OnlineConfig, RunConfig, Workload
 from smartmoe.layer import MoELayer
 from smartmoe.placement import Placement, Replicas
@@ -203,6 +205,20 @@ def test_initial_weights_depend_on_the_logical_expert_only():
                 assert torch.equal(weight, alone[0][key]), key
         for name, value in gate_state.items():
             assert torch.equal(value, gate[name])
+
+
+def test_threads_draw_the_same_values_and_no_more_than_they_are(monkeypatch):
+    shape, keys, drawn = (5, 7), list(range(9)), []
+    alone = list(layer_module._normal_values(keys, shape, 0.1))
+    monkeypatch.setattr(layer_module, "MANY_WEIGHTS", 1)
+    monkeypatch.setattr(layer_module.os, "cpu_count", lambda: 2)
+    make_generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda: drawn.append(0) or make_generator())
+    values = layer_module._normal_values(keys, shape, 0.1)
+    first = next(values)
+    time.sleep(0.05)
+    assert len(drawn) <= 2
+    assert all(torch.equal(one, other) for one, other in zip([first, *values], alone, strict=True))
 
 
 def test_initial_scale_follows_gpt():

@@ -101,8 +101,8 @@ class Experts(nn.Module):
 
 
 def _normal_values(keys: list[int], shape: tuple[int, ...], std: float) -> Iterator[torch.Tensor]:
-    """Normal numbers of this shape for each key. Large ones are drawn by several threads: one fills no more than some
-    100 million a second, and a rank may hold billions of weights."""
+    """Normal numbers of this shape for each key. Large ones are drawn by several threads, one each: a thread fills no more
+    than some 100 million a second, and a rank may hold billions of weights, so that only those being drawn are in memory."""
 
     def draw(key: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
@@ -110,8 +110,10 @@ def _normal_values(keys: list[int], shape: tuple[int, ...], std: float) -> Itera
     if math.prod(shape) < MANY_WEIGHTS:
         yield from map(draw, keys)
         return
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        yield from threads.map(draw, keys)
+    num_threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as threads:
+        for start in range(0, len(keys), num_threads):
+            yield from threads.map(draw, keys[start : start + num_threads])
 
 
 class MoELayer(nn.Module):
