@@ -24,7 +24,7 @@ while (($#)); do
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift
-      else out="$(find "$root" -maxdepth 1 -type d -name 'outputs_from_exec_*' | sort | tail -n 1)"; fi
+      else out="$(find "$root" -maxdepth 1 -type d -name 'outputs_from_exec_[0-9]*' | sort | tail -n 1)"; fi
       [[ -d "$out" ]] || { echo "RUNME-b: there is no ${out:-outputs_from_exec_*} to resume" >&2; exit 2; }
       args+=(--resume) ;;
     *) args+=("$1") ;;

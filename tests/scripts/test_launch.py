@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,20 @@ def test_no_gpu_is_said_plainly(setup, monkeypatch, capsys):
     assert "needs CUDA GPUs" in capsys.readouterr().err
     assert launch.main([*setup(grid(1)), "--cluster", "auto", "--dry-run"]) == 0
     assert "running on: cpu" in capsys.readouterr().out
+
+
+def test_resume_without_a_name_takes_the_newest_run_set_and_no_other_output(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "venv.sh").write_text("PY=echo\n")
+    shutil.copy(HERE.parents[1] / "RUNME-b.sh", tmp_path)
+    script = ["bash", str(tmp_path / "RUNME-b.sh"), "--resume", "--dry-run"]
+    (tmp_path / "outputs_from_exec_alpa").mkdir()  # of Alpa's benchmark
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and "to resume" in done.stderr
+    for day in ("20261121T000000Z", "20261122T000000Z"):
+        (tmp_path / f"outputs_from_exec_{day}").mkdir()
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert f"--out {tmp_path}/outputs_from_exec_20261122T000000Z --resume" in done.stdout
 
 
 def test_environment_is_not_changed(setup):
