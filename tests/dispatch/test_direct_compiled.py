@@ -84,6 +84,23 @@ def test_gpus_keep_one_graph_whose_room_grows(num_ranks):
     )
 
 
+def test_what_a_compiled_call_has_no_buffers_for_is_said():
+    dispatcher = DirectDispatcher(None, SLOTS)
+    x, slot, weight, _ = _inputs(1, 0, "cpu")
+
+    def forward(x, slot, weight):
+        return dispatcher.combine(*dispatcher.dispatch(x, slot, weight))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="first call.* is inside torch.compile: call it once without"):
+        compiled(x, slot, weight)
+    forward(x[:5], slot[:5], weight[:5])
+    compiled(x[:5], slot[:5], weight[:5])
+    with pytest.raises(Exception, match="6 tokens, but its buffers were made for 5"):
+        compiled(x[:6], slot[:6], weight[:6])
+
+
 def test_operations_are_what_they_say():
     dispatcher = DirectDispatcher(None, SLOTS)
     x, slot, weight, grad = _inputs(1, 0, "cpu")

@@ -206,12 +206,21 @@ class DirectDispatcher:
             if needed and not self.waits_to_be_asked:
                 self.told.on_host[0] = 0
                 self._raise_overflow(needed)
-        if x_TD.shape[0] > self.transport.capacity:
+        self.check_tokens(x_TD.shape[0])
+        return self.transport
+
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise ValueError when so many tokens have no room in the buffers of this rank, or there are none yet."""
+        if self.transport is None:
             raise ValueError(
-                f"direct dispatcher: {x_TD.shape[0]} tokens, but its buffers were made for {self.transport.capacity}: "
+                "direct dispatcher: its first call, which agrees with the other ranks on sizes, is inside torch.compile: call "
+                "it once without, with the largest batch"
+            )
+        if num_tokens > self.transport.capacity:
+            raise ValueError(
+                f"direct dispatcher: {int(num_tokens)} tokens, but its buffers were made for {self.transport.capacity}: "
                 f"build it with max_tokens of the largest batch, or let the first call have the largest batch"
             )
-        return self.transport
 
     def _first_call(self, x_TD, slot_TK):
         num_tokens = torch.tensor([x_TD.shape[0]], device=x_TD.device)

@@ -31,8 +31,14 @@ def _plan(row_NK, copy_R, weight_NK, count_L, sizes) -> LocalPlan:
     return LocalPlan(row_NK, copy_R, weight_NK, count_L, sizes[:1], sizes[1:])
 
 
+def _sender(dispatcher, x_TD):
+    owner = _DISPATCHERS[dispatcher]
+    owner.check_tokens(x_TD.shape[0])
+    return owner.transport
+
+
 def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
-    transport = _DISPATCHERS[dispatcher].transport
+    transport = _sender(dispatcher, x_TD)
     arrivals = transport.send(x_TD.contiguous(), slot_TK, weight_TK.contiguous())
     plan = make_local_plan(transport, arrivals, row_bound)
     row_NK, copy_R, weight_NK, count_L, num_rows, num_needed = plan.tensors()
@@ -40,7 +46,7 @@ def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
 
 
 def _fake_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
-    transport, top_k = _DISPATCHERS[dispatcher].transport, slot_TK.shape[1]
+    transport, top_k = _sender(dispatcher, x_TD), slot_TK.shape[1]
     num_tokens = transport.num_ranks * transport.capacity
     return (
         x_TD.new_empty(row_bound, x_TD.shape[1]),
