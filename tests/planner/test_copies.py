@@ -5,7 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check, from_dict
+from smartmoe.config import (
+    ClusterSpec,
+    GateConfig,
+    ModelConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+    check,
+    from_dict,
+    replica_bytes,
+)
 from smartmoe.planner import commands, copies, described, inputs, loads, pool, search
 from smartmoe.planner.cost_model import CostModel
 
@@ -48,6 +58,24 @@ def test_copies_pay_where_one_expert_is_hot_and_are_charged():
     assert seen.sum(-1) == pytest.approx(np.full((3, 4), 4 * 4 * 1024 * 2), rel=1e-9), "no copy is lost"
     per_copy = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * 6, inter_bytes=0.0))
     assert 4 * per_copy <= found.parts[copies.PART] * 1.0001 and found.parts[copies.PART] <= 4 * 3 * slots * per_copy
+
+
+@pytest.mark.parametrize("mode", ["history", "exact"])
+def test_memory_of_copies_is_what_the_trainer_may_take(mode):
+    """By hand, bf16, 2 slots, 4 layers: what stays, and what an exchange stages, beside which nothing else is alive."""
+    cost = _cost(HOT)
+    online = dataclasses.replace(cost.config.online, replicate=mode, replica_slots=2)
+    config = dataclasses.replace(cost.config, plan=PLAN, online=online)
+    without, found = (CostModel(c, cost.cluster, cost.primitives, cost.loads).memory(PLAN, 1) for c in (cost.config, config))
+    numel = 2 * (2 * 1024 * 4096 + 4096 + 1024)
+    assert found.buffers - without.buffers == pytest.approx(numel * 4 * (6 if mode == "history" else 2))
+    if mode == "exact":
+        assert found.transient - without.transient == pytest.approx(numel * 2 * (4 + 1))
+    else:
+        assert found.transient == pytest.approx(max(without.transient, 4 * numel * 12 - found.activations))
+    most = replica_bytes(config)
+    assert found.total - without.total <= most
+    assert mode == "history" or found.total - without.total == pytest.approx(most)
 
 
 def test_no_copies_where_they_are_useless_or_do_not_fit(monkeypatch):

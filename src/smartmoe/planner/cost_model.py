@@ -177,6 +177,7 @@ class CostModel:
             model=config.model, gate=config.gate, layer=layer, tokens=micro_batch * config.model.seq_len // plan.tp,
             ep=plan.ep, stage_size=plan.stage_size, ranks_per_node=self.cluster.ranks_per_node,
             dtype_bytes=self.dtype_bytes, replica_slots=config.online.replica_slots,
+            is_exact=config.online.replicate == "exact",
         )  # fmt: skip
 
     def parameters(self, plan: ParallelPlan) -> list[Parameters]:

@@ -32,6 +32,7 @@ class LayerSetting:
     ranks_per_node: int
     dtype_bytes: int
     replica_slots: int = 0
+    is_exact: bool = False  # replicas are of each micro-batch, not of a whole step
 
     @property
     def copies(self) -> int:

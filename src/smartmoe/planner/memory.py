@@ -112,11 +112,10 @@ def _block(model: ModelConfig, plan: ParallelPlan, with_experts: bool) -> Parame
     if not with_experts:
         return total
     router = model.num_experts * (width + 1)
-    wide = ffn * (2 if model.activation == "swiglu" else 1)
+    wide = _hidden_width(model)
     slots = model.num_experts // plan.ep
-    biases = wide + width if model.expert_bias else 0
     return total + Parameters(
-        dense=router, router=router, expert=slots * (width * (wide + ffn) + biases),
+        dense=router, router=router, expert=slots * _expert_numel(model),
         largest=slots * width * wide, tensors=2 + (4 if model.expert_bias else 2),
     )  # fmt: skip
 
@@ -173,13 +172,20 @@ def estimate(
                 saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
                 buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
             activations += flights * saved
-        # replica slots: weights, and float32 sums of their gradients
-        buffers += (bytes_ + 4) * setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
+        # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes)
+        copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
+        copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
+        buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
         transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * mine.largest
         if plan.recompute:
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
         if plan.pp * plan.vpp - 1 in chunks:
             transient = max(transient, loss_moment)
+        if setting.is_exact:  # a collective exchange stages both directions, layer by layer
+            transient += bytes_ * copied_in_layer * (plan.ep + 1)
+        else:  # or all layers', when the activations are gone
+            staged = 4 * (max(2 * copied, plan.ep * copied_in_layer) + copied)
+            transient = max(transient, staged - activations)
         masters, moments = optimizer_bytes(mine, plan, bytes_, zero)
         # ZeRO-1 stages the largest parameter's gradient, when the activations are gone
         transient = max(transient, (4 * mine.largest if zero and plan.stage_size > 1 else 0.0) - activations)
@@ -212,6 +218,11 @@ def optimizer_bytes(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero
         moments += 8 * numel / num
         masters += 4 * (numel if num > 1 else (numel - wide) * (dtype_bytes < 4)) / num
     return masters, moments
+
+
+def _expert_numel(model: ModelConfig) -> int:
+    wide = _hidden_width(model)
+    return model.hidden_size * (wide + model.ffn_size) + (wide + model.hidden_size if model.expert_bias else 0)
 
 
 def _hidden_width(model: ModelConfig) -> int:
