@@ -45,6 +45,11 @@ def losses(runs: Path, case: str) -> list[float]:
     return [json.loads(line)["lm_loss"] for line in lines]
 
 
+def gradient_norms(runs: Path, case: str) -> list[float]:
+    lines = (runs / case / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["grad_norm"] for line in lines]
+
+
 def events(runs: Path, case: str) -> list[dict]:
     return [json.loads(line) for line in (runs / case / "events.jsonl").read_text().splitlines()]
 
@@ -58,6 +63,37 @@ def test_the_same_losses_as_megatrons_own_layer(runs, plan):
     own = losses(runs, f"{plan}-megatron")
     assert len(own) == world.ITERATIONS and own[-1] < own[0] - 0.3
     assert losses(runs, f"{plan}-ours") == pytest.approx(own, rel=TOLERANCE)
+    # Adam hides gradients that are off by a factor
+    assert gradient_norms(runs, f"{plan}-ours") == pytest.approx(gradient_norms(runs, f"{plan}-megatron"), rel=1e-4)
+
+
+FOREIGN = """
+import tests.hosts.megatron_cpu as cpu
+cpu.install()
+from functools import partial
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from smartmoe.hosts.megatron.moe import SmartMoELayer, with_smartmoe
+class Mine(MoELayer): pass
+def spec(kind):
+    inner = TransformerLayerSubmodules(mlp=partial(kind, submodules=None))
+    return with_smartmoe(ModuleSpec(module=TransformerLayer, submodules=inner), None)(None)
+assert spec(MoELayer).submodules.mlp.func is SmartMoELayer
+try:
+    spec(Mine)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_experts_of_an_unknown_layer_do_not_train_unnoticed():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FOREIGN],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Mine in TransformerLayer is not Megatron's plain layer" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("plan", PLANS)

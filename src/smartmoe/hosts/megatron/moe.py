@@ -116,7 +116,8 @@ def _as_in_megatron(offsets, num_prepended: int, key, stacked, replica_id, flatt
 
 
 def with_smartmoe(layer_spec: Callable | ModuleSpec, run: RunConfig) -> Callable:
-    """`layer_spec` as Megatron takes it (--spec), with SmartMoE's layer wherever it has Megatron's."""
+    """`layer_spec` as Megatron takes it (--spec), with SmartMoE's layer wherever it has Megatron's. The result raises
+    ValueError where it finds experts in another kind of layer: they would train in a run that says otherwise."""
 
     def spec(model_config, vp_stage=None):
         made = layer_spec
@@ -132,9 +133,15 @@ def with_smartmoe(layer_spec: Callable | ModuleSpec, run: RunConfig) -> Callable
 
 def _replace(layer: ModuleSpec, run: RunConfig) -> None:
     builder = getattr(layer.submodules, "mlp", None)
-    is_moe = isinstance(builder, partial) and builder.func is MegatronMoELayer
-    if is_moe and issubclass(layer.module, TransformerLayer):
-        layer.submodules.mlp = partial(SmartMoELayer, submodules=builder.keywords["submodules"], run=run)
+    kind = builder.func if isinstance(builder, partial) else getattr(builder, "module", builder)
+    if kind is SmartMoELayer or not (isinstance(kind, type) and issubclass(kind, BaseMoELayer)):
+        return  # layers may share one spec
+    if not (isinstance(builder, partial) and kind is MegatronMoELayer and issubclass(layer.module, TransformerLayer)):
+        raise ValueError(
+            f"--spec: {kind.__name__} in {layer.module.__name__} is not Megatron's plain layer of experts, so SmartMoE's "
+            f"cannot stand in for it: leave --spec out, or take --smartmoe megatron"
+        )
+    layer.submodules.mlp = partial(SmartMoELayer, submodules=builder.keywords["submodules"], run=run)
 
 
 def smartmoe_layers(model_chunks) -> list[SmartMoELayer]:
