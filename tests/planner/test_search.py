@@ -195,3 +195,11 @@ def test_a_measured_profile_beside_the_cluster_is_taken(folder, capsys):
     assert "was measured in float32, the plan is for bfloat16" in capsys.readouterr().err
     (folder / "p.json").write_text("{}")
     assert _plan("--profile", "p.json") == 2 and "smartmoe profile" in capsys.readouterr().err
+
+
+def test_a_rate_of_links_that_cannot_be_is_said_before_ranks_start(capsys):
+    assert cli.main(["profile", "--out", "x.json", "--slow-links", "-3"]) == 2
+    assert "--slow-links -3: GB/s must be positive" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "--out", "x.json", "--slow-links", "fast"])
+    assert "invalid float value: 'fast'" in capsys.readouterr().err

@@ -49,7 +49,8 @@ def _add_profile(commands, start) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes (GPUs) that measure together; default: 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where torch sees one")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the profile to write")
-    parser.add_argument("--slow-links", metavar="GB/S", help="slow exchanges between ranks down to this rate")
+    parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S",
+                        help="slow exchanges between ranks down to this rate")  # fmt: skip
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(command=lambda args: _profile(args, start))
 
@@ -57,9 +58,11 @@ def _add_profile(commands, start) -> None:
 def _profile(args: argparse.Namespace, start) -> int:
     if args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: at least 1")
+    if args.slow_links < 0:
+        raise ValueError(f"--slow-links {args.slow_links:g}: GB/s must be positive, or 0 for links as they are")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command += ["-m", "smartmoe.bench.profile_cluster", "--out", str(args.out), *args.more]
-    command += ["--slow-links", args.slow_links] if args.slow_links else []
+    command += ["--slow-links", str(args.slow_links)] if args.slow_links else []
     return start(command + (["--device", args.device] if args.device else []))
 
 
