@@ -129,7 +129,21 @@ def build_blocks() -> dict[str, torch.nn.Module]:
     config = moe.layer_config(case, dispatcher="auto", activation="gelu", seed=1, ranks_per_node=4)
     built = {kind: moe.build_moe(kind, config, 1, sample=True, device="cpu") for kind in BOTH}
     built["deepspeed"].set_deepspeed_parallelism()
+    never_asks(moe.layer_config(case, dispatcher="direct", activation="gelu", seed=1, ranks_per_node=4))
     return built
+
+
+def never_asks(config) -> None:
+    """The direct exchange makes room without asking the host how much, as the capacity says."""
+    block = moe.build_moe("smartmoe", config, 1, sample=True, device="cpu")
+
+    def ask(*args):
+        raise AssertionError("the host waited")
+
+    block.layer.dispatcher._rows_needed = ask
+    for _ in range(2):  # every token takes the same first expert
+        block(torch.ones(3, 32, 32), torch.arange(96).view(3, 32))
+    block.layer.dispatcher.check()
 
 
 def block_results(blocks) -> dict[str, list[torch.Tensor]]:

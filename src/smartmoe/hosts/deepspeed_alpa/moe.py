@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import Gate, Tokens
 from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
 from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups, router_values
@@ -85,6 +86,9 @@ class SmartMoE(MoE):
             model, config.gate, sample=sample, layer_idx=layer_idx, seed=config.workload.seed, seq_len=model.seq_len,
             device=device,
         )  # fmt: skip
+        if isinstance(self.layer.dispatcher, DirectDispatcher):
+            # capacity 1 gives no rank more than an even share: asking would make the host wait in each call measured
+            self.layer.dispatcher.num_careful = 0
         for param in self.layer.experts.parameters():
             param.allreduce, param.group_name = False, self.expert_group_name
 
