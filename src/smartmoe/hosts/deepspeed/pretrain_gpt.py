@@ -5,7 +5,8 @@
 The run directory, the model, its initial weights, the text and the learning rates are those of `smartmoe.train`; who takes
 the micro-batch through experts, who reduces gradients, clips and steps is DeepSpeed. The gates: "naive" is top-k without a
 balance loss; "gshard" draws the second expert and has GShard's balance loss, DeepSpeed's own top-2; "switch" is its top-1.
-The capacity is per rank and micro-batch. workload.zero is the ZeRO stage, workload.dtype the engine's precision.
+The capacity is per rank and micro-batch. workload.zero is the ZeRO stage, workload.dtype the engine's precision: in bfloat16
+and float16 it sums gradients of micro-batches in that type, DeepSpeed's default, where SmartMoE's trainer does in float32.
 """
 
 from __future__ import annotations
