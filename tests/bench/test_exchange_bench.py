@@ -70,7 +70,7 @@ def test_the_gpu_idles_until_all_launches_are_made_or_not_at_all(monkeypatch):
         def query(self):
             return world.slept[-1] < world.launch_cycles
 
-    monkeypatch.setattr(measure, "_now", lambda _: Event())
+    monkeypatch.setattr(measure, "now", lambda _: Event())
     monkeypatch.setattr(exchange.torch.cuda, "_sleep", lambda cycles: world.slept.append(cycles))
     world = _FakeGpu(3 * measure.FIRST_LEAD)
     assert measure.lead_for(world, lambda mark: None) == 8 * measure.FIRST_LEAD

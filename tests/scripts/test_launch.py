@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import launch
 import pytest
+from processes import is_alive, wait_for
 from slurm import Site
 
 from smartmoe import hosts
@@ -63,20 +63,6 @@ def folder_of(tmp_path, seed):
     return next(
         path for path in paths if json.loads((path / "run.json").read_text())["config"]["workload"]["seed"] == seed
     )
-
-
-def wait_for(condition, timeout_s=30):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_every_way_to_end_has_its_status_and_none_stops_the_others(setup, tmp_path):

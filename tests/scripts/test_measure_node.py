@@ -7,13 +7,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import launch
 import measure_node
 import node_parts
 import pytest
+from processes import is_alive, wait_for
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TABLE = SCRIPTS / "measure_node.toml"
@@ -55,20 +55,6 @@ def run(arguments):
 
 def notes(tmp_path):
     return (tmp_path / "set" / "notes").read_text().split()
-
-
-def wait_for(condition, timeout_s=30):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_failing_part_stops_no_other_and_is_tried_again(site, tmp_path):

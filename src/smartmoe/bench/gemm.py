@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from smartmoe.bench import routing as routings
-from smartmoe.bench.measure import LeftAloneError, Timing, World, run_in_world, spread
+from smartmoe.bench.measure import LeftAloneError, Timing, World, between, now, run_in_world, spread
 from smartmoe.bench.report import DTYPES, Report, add_options, at_least, checked, dtype_of, settings_of, timing_of
 from smartmoe.bench.shapes import SHAPES, Shape, parse_shape
 from smartmoe.ops.activation import activate_rows, activate_rows_backward, widening
@@ -61,10 +61,10 @@ class Bench:
         self.facts = {"num_rows": self.num_rows, "num_slots": num_slots, "slot_max_over_mean": skew}
 
     def call(self, product: str, way: str):
-        """f() -> the product's results. Raises NotImplementedError where the way does not exist."""
+        """f() -> the product's results; None where the way does not exist: own products need their GPU and type."""
         own = products_for(self.rows_RD, self.w1_LDW)
         if way == "own" and own is None:
-            raise NotImplementedError("the extension has no products for this GPU and type (see setup.py)")
+            return None
         end, activation = self.end_L, self.shape.activation
         name, _, with_act = product.partition("+")
         rows, weight, transposed = {
@@ -133,25 +133,13 @@ def by_turns(calls: dict, world: World, timing: Timing) -> dict:
         if turn > timing.warmup + 5 and (turn - timing.warmup) * took_s > timing.seconds:
             break
         for name, call in calls.items():
-            marks = [_now(world)]
+            marks = [now(world)]
             call()
-            marks.append(_now(world))
+            marks.append(now(world))
             if turn >= timing.warmup:
                 times[name].append(marks)
     world.synchronize()
-    return {name: [_between(*marks) for marks in pairs] for name, pairs in times.items()}
-
-
-def _now(world):
-    if world.device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start, end) -> float:
-    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+    return {name: [between(*marks) for marks in pairs] for name, pairs in times.items()}
 
 
 def _distance(got, want) -> float:
@@ -162,12 +150,8 @@ def _distance(got, want) -> float:
 
 def measure(bench: Bench, product: str, world: World, timing: Timing, ceilings: tuple) -> dict:
     """The numbers of one row: times in ms of each way that exists, TFLOP/s, floor, and how far the results lie apart."""
-    calls, row = {}, {"own_reason": ""}
-    for way in WAYS:
-        try:
-            calls[way] = bench.call(product, way)
-        except NotImplementedError as error:
-            row["own_reason"] = str(error)
+    calls = {way: call for way in WAYS if (call := bench.call(product, way)) is not None}
+    row = {"own_reason": "" if "own" in calls else "the extension has no products for this GPU and type (see setup.py)"}
     row["difference"] = _distance(calls["own"](), calls["torch"]()) if "own" in calls else None
     wide = bench.shape.ffn * (widening(bench.shape.activation) if "first" in product else 1)
     flops = 2.0 * bench.num_rows * bench.shape.width * wide

@@ -170,7 +170,7 @@ def time_steps(
     num = int(np.clip(timing.seconds / max(took_s, 1e-9), min(MIN_ITERATIONS, timing.iterations), timing.iterations))
     steps = [_one_step(world, step, reset, lead_cycles) for _ in range(num)]
     world.synchronize()
-    times = [[_between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)] for marks, _ in steps]
+    times = [[between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)] for marks, _ in steps]
     return np.array(times), np.array([is_late for _, is_late in steps])
 
 
@@ -196,9 +196,9 @@ def _one_step(world, step, reset, lead_cycles) -> tuple[list, bool]:
     if lead_cycles and world.device.type == "cuda":
         torch.cuda._sleep(lead_cycles)
     world.align()
-    times = [_now(world)]
-    step(lambda: times.append(_now(world)))
-    times.append(_now(world))
+    times = [now(world)]
+    step(lambda: times.append(now(world)))
+    times.append(now(world))
     is_late = world.device.type == "cuda" and times[0].query()
     reset()
     return times, is_late
@@ -213,7 +213,8 @@ def capture(call: Callable):
     return graph, result
 
 
-def _now(world):
+def now(world):
+    """The time at this place of the device's stream, or of the host's clock on a CPU; between() takes two."""
     if world.device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -221,7 +222,8 @@ def _now(world):
     return event
 
 
-def _between(start, end) -> float:
+def between(start, end) -> float:
+    """Milliseconds; on a GPU the device must have come past `end`."""
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 

@@ -102,19 +102,19 @@ def describe(args: argparse.Namespace, case: Case) -> str:
 def main(argv: list[str] | None = None) -> int:
     args, case = options.parse(argv)
     try:
-        todo = commands(args, dict(os.environ))
+        planned = commands(args, dict(os.environ))
     except (ValueError, OSError) as error:
         print(f"{options.PROG}: {error}", file=sys.stderr)
         return 2
     print(describe(args, case), flush=True)
     if args.dry_run:
-        print("\n".join(shlex.join(command) for command in todo))
+        print("\n".join(shlex.join(command) for command in planned))
         return 0
     if importlib.util.find_spec("deepspeed") is None:
         print(f"{options.PROG}: the package deepspeed is missing: {INSTALL}", file=sys.stderr)
         return 2
     before = set(Path(args.out).glob("*.json"))
-    for command in todo:
+    for command in planned:
         status = subprocess.run(command, check=False).returncode
         if status:
             print(f"{options.PROG}: failed with status {status}: {shlex.join(command)}", file=sys.stderr)
