@@ -42,6 +42,8 @@ def test_it_is_as_exact_as_float32(device):
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
     for grad, wanted, tolerance in zip(grads, expected, (4e-3, 1e-6, 1e-6), strict=True):
         assert relative(grad, wanted) < tolerance
+    # the last part of the weight matters to the roundings alone: nearly all must be right
+    assert (grads[0] == expected[0].to(torch.bfloat16)).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -137,3 +137,21 @@ def test_padded_buffers_are_of_one_size_and_get_no_copies():
     padded = CostModel(config, cost.cluster, cost.primitives, cost.loads)
     estimate = padded.estimate(PLAN, 4)
     assert copies.with_copies(padded, estimate) is estimate
+
+
+def test_a_copy_costs_the_bytes_of_the_busiest_rank_out_or_in():
+    # one expert has all tokens: its owner sends it to the three others, each of which takes one
+    load = np.zeros((1, 1, 8))
+    load[..., 0] = 1.0
+    share, busiest = copies.replicate(load, [copies.Placement.identity(8, 4)], 1, 0.0)
+    assert share[0, 0, 0] == pytest.approx(np.full(4, 0.25), abs=0.02) and busiest.tolist() == [[3]]
+
+
+def test_copies_of_a_micro_batch_are_sent_twice_and_come_back_once():
+    cost = _cost(HOT)
+    config = pool.config_of(cost.config, cost.cluster, PLAN, 4)
+    found = copies.CopyCosts.of(config, cost.cluster, cost.primitives, cost.loads, 4)
+    numel = 2 * 1024 * 4096 + 4096 + 1024
+    for exact, bytes_each in ((False, 2 + 4), (True, 2 + 2 + 4)):
+        wanted = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * bytes_each, inter_bytes=0.0))
+        assert found.copy_ms(np.array(1.0), exact) == pytest.approx(wanted, rel=1e-9)
