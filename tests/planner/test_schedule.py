@@ -7,14 +7,15 @@ from smartmoe.config import ModelConfig
 from smartmoe.parallel import pipeline
 from smartmoe.planner import memory
 from smartmoe.planner.schedule import makespan, num_in_flight, order_of_rank
+from smartmoe.planner.timeline import Work
 
 SHAPES = [(2, 1, 2), (2, 1, 7), (4, 1, 9), (2, 2, 4), (3, 2, 9), (4, 3, 12)]
 
 
 def _one_by_one(pp, vpp, n, forward, backward, hop):
-    """Play it: a rank does its next work when its input is there."""
+    """Play it: a rank does its next work when its input is there and its host, which does not wait for that, launched it."""
     orders = [order_of_rank(stage, pp, vpp, n) for stage in range(pp)]
-    done, free, last = {}, [0.0] * pp, pp * vpp - 1
+    done, free, launched, last = {}, [0.0] * pp, [0.0] * pp, pp * vpp - 1
     while any(orders):
         for rank in range(pp):
             if not orders[rank]:
@@ -29,25 +30,33 @@ def _one_by_one(pp, vpp, n, forward, backward, hop):
             is_root = not is_backward and chunk == 0
             if is_root or source in done:
                 arrived = 0.0 if is_root else done[source] + travel
-                took = (backward if is_backward else forward)[micro, chunk]
-                done[orders[rank].pop(0)] = free[rank] = max(free[rank], arrived) + took
+                took, launches = (backward if is_backward else forward)[:, micro, chunk]
+                began, launched[rank] = max(free[rank], arrived, launched[rank]), launched[rank] + launches
+                done[orders[rank].pop(0)] = free[rank] = max(began + took, launched[rank])
     return max(done.values())
+
+
+def _alone(device_ms):
+    """Work whose launches cost nothing."""
+    return Work.piece(device_ms)
 
 
 @pytest.mark.parametrize("pp, vpp, n", SHAPES)
 def test_the_makespan_is_that_of_playing_the_schedule(pp, vpp, n):
     rng = np.random.default_rng(pp * 100 + vpp * 10 + n)
-    forward, backward = rng.random((2, 3, n, pp * vpp)) + 0.1
+    forward, backward = rng.random((2, 3, 2, n, pp * vpp)) + 0.1
     hop = rng.random(pp * vpp - 1) * 0.3
-    found = makespan(pp, vpp, n, forward, backward, hop)
-    want = [_one_by_one(pp, vpp, n, f, b, hop) for f, b in zip(forward, backward, strict=True)]
-    assert found == pytest.approx(want)
+    for launches in (0.0, 0.5, 1.0, 2.0):
+        both = forward * [[[1.0]], [[launches]]], backward * [[[1.0]], [[launches]]]
+        found = makespan(pp, vpp, n, *(Work.piece(x[:, 0], x[:, 1]) for x in both), hop)
+        assert found == pytest.approx([_one_by_one(pp, vpp, n, f, b, hop) for f, b in zip(*both, strict=True)])
 
 
 @pytest.mark.parametrize("pp, vpp", [(2, 1), (4, 1), (8, 1), (2, 2), (4, 4)])
 def test_equal_stages_idle_as_the_textbook_says(pp, vpp):
     n, forward, backward = 4 * pp, np.full((1, 1, pp * vpp), 1.0), np.full((1, 1, pp * vpp), 2.0)
-    assert makespan(pp, vpp, n, forward, backward, np.zeros(pp * vpp - 1)) == pytest.approx(3 * (n * vpp + pp - 1))
+    found = makespan(pp, vpp, n, _alone(forward), _alone(backward), np.zeros(pp * vpp - 1))
+    assert found == pytest.approx(3 * (n * vpp + pp - 1))
 
 
 @pytest.mark.parametrize("pp, vpp, n", [(2, 1, 61), (4, 1, 50), (4, 2, 64), (3, 2, 60)])
@@ -55,14 +64,15 @@ def test_long_schedules_are_continued_from_their_period(pp, vpp, n):
     rng = np.random.default_rng(n)
     forward, backward = rng.random((2, 4, 1, pp * vpp)) + 0.1
     hop = rng.random(pp * vpp - 1) * 0.05
-    exact = makespan(pp, vpp, n, *(np.repeat(x, n, 1) for x in (forward, backward)), hop)
-    assert makespan(pp, vpp, n, forward, backward, hop) == pytest.approx(exact, rel=2e-3)
+    exact = makespan(pp, vpp, n, *(_alone(np.repeat(x, n, 1)) for x in (forward, backward)), hop)
+    assert makespan(pp, vpp, n, _alone(forward), _alone(backward), hop) == pytest.approx(exact, rel=2e-3)
 
 
 def test_one_stage_is_a_plain_loop():
-    forward, backward = np.array([[[1.0], [3.0]]]), np.array([[[2.0], [5.0]]])
+    forward, backward = _alone([[[1.0], [3.0]]]), _alone([[[2.0], [5.0]]])
     assert makespan(1, 1, 3, forward, backward, np.zeros(0)) == pytest.approx([3 + 8 + 3])
-    assert makespan(1, 1, 3, forward[:, :1], backward[:, :1], np.zeros(0)) == pytest.approx([9])
+    first = [work.map(lambda x: x[:, :1]) for work in (forward, backward)]
+    assert makespan(1, 1, 3, *first, np.zeros(0)) == pytest.approx([9])
 
 
 @pytest.mark.parametrize("pp, vpp, n", [s for s in SHAPES if s[1] > 1])

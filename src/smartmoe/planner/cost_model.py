@@ -1,8 +1,8 @@
 """Time and memory of one training step of a plan, under a distribution of routing loads.
 
 The step is put together from primitives: blocks of each pipeline stage, the schedule of micro-batches, gradient
-reduction, optimizer. A block takes what the slower of host and device takes, because launches overlap with work; where
-the dispatcher makes the host wait for sizes, what that costs is added. Everything is a distribution over the samples of
+reduction, optimizer. Host and device have a clock each (planner.timeline): launches overlap with work as far as the host is
+ahead, and it is so only until the dispatcher makes it wait for sizes. Everything is a distribution over the samples of
 the loads. With `loads.uniform` the same code is a data-insensitive model.
 
 Axes: S samples, M micro-batches, L MoE layers, C model chunks.
@@ -11,7 +11,7 @@ Axes: S samples, M micro-batches, L MoE layers, C model chunks.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from smartmoe.planner.loads import Loads
 from smartmoe.planner.memory import Memory, Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
 from smartmoe.planner.schedule import makespan
+from smartmoe.planner.timeline import Work, fold, join
 from smartmoe.solvers import solve_greedy
 
 PLACEMENTS = ("identity", "balanced")
@@ -62,14 +63,16 @@ class Estimate:
 
 @dataclass
 class _Layer:
-    """What one setting's MoE layers cost, and what else repeats in each block."""
+    """What one setting's blocks cost, with experts [S, M, L] or less, and without. parts: ms of the device in a block with
+    experts, forward and backward together; forward_ms: forward alone; dense_ms: both ways of a block without."""
 
-    times: LayerTimes
-    forward: np.ndarray  # [S, M, L] ms of a block with experts
-    backward: np.ndarray
-    dense_forward: float
-    dense_backward: float
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
+    forward: Work
+    backward: Work
+    dense_forward: Work
+    dense_backward: Work
+    parts: dict[str, np.ndarray]
+    forward_ms: np.ndarray
+    dense_ms: float
 
 
 class CostModel:
@@ -114,27 +117,40 @@ class CostModel:
         )  # fmt: skip
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
-        """Mean step time without the pipeline's idle time: no schedule can be shorter."""
-        forward, backward, _ = self._chunks(plan, micro_batch)
-        busy = (forward + backward).mean(1)
-        per_stage = busy.reshape(len(busy), plan.vpp, plan.pp).sum(1).max(1)
+        """Mean step time without the pipeline's idle time and with one clock at a time: no schedule can be shorter."""
+        blocks, accumulate = self._blocks(plan, micro_batch), self._accumulate(plan)
+        chunks, ends = self._chunk_layers(plan), self._ends(plan, micro_batch)
+        least = []
+        for clock in ("device", "host"):
+            busy = sum(getattr(way, clock).mean((0, 1)) for way in blocks)
+            before = np.concatenate([[0.0], busy.cumsum()])
+            each = np.array([before[part[-1] + 1] - before[part[0]] for part in chunks])
+            each = each + getattr(accumulate, clock)
+            for chunk, pair in ((0, ends[0]), (-1, ends[1])):
+                each[chunk] += sum(float(getattr(way, clock)) for way in pair)
+            least.append(each.reshape(plan.vpp, plan.pp).sum(0).max())
         after, _ = self._after(plan)
-        return float(per_stage.mean()) * self.num_micro_batches(plan, micro_batch) + after
+        return float(max(least)) * self.num_micro_batches(plan, micro_batch) + after
 
     def estimate(self, plan: ParallelPlan, micro_batch: int, known: Memory | None = None) -> Estimate:
         """The whole prediction. `known`: its memory where that has been computed."""
         work = self.config.workload
         num_micro = self.num_micro_batches(plan, micro_batch)
-        forward, backward, parts = self._chunks(plan, micro_batch)
+        forward, backward = self._chunks(plan, micro_batch)
         pipeline = makespan(plan.pp, plan.vpp, num_micro, forward, backward, self._hops(plan, micro_batch))
         after, after_parts = self._after(plan)
         step = pipeline + after
-        # what the busiest stage does, part by part; the rest of the pipeline's time is idle or p2p
-        parts = {name: value * num_micro for name, value in parts.items()}
-        idle = float(pipeline.mean()) - sum(parts.values())
-        parts |= after_parts
+        # what the busiest stage does, part by part; the rest of the pipeline's time it waits for its host, or for others
+        places = range(plan.pp * plan.vpp)
+        stages = [[chunk for chunk in places if chunk % plan.pp == stage] for stage in range(plan.pp)]
+        busy = [float(fold(forward, [s]).then(fold(backward, [s[::-1]])).each.mean()) * num_micro for s in stages]
+        stage = int(np.argmax(busy))
+        parts = {name: ms * num_micro for name, ms in self._parts(plan, micro_batch, stages[stage]).items()}
+        rest = max(float(pipeline.mean()) - sum(parts.values()), 0.0)
+        launches = rest if plan.pp == 1 else min(max(busy[stage] - sum(parts.values()), 0.0), rest)
+        parts |= {"launches and waits": launches} | after_parts
         if plan.pp > 1:
-            parts["pipeline idle"] = max(idle, 0.0)
+            parts["pipeline idle"] = rest - launches
         return Estimate(
             plan, micro_batch, num_micro, step, parts, known or self.memory(plan, micro_batch),
             work.global_batch_size * self.config.model.seq_len,
@@ -143,11 +159,8 @@ class CostModel:
     def layer_ms(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[S, M, L] forward + backward of the MoE layer alone, where the host is ahead of the device when it begins; it falls
         behind where it has to wait for the sizes of an exchange."""
-        times, setting = self.layer_times(plan, micro_batch), self.setting(plan, micro_batch)
-        if self.cluster.device == "cpu" or not setting.has_sync:
-            return times.forward_ms() + times.backward_ms()
-        before = times.forward["gate"] + times.forward.get("counts", 0.0) + float(self.primitives.ms("sync"))
-        return before + times.behind_the_sync_ms()
+        forward, backward = self.layer_times(plan, micro_batch).passes(self._sync_ms(plan, micro_batch))
+        return forward.then(backward).device
 
     def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
         """The MoE layer's parts, each [S, M, L] or less. Needs primitives of the layer only."""
@@ -240,134 +253,159 @@ class CostModel:
         return self._layers[key]
 
     def _make_layer(self, plan, micro_batch, setting) -> _Layer:
-        times = self.layer_times(plan, micro_batch)
-        forward, backward, host_forward, host_backward = self._attention(plan, micro_batch, setting)
-        sync = float(self.primitives.ms("sync")) if setting.has_sync and self.cluster.device != "cpu" else 0.0
-        block_forward = np.maximum(times.forward_ms() + forward, times.host_forward_ms + host_forward) + sync
-        block_backward = np.maximum(times.backward_ms() + backward, times.host_backward_ms + host_backward)
-        dense = self._dense_mlp(plan, setting)
-        parts = {"attention": np.full(1, forward + backward)}
+        times, sync_ms = self.layer_times(plan, micro_batch), self._sync_ms(plan, micro_batch)
+        layer, attention, dense = times.passes(sync_ms), self._attention(plan, micro_batch), self._dense_mlp(plan, micro_batch)
+        parts = {"attention": sum(way.device for way in attention)}
         for way in (times.forward, times.backward):
             for name, value in way.items():
                 name = {"counts": "exchange", "route": "permute"}.get(name, name)
                 parts[name] = parts.get(name, 0.0) + value
         return _Layer(
-            times, block_forward, block_backward,
-            max(forward + dense[0], host_forward + dense[2]), max(backward + dense[1], host_backward + dense[3]), parts,
+            attention[0].then(layer[0]), layer[1].then(attention[1]),
+            attention[0].then(dense[0]), dense[1].then(attention[1]), parts,
+            times.forward_ms() + attention[0].device, sum(way.device for way in (*attention, *dense)),
         )  # fmt: skip
 
-    def _attention(self, plan, micro_batch, setting):
-        """Norms and attention of a block: (forward, backward, host forward, host backward) in ms."""
-        model, tokens = self.config.model, setting.tokens
+    def _sync_ms(self, plan: ParallelPlan, micro_batch: int) -> float | None:
+        """What the host waits for the sizes of an exchange, None where it does not have to."""
+        has_sync = self.setting(plan, micro_batch).has_sync and self.cluster.device != "cpu"
+        return float(self.primitives.ms("sync")) if has_sync else None
+
+    def _attention(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
+        """Norms and attention of a block, forward and backward."""
+        model, tokens = self.config.model, self.setting(plan, micro_batch).tokens
         gathered, width = tokens * plan.tp, model.hidden_size
         pieces = [
             ("norm", dict(tokens=tokens, width=width)),
             ("linear", dict(tokens=gathered, inner=width, outer=3 * width / plan.tp)),
-            ("linear", dict(tokens=gathered, inner=width / plan.tp, outer=width)),
             ("attention", dict(samples=micro_batch, heads=model.num_heads / plan.tp, tokens=model.seq_len,
                                head_dim=width / model.num_heads)),
+            ("linear", dict(tokens=gathered, inner=width / plan.tp, outer=width)),
         ]  # fmt: skip
-        return self._sum(pieces, plan, setting, gathers=1)
+        return self._both_ways(pieces, plan, micro_batch)
 
-    def _dense_mlp(self, plan, setting):
-        model, gathered = self.config.model, setting.tokens * plan.tp
+    def _dense_mlp(self, plan, micro_batch) -> tuple[Work, Work]:
+        model, gathered = self.config.model, self.setting(plan, micro_batch).tokens * plan.tp
         if model.moe_every == 1:
-            return 0.0, 0.0, 0.0, 0.0
+            return Work.nothing(), Work.nothing()
         inner = model.ffn_size / plan.tp
         pieces = [
             ("linear", dict(tokens=gathered, inner=model.hidden_size, outer=inner)),
-            ("linear", dict(tokens=gathered, inner=inner, outer=model.hidden_size)),
             ("norm", dict(tokens=gathered / 2, width=inner)),  # its activation: as many passes as a half of the norms
+            ("linear", dict(tokens=gathered, inner=inner, outer=model.hidden_size)),
         ]
-        return self._sum(pieces, plan, setting, gathers=1)
+        return self._both_ways(pieces, plan, micro_batch)
 
-    def _sum(self, pieces, plan, setting, gathers):
-        totals = [0.0, 0.0, 0.0, 0.0]
-        for name, sizes in pieces:
-            for way, key in enumerate((f"{name}_forward", f"{name}_backward")):
-                totals[way] += float(self.primitives.ms(key, **sizes))
-                totals[2 + way] += float(self.primitives.host_ms(key, **sizes))
+    def _piece(self, name: str, **sizes) -> Work:
+        return Work.piece(self.primitives.ms(name, **sizes), self.primitives.host_ms(name, **sizes))
+
+    def _both_ways(self, pieces, plan, micro_batch) -> tuple[Work, Work]:
+        """Pieces in turn and, with tensor parallelism, what gathers their input and scatters their output."""
+        forward, backward = self._there_and_back(pieces)
         if plan.tp > 1:
-            num_bytes = setting.tokens * plan.tp * self.config.model.hidden_size * self.dtype_bytes
+            num_bytes = self.setting(plan, micro_batch).tokens * plan.tp * self.config.model.hidden_size * self.dtype_bytes
             spread = group_bytes(num_bytes, plan.tp, 1, self.cluster.ranks_per_node)
-            both = sum(exchange_ms(self.primitives, n, plan.tp, *spread) for n in ("all_gather", "reduce_scatter"))
-            for way in range(2):
-                totals[way] += gathers * float(both)
-                totals[2 + way] += (
-                    2
-                    * gathers
-                    * float(self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0))
-                )
-        return tuple(totals)
+            launch = self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0)
+            gather, scatter = (
+                Work.piece(exchange_ms(self.primitives, name, plan.tp, *spread), launch)
+                for name in ("all_gather", "reduce_scatter")
+            )
+            return join([gather, forward, scatter]), join([gather, backward, scatter])
+        return forward, backward
 
-    def _chunks(self, plan: ParallelPlan, micro_batch: int):
-        """(forward [S, M, C], backward [S, M, C], mean parts of the busiest stage for one micro-batch)."""
-        model, setting, layer = self.config.model, self.setting(plan, micro_batch), self._layer(plan, micro_batch)
-        num_chunks = plan.pp * plan.vpp
-        chunks = chunk_layers(model.num_layers, num_chunks)
-        moe_before = np.cumsum([0, *(has_experts(model, idx) for idx in range(model.num_layers))])
-        edges = np.array([[part[0], part[-1] + 1] for part in chunks])
-        moe_edges = moe_before[edges]
-
-        def over_chunks(values_SML):
-            total = np.concatenate([np.zeros((*values_SML.shape[:2], 1)), values_SML.cumsum(2)], 2)
-            return total[:, :, moe_edges[:, 1]] - total[:, :, moe_edges[:, 0]]
-
-        num_dense = (edges[:, 1] - edges[:, 0]) - (moe_edges[:, 1] - moe_edges[:, 0])
-        forward = over_chunks(layer.forward) + num_dense * layer.dense_forward
-        backward = over_chunks(layer.backward) + num_dense * layer.dense_backward
-        if plan.recompute:
-            backward = backward + forward
-        held = self.parameters(plan)
-        accumulate = self._once(
-            ("accumulate", num_chunks, plan.tp, plan.ep),
-            lambda: np.array([self._state_ms("accumulate", p) for p in held]),
+    def _there_and_back(self, pieces: list[tuple[str, dict]]) -> tuple[Work, Work]:
+        """Primitives with their sizes, forward in turn and backward the other way round."""
+        forward, backward = (
+            [self._piece(f"{name}_{way}", **sizes) for name, sizes in pieces] for way in ("forward", "backward")
         )
-        ends = self._once(("ends", setting.tokens), lambda: self._ends(setting))
-        for chunk, (there, back) in ((0, ends[0]), (-1, ends[1])):
-            forward[:, :, chunk] += there
-            backward[:, :, chunk] += back
-        backward = backward + accumulate
-        busy = (forward + backward).mean((0, 1)).reshape(plan.vpp, plan.pp).sum(0)
-        stage = int(busy.argmax())
-        mine = [stage + turn * plan.pp for turn in range(plan.vpp)]
-        parts = self._parts(plan, layer, mine, over_chunks, num_dense, accumulate, ends, float(busy[stage]))
-        return forward, backward, parts
+        return join(forward), join(backward[::-1])
 
-    def _parts(self, plan, layer, mine, over_chunks, num_dense, accumulate, ends, busy):
-        """Mean ms of the parts of one micro-batch on the busiest stage; they add up to `busy`."""
-        parts = {}
-        for name, value in layer.parts.items():
-            full = np.broadcast_to(value, layer.forward.shape) if np.ndim(value) < 3 else value
-            parts[name] = float(over_chunks(full).mean((0, 1))[mine].sum())
-        dense = layer.dense_forward + layer.dense_backward
-        parts["attention"] += float(num_dense[mine].sum() * dense)
-        parts["accumulate"] = float(accumulate[mine].sum())
-        last = plan.pp * plan.vpp - 1
-        parts["embedding and loss"] = float(sum(ends[0]) * (0 in mine) + sum(ends[1]) * (last in mine))
+    def _chunk_layers(self, plan: ParallelPlan) -> list[range]:
+        return chunk_layers(self.config.model.num_layers, plan.pp * plan.vpp)
+
+    def _blocks(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
+        """(forward, backward) [S, M, layers] of every block of the model; backward with recomputation where the plan says."""
+        setting = self.setting(plan, micro_batch)
+        key = ("blocks", setting.tokens, plan.ep, plan.tp, plan.stage_size, micro_batch, plan.recompute)
+        return self._once(key, lambda: self._make_blocks(plan, micro_batch))
+
+    def _make_blocks(self, plan, micro_batch):
+        model, layer = self.config.model, self._layer(plan, micro_batch)
+        idxs = np.array([has_experts(model, idx) for idx in range(model.num_layers)])
+        shape = np.broadcast_shapes(*(ms.shape for ms in vars(layer.forward).values()))
+
+        def of_all(with_experts, dense):
+            blocks = np.empty((*shape[:2], model.num_layers))
+            blocks[..., idxs], blocks[..., ~idxs] = with_experts, np.asarray(dense)
+            return blocks
+
+        forward, backward = (
+            Work(*map(of_all, vars(experts).values(), vars(dense).values()))
+            for experts, dense in ((layer.forward, layer.dense_forward), (layer.backward, layer.dense_backward))
+        )
+        return forward, forward.then(backward) if plan.recompute else backward
+
+    def _chunks(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
+        """(forward, backward) [S, M, C]."""
+        blocks, layers = self._blocks(plan, micro_batch), self._chunk_layers(plan)
+        forward = fold(blocks[0], [list(part) for part in layers])
+        backward = fold(blocks[1], [list(part)[::-1] for part in layers])
+        embedding, head = self._ends(plan, micro_batch)
+        first, last = ([end.at(place, len(layers)) for end in ends] for place, ends in ((0, embedding), (-1, head)))
+        message = self._message(plan)
+        return (
+            join([message, first[0], forward, last[0]]),
+            join([message, last[1], backward, first[1], self._accumulate(plan)]),
+        )
+
+    def _parts(self, plan: ParallelPlan, micro_batch: int, mine: list[int]) -> dict[str, float]:
+        """Mean ms of the device for one micro-batch of the chunks `mine`, by part."""
+        model, layer, chunks = self.config.model, self._layer(plan, micro_batch), self._chunk_layers(plan)
+        idxs = [idx for chunk in mine for idx in chunks[chunk]]
+        moe = [idx // model.moe_every for idx in idxs if has_experts(model, idx)]
+        num_dense, shape = len(idxs) - len(moe), layer.forward.device.shape
+
+        def total(ms, dense_ms):
+            return float(np.broadcast_to(ms, shape)[..., moe].mean((0, 1)).sum() + num_dense * dense_ms)
+
+        parts = {name: total(ms, layer.dense_ms if name == "attention" else 0.0) for name, ms in layer.parts.items()}
+        ends = zip(self._ends(plan, micro_batch), (0, len(chunks) - 1), strict=True)
+        parts["embedding and loss"] = float(sum(w.device for end, chunk in ends if chunk in mine for w in end))
+        parts["accumulate"] = float(self._accumulate(plan).device[mine].sum())
         if plan.recompute:
-            parts["recomputation"] = float(over_chunks(layer.forward).mean((0, 1))[mine].sum())
-            parts["recomputation"] += float(num_dense[mine].sum() * layer.dense_forward)
-        parts["launches and waits"] = max(busy - sum(parts.values()), 0.0)
+            parts["recomputation"] = total(layer.forward_ms, layer.dense_forward.device)
         return parts
 
-    def _ends(self, setting):
-        """(forward, backward) ms of the embedding, and of head and loss."""
-        model, ms = self.config.model, self.primitives.ms
-        ends = []
-        for pieces in (
-            [("embedding", dict(tokens=setting.tokens, width=model.hidden_size, vocab=model.vocab_size))],
-            [
-                ("norm", dict(tokens=setting.tokens / 2, width=model.hidden_size)),  # one of the two of a block
-                ("linear", dict(tokens=setting.tokens, inner=model.hidden_size, outer=model.vocab_size)),
-                ("loss", dict(tokens=setting.tokens, vocab=model.vocab_size)),
-            ],
-        ):
-            sums = [
-                sum(float(ms(f"{name}_{way}", **sizes)) for name, sizes in pieces) for way in ("forward", "backward")
-            ]
-            ends.append(tuple(sums))
-        return ends
+    def _message(self, plan: ParallelPlan) -> Work:
+        """Launching what comes from and goes to neighbours, for each pass of a chunk."""
+        if plan.pp == 1:
+            return Work.nothing()
+        return Work.piece(0.0, self.primitives.host_ms("point_to_point", ranks=2, intra_bytes=0, inter_bytes=0))
+
+    def _accumulate(self, plan: ParallelPlan) -> Work:
+        """[C] adding the gradients of a micro-batch up."""
+        held = self.parameters(plan)
+        return self._once(
+            ("accumulate", len(held), plan.tp, plan.ep),
+            lambda: self._piece(
+                "accumulate", numel=np.array([p.total for p in held]), tensors=np.array([p.tensors for p in held])
+            ),
+        )
+
+    def _ends(self, plan: ParallelPlan, micro_batch: int) -> tuple[tuple[Work, Work], tuple[Work, Work]]:
+        """(forward, backward) of the embedding, and of head and loss."""
+        tokens = self.setting(plan, micro_batch).tokens
+        return self._once(("ends", tokens), lambda: self._make_ends(tokens))
+
+    def _make_ends(self, tokens):
+        model = self.config.model
+        embedding = [("embedding", dict(tokens=tokens, width=model.hidden_size, vocab=model.vocab_size))]
+        head = [
+            ("norm", dict(tokens=tokens / 2, width=model.hidden_size)),  # one of the two of a block
+            ("linear", dict(tokens=tokens, inner=model.hidden_size, outer=model.vocab_size)),
+            ("loss", dict(tokens=tokens, vocab=model.vocab_size)),
+        ]
+        return self._there_and_back(embedding), self._there_and_back(head)
 
     def _state_ms(self, name: str, parameters: Parameters) -> float:
         sizes = dict(numel=parameters.total, tensors=parameters.tensors)

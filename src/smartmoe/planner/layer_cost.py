@@ -12,6 +12,7 @@ import numpy as np
 
 from smartmoe.config import GateConfig, LayerConfig, ModelConfig
 from smartmoe.planner.primitives import Primitives, expert_sizes
+from smartmoe.planner.timeline import Work, join
 
 # Gates that reduce statistics over the stage in every forward pass, when their scope is global.
 _TALKING_GATES = ("noisy", "switch", "gshard", "faster", "swipe")
@@ -59,29 +60,25 @@ class LayerTimes:
     host_forward: dict[str, float]
     host_backward: dict[str, float]
 
-    @property
-    def host_forward_ms(self) -> float:
-        return sum(self.host_forward.values())
-
-    @property
-    def host_backward_ms(self) -> float:
-        return sum(self.host_backward.values())
-
-    def behind_the_sync_ms(self) -> np.ndarray:
-        """From the moment on at which the host knows the sizes of an exchange, forward and backward: the device does the
-        parts in turn, each not before the host, which is ahead only as far as it was faster, has launched it."""
+    def passes(self, sync_ms: float | None, host: bool = True) -> tuple[Work, Work]:
+        """(forward, backward) as the two clocks see them. sync_ms: what the host waits until it knows the sizes of an
+        exchange, None where it does not ask for them; host False: launches cost nothing."""
         half = {"route": 0.5, "exchange": 0.5}  # before the experts, and behind them
-        order = ("route", "exchange", "experts", "exchange", "route")
-        device, host = 0.0, 0.0
+        around = ("route", "exchange", "experts", "exchange", "route")
+        found = []
         for times, launches, names in (
-            (self.forward, self.host_forward, order),
-            (self.backward, self.host_backward, (*order, "gate")),
+            (self.forward, self.host_forward, ("gate", "counts", "sync", *around)),
+            (self.backward, self.host_backward, (*around, "gate")),
         ):
+            pieces = []
             for name in names:
-                if name in times:
-                    begin, host = host, host + half.get(name, 1.0) * launches[name]
-                    device = np.maximum(np.maximum(device, begin) + half.get(name, 1.0) * times[name], host)
-        return device
+                if name == "sync" and sync_ms is not None:
+                    pieces.append(Work.wait(sync_ms))
+                elif name in times:
+                    part = half.get(name, 1.0)
+                    pieces.append(Work.piece(part * times[name], part * launches.get(name, 0.0) if host else 0.0))
+            found.append(join(pieces))
+        return found[0], found[1]
 
     def forward_ms(self) -> np.ndarray:
         return sum(self.forward.values())

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smartmoe.planner.timeline import Work, join
+
 _SETTLED_ROUNDS = 4  # after so many rounds of pp micro-batches a schedule of equal micro-batches repeats itself
 
 
@@ -115,31 +117,36 @@ def _depths(before, source, lengths):
     return depth[:-1]
 
 
-def makespan(
-    pp: int, vpp: int, num_micro_batches: int, forward: np.ndarray, backward: np.ndarray, hop: np.ndarray
-) -> np.ndarray:
+def makespan(pp: int, vpp: int, num_micro_batches: int, forward: Work, backward: Work, hop: np.ndarray) -> np.ndarray:
     """Time from the first forward to the end of the last backward, [S].
 
-    forward, backward: [S, 1 or n, C] ms of each chunk; with 1 all micro-batches take the same time, and long schedules
-    are continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back.
+    forward, backward: [S, 1 or n, C] of each chunk; with 1 all micro-batches take the same time, and long schedules are
+    continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back. Every rank has its host, which waits for
+    nothing that other ranks do unless its own device does.
     """
     n = num_micro_batches
+    num_micro = forward.device.shape[1]
     if pp == 1:
-        both = (forward + backward).sum(-1)
-        return both[:, 0] * n if both.shape[1] == 1 else both[:, np.arange(n) % both.shape[1]].sum(1)
+        both = forward.then(backward).map(lambda x: x[..., 0])
+        if num_micro == 1:
+            return both.times(n).total[:, 0]
+        return join([both.map(lambda x, m=m: x[:, m % num_micro]) for m in range(n)]).total
     settled = _SETTLED_ROUNDS * pp
-    if forward.shape[1] > 1 or n <= settled + 2 * pp:
+    if num_micro > 1 or n <= settled + 2 * pp:
         return _longest(build(pp, vpp, n), forward, backward, hop)
     first = settled + (n - settled) % pp
     short, longer = (_longest(build(pp, vpp, m), forward, backward, hop) for m in (first, first + pp))
     return short + (longer - short) * ((n - first) // pp)
 
 
-def _longest(schedule: Schedule, forward, backward, hop):
-    num_micro = forward.shape[1]
-    micro = schedule.micro % num_micro
-    took = np.where(schedule.is_backward, backward[:, micro, schedule.chunk], forward[:, micro, schedule.chunk])
-    last = forward.shape[2] - 1
+def _longest(schedule: Schedule, forward: Work, backward: Work, hop):
+    micro = schedule.micro % forward.device.shape[1]
+
+    def of_work(there, back):
+        return np.where(schedule.is_backward, back[:, micro, schedule.chunk], there[:, micro, schedule.chunk]).T
+
+    work = Work(*map(of_work, vars(forward).values(), vars(backward).values()))
+    last = forward.device.shape[2] - 1
     padded = np.concatenate([hop, [0.0]])
     # into chunk c: forward from c - 1 over hop[c - 1], backward from c + 1 over hop[c]; the last backward is at home
     travel = np.where(
@@ -147,12 +154,13 @@ def _longest(schedule: Schedule, forward, backward, hop):
         np.where(schedule.chunk == last, 0.0, padded[schedule.chunk]),
         np.where(schedule.chunk == 0, 0.0, padded[schedule.chunk - 1]),
     )
-    done = np.zeros((len(schedule.chunk) + 1, len(took)))
-    took = took.T
+    device, host = np.zeros((2, len(schedule.chunk) + 1, work.device.shape[1]))
     for level in schedule.levels:
-        arrived = done[schedule.source[level]] + travel[level, None]
-        done[level] = np.maximum(done[schedule.before[level]], arrived) + took[level]
-    return done.max(0)
+        before = schedule.before[level]
+        free, launched = np.maximum(device[before], device[schedule.source[level]] + travel[level, None]), host[before]
+        device[level] = np.maximum(free + work.device[level], launched + work.launched[level])
+        host[level] = np.maximum(free + work.waited[level], launched + work.host[level])
+    return np.maximum(device, host).max(0)
 
 
 @functools.lru_cache(maxsize=65536)
