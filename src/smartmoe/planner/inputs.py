@@ -40,7 +40,8 @@ def read_cluster(text: str, folder: Path) -> tuple[ClusterSpec, described.Rates 
         raise ValueError(f'unknown cluster "{text}"; {hint}')
     table = dict(read_table(path))
     rates = table.pop("rates", None)
-    table.pop("slurm", None)  # how a site's jobs are submitted, which plans do not depend on
+    for launching in ("slurm", "machine"):  # how runs are started, which plans do not depend on
+        table.pop(launching, None)
     cluster = from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
     return cluster, None if rates is None else from_dict(described.Rates, rates, f"{path}: rates"), path
 
