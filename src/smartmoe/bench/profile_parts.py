@@ -84,11 +84,12 @@ def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: s
 
 def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited: bool) -> Step:
     """The naive gate, or with `limited` a gate with capacity and balance loss, statistics of this rank alone; then what the
-    layer makes of its choice: slots, and counts for whoever watches."""
+    layer makes of its choice: slots, and counts for whoever watches. Backward ends with the sum of what comes to x from the
+    gate and what comes through the experts."""
     model = ModelConfig(hidden_size=width, num_heads=1, num_experts=experts, top_k=top_k, seq_len=tokens)
     config = GateConfig(kind="gshard" if limited and top_k == 2 else "naive", capacity=1.2 if limited else None)
     module = build_gate(model, config, layer_idx=0, seed=1, seq_len=tokens, device=site.world.device)
-    x_TD = site.randn(tokens, width, grad=True)
+    x_TD, grad_TD = site.randn(tokens, width, grad=True), site.randn(tokens, width)
     token_id = torch.arange(tokens, device=site.world.device)
     params = [p for p in module.parameters()]
     slot_of_expert_E = torch.arange(experts, device=site.world.device)
@@ -98,8 +99,9 @@ def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited:
         slots_of(routing.expert_idx_TK, slot_of_expert_E.unsqueeze(1))
         count_slots(routing.expert_idx_TK, experts)
         out = routing.weight_TK.sum() + routing.balance_loss
+        experts_side = x_TD.view_as(x_TD)
         mark()
-        torch.autograd.grad(out, [x_TD, *params], allow_unused=True)
+        torch.autograd.grad([out, experts_side], [x_TD, *params], [None, grad_TD], allow_unused=True)
 
     return step
 
