@@ -13,15 +13,15 @@ LAYERS = {
     "ops": 2,
     "gates": 3, "dispatch": 3,
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
-    "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5,
+    "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
-    "cli": 7,
+    "cli": 7, "sequence": 7,
 }  # fmt: skip
 TORCH_FREE = {
     "config", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner", "systems",
     "load_map",
 }  # fmt: skip
-ENTRY_POINTS = {"train", "bench", "hosts", "cli"}
+ENTRY_POINTS = {"train", "bench", "hosts", "cli", "sequence"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
     ("layer", "replicas"), ("slow_links", "slow_links_kernel"),

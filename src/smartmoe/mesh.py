@@ -101,6 +101,16 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
     )
 
 
+def shared_mesh(meshes: dict[ParallelPlan, Mesh] | None, plan: ParallelPlan, device: torch.device) -> Mesh:
+    """The mesh of `plan` among those that earlier runs of this process made, added to them when it is new; None = make one.
+    Collective over the world."""
+    if meshes is None:
+        return build_mesh(plan, device)
+    if plan not in meshes:
+        meshes[plan] = build_mesh(plan, device)
+    return meshes[plan]
+
+
 def second_expert_group(mesh: Mesh) -> dist.ProcessGroup | None:
     """Another communicator for the ranks of mesh.ep_group, so that two kinds of exchanges need not wait for each other;
     None where that is None. Collective over the world."""

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 
 from smartmoe import checkpoint, record
-from smartmoe.config import RunConfig, check, from_dict
+from smartmoe.config import ParallelPlan, RunConfig, check, from_dict
 from smartmoe.data import TokenDataset, load_tokens
 from smartmoe.gpt import flops_per_token
 from smartmoe.load_map import load_line
-from smartmoe.mesh import build_mesh
+from smartmoe.mesh import Mesh, shared_mesh
 from smartmoe.online import is_due
 from smartmoe.slow_links import slow_links
 from smartmoe.timing import LayerTimer
@@ -38,7 +38,8 @@ INTERRUPTED = 143  # 128 + SIGTERM: what a shell reports of a job that was asked
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, meshes: dict[ParallelPlan, Mesh] | None = None) -> int:
+    """meshes: the process groups of earlier runs of this process; the world is there already then, and stays."""
     parser = argparse.ArgumentParser(prog="python -m smartmoe.train", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="directory with run.json, whose config is trained")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in RUN_DIR, if any")
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     world_rank = int(os.environ.get("RANK", "0"))
     try:
-        return _run(args, world_rank)
+        return _run(args, meshes)
     except Exception as error:
         fail(args.run_dir, world_rank, error)
 
@@ -61,18 +62,22 @@ def fail(run_dir: Path, world_rank: int, error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def _run(args: argparse.Namespace, world_rank: int) -> int:
+def _run(args: argparse.Namespace, meshes: dict[ParallelPlan, Mesh] | None) -> int:
     run = record.read_run(args.run_dir)
     config = check(from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config"), str(args.run_dir))
     device = start_world(config)
     extra = {} if args.cache is None else {"cache_dir": args.cache}
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
     with _explained_memory(config, device):
-        return _train_on(args, config, device, tokens)
+        mesh = shared_mesh(meshes, config.plan, device)
+        code = _train_on(args, config, mesh, tokens)
+    if meshes is None and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
 
 
-def _train_on(args: argparse.Namespace, config: RunConfig, device: torch.device, tokens: TokenDataset) -> int:
-    mesh = build_mesh(config.plan, device)
+def _train_on(args: argparse.Namespace, config: RunConfig, mesh: Mesh, tokens: TokenDataset) -> int:
     trainer = Trainer(config, mesh, tokens)
     notes: list[str] = []
     found = checkpoint.newest_good(args.run_dir / "checkpoints", notes.append) if args.resume else None
@@ -81,14 +86,13 @@ def _train_on(args: argparse.Namespace, config: RunConfig, device: torch.device,
         notes.append(f"resumed from checkpoint {found.name}")
     with slow_links(config.cluster.slow_links_gbytes_per_s):
         interrupted = train(trainer, args.run_dir, resumed=found is not None, notes=notes)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    trainer.close()
     return INTERRUPTED if interrupted else 0
 
 
-def start_world(config: RunConfig) -> torch.device:
-    """Join the world that torchrun started and return this rank's device. Raises ValueError when GPUs or ranks lack."""
+def start_world(config: RunConfig, alone: bool = False) -> torch.device:
+    """Join the world that torchrun started, unless this process has, and return this rank's device. Raises ValueError when GPUs
+    or ranks lack. alone: a world of one rank is one, too."""
     if config.cluster.device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -99,7 +103,7 @@ def start_world(config: RunConfig) -> torch.device:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-    if config.plan.world_size > 1:
+    if (config.plan.world_size > 1 or alone) and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:
             raise ValueError(
                 f"plan {config.plan.describe()} needs {config.plan.world_size} ranks: start it with torchrun"
@@ -119,6 +123,8 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
     is_writer = trainer.mesh.world_rank == 0
     writer = record.RunWriter(run_dir, keep_through=trainer.iteration if resumed else None) if is_writer else None
     timer = LayerTimer(trainer.layers, trainer.mesh.device) if config.record_spans else None
+    if timer:
+        trainer.graphs.join(timer)
     stop: list[int] = []
     asks = (signal.SIGTERM, signal.SIGUSR1)
     previous = [signal.signal(number, lambda signum, frame: stop.append(signum)) for number in asks]
@@ -133,6 +139,9 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
 
     for note in notes:
         tell(note)
+    trainer.graphs.tell = tell
+    if config.cluster.device == "cuda" and trainer.graphs.reason:
+        tell(f"CUDA graph: micro-batches run without, {trainer.graphs.reason}")
     if is_writer:
         print(progress.opening(config), flush=True)
     try:

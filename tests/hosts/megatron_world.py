@@ -112,16 +112,12 @@ def worlds() -> dict[int, list[Case]]:
 
 def run_case(case: Case, folder: Path) -> None:
     """Train as a user would, from weights that depend on their names alone, written to folder/<case's name>."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.training import training
-
     from smartmoe.hosts.megatron import pretrain_gpt, run
 
     words = [word for key, value in SIZES.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in FLAGS if not (flag == "smartmoe-text" and "--mock-data" in case.words)]
     own = [word.format(folder=folder, group=case.name.split("-")[0]) for word in case.words]
     sys.argv = ["pretrain_gpt", *words, *own, "--smartmoe", case.system, "--smartmoe-run", str(folder / case.name)]
-    originals = {name: getattr(training, name) for name in ("train_step", "save_checkpoint", "load_checkpoint")}
     describe = pretrain_gpt.model_config
     if case.system != LAUNCHED:
         pretrain_gpt.model_config = partial(_with_equal_weights, describe)
@@ -130,17 +126,15 @@ def run_case(case: Case, folder: Path) -> None:
             if dist.get_rank() == 0:
                 record.create_run(folder / case.name, case.name, to_dict(launched_config()), [])
             dist.barrier()
-            run.main([str(folder / case.name)])
+            run.main([str(folder / case.name)], stay=True)
         else:
             assert pretrain_gpt.main() == 0
     except SystemExit as ended:
         assert not ended.code
     finally:
         pretrain_gpt.model_config = describe
-        for name, original in originals.items():
-            setattr(training, name, original)
-        get_moe_metrics_tracker().clear()
-        training.destroy_global_state()
+        if case.system != LAUNCHED:
+            run.forget()
 
 
 def launched_config():

@@ -25,10 +25,10 @@ from smartmoe.bench.measure import describe_failure, run_in_world
 from smartmoe.bench.replay_compare import CASES, MODES, compare, shape_of
 from smartmoe.bench.replay_layer import ReplayedLayer
 from smartmoe.bench.report import add_options, at_least, checked
-from smartmoe.config import DISPATCHERS, RunConfig, check, from_dict
+from smartmoe.config import DISPATCHERS, ParallelPlan, RunConfig, check, from_dict
 from smartmoe.layer import MoELayer
 from smartmoe.load_map import fullest_over_mean
-from smartmoe.mesh import Mesh, build_mesh
+from smartmoe.mesh import Mesh, shared_mesh
 from smartmoe.placement import Placement
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace, read_trace
@@ -37,9 +37,10 @@ from smartmoe.train import start_world
 NUM_WARMUP_STEPS = 2  # before the first step that is recorded: connections, allocations
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, meshes: dict[ParallelPlan, Mesh] | None = None) -> int:
+    """meshes: see `smartmoe.train.main`."""
     args = parse_args(argv)
-    return run_in_world(args, compare) if args.run_dir is None else _replay_run(args)
+    return run_in_world(args, compare) if args.run_dir is None else _replay_run(args, meshes)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -79,20 +80,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _replay_run(args: argparse.Namespace) -> int:
+def _replay_run(args: argparse.Namespace, meshes: dict[ParallelPlan, Mesh] | None) -> int:
     with describe_failure(args.run_dir):
         run = record.read_run(args.run_dir)
         config = from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config")
         config, trace = open_trace(check(config, str(args.run_dir)), args.run_dir)
         device = start_world(config)
-        mesh = build_mesh(config.plan, device)
+        mesh = shared_mesh(meshes, config.plan, device)
         num_layers = trace.counts.shape[2]
         layer_idx = num_layers // 2 if args.layer is None else args.layer
         if not 0 <= layer_idx < num_layers:
             raise ValueError(f"--layer {layer_idx}: the trace has layers 0 .. {num_layers - 1}")
         with slow_links(config.cluster.slow_links_gbytes_per_s):
             replay(config, trace, layer_idx, mesh, args.run_dir)
-        if dist.is_initialized():
+        if meshes is None and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
     return 0

@@ -36,7 +36,8 @@ from smartmoe.train import Progress, fail, write_iteration
 from smartmoe.trainer import IterationResult
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stay: bool = False) -> int:
+    """stay: other runs follow in this process and its world."""
     parser = argparse.ArgumentParser(
         prog="python -m smartmoe.hosts.deepspeed.pretrain_gpt", description="Train a run with DeepSpeed."
     )
@@ -48,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         _run(args)
     except Exception as error:
         fail(args.run_dir, world_rank, error)
-    dist.barrier()
-    dist.destroy_process_group()
+    if not stay:
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 

@@ -85,6 +85,8 @@ def train(args, run: RunConfig) -> None:
         good = isinstance(error, SystemExit) and not error.code
         session.finish("ok" if good else "failed", "" if good else f"{type(error).__name__}: {error}")
         raise
+    finally:
+        session.uninstall()
     session.finish()
 
 

@@ -18,7 +18,8 @@ from smartmoe.hosts.megatron.limits import problems, words
 from smartmoe.train import fail
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stay: bool = False) -> int:
+    """stay: other runs follow in this process and its world."""
     parser = argparse.ArgumentParser(
         prog="python -m smartmoe.hosts.megatron.run", description="Train with Megatron-LM."
     )
@@ -32,7 +33,18 @@ def main(argv: list[str] | None = None) -> int:
         _run(args)
     except Exception as error:
         fail(args.run_dir, int(os.environ.get("RANK", "0")), error)
+    if stay:
+        forget()
     return 0
+
+
+def forget() -> None:
+    """Take out of Megatron's modules what the last run left there: arguments, process groups, counters."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.training import training
+
+    get_moe_metrics_tracker().clear()
+    training.destroy_global_state()
 
 
 def _run(args: argparse.Namespace) -> None:

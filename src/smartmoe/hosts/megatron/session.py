@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,11 +42,18 @@ class Session:
         self.online: MegatronPlacement | None = None
         self._copies = Copies([], None)
         self._is_started = self._is_stepping = self._is_launched = False
+        self._originals: dict[str, Callable] = {}
 
     def install(self) -> None:
         """Wrap Megatron's functions of this process: train_step, save_checkpoint, load_checkpoint."""
         for name in ("train_step", "save_checkpoint", "load_checkpoint"):
-            setattr(training, name, _wrapped(getattr(training, name), getattr(self, "_" + name)))
+            self._originals[name] = getattr(training, name)
+            setattr(training, name, _wrapped(self._originals[name], getattr(self, "_" + name)))
+
+    def uninstall(self) -> None:
+        """Put Megatron's own functions back, for the next run of this process."""
+        for name, original in self._originals.items():
+            setattr(training, name, original)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -143,7 +151,7 @@ class Session:
             provenance = record.provenance(**facts, **_device_name())
             record.create_run(self.run_dir, name, to_dict(self.run), [], provenance=provenance)
         run = record.read_run(self.run_dir)
-        self._is_launched = run["status"] != "pending"
+        self._is_launched = run["status"] != "pending" or "entry" in run.get("provenance", {})
         if not self._is_launched:
             record.set_status(self.run_dir, "running")
         self._writer = record.RunWriter(self.run_dir, keep_through=iteration or None)
