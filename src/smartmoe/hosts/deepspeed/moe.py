@@ -55,8 +55,9 @@ class DeepSpeedMoE(MoE):
         gate, experts = self.deepspeed_moe.gate, self.deepspeed_moe.experts.deepspeed_experts
         with torch.no_grad():
             gate.wg.weight.copy_(router_values(model, config.workload.seed, layer_idx))
-            for place, logical in zip(experts, _experts_of_this_rank(model.num_experts, ep), strict=True):
-                _copy_expert(place, _values(config, layer_idx, logical, device))
+            values = _values(config, layer_idx, tuple(_experts_of_this_rank(model.num_experts, ep)), device)
+            for slot, place in enumerate(experts):
+                _copy_expert(place, values, slot)
 
     def forward(self, x_BTD, token_id_BT):
         y_BTD, balance_loss, count_E = super().forward(x_BTD)
@@ -89,16 +90,17 @@ def _experts_of_this_rank(num_experts: int, ep: int) -> range:
     return range(first, first + count)
 
 
-def _values(config: RunConfig, layer_idx: int, logical: int, device) -> tuple[torch.Tensor | None, ...]:
+def _values(config: RunConfig, layer_idx: int, logical: tuple[int, ...], device) -> tuple[torch.Tensor | None, ...]:
+    """Initial weights of the experts `logical` in one piece, which are drawn side by side."""
     seed = config.workload.seed
     experts = Experts(
-        config.model, (logical,), impl="loop", layer_idx=layer_idx, seed=seed, dtype=torch.float32, device=device
+        config.model, logical, impl="loop", layer_idx=layer_idx, seed=seed, dtype=torch.float32, device=device
     )
     return experts.weights()
 
 
-def _copy_expert(expert: Expert, values: tuple[torch.Tensor | None, ...]) -> None:
+def _copy_expert(expert: Expert, values: tuple[torch.Tensor | None, ...], slot: int) -> None:
     w1_LDF, b1_LF, w2_LFD, b2_LD = values
-    expert.up.weight.copy_(w1_LDF[0].t()), expert.down.weight.copy_(w2_LFD[0].t())
+    expert.up.weight.copy_(w1_LDF[slot].t()), expert.down.weight.copy_(w2_LFD[slot].t())
     if b1_LF is not None:
-        expert.up.bias.copy_(b1_LF[0]), expert.down.bias.copy_(b2_LD[0])
+        expert.up.bias.copy_(b1_LF[slot]), expert.down.bias.copy_(b2_LD[slot])
