@@ -65,7 +65,7 @@ def both(*args, **kwargs) -> list[Run]:
 # The same losses and experts from all of these.
 PARITY = {
     1: [*both(1, 0), *both(1, 2)],
-    2: [*both(1, 0), *both(2, 1), *both(2, 2)],
+    2: [*both(1, 0), *both(2, 1), *both(2, 2), *both(2, 2, words=("--capture", "both"))],
     4: [*both(1, 0), *both(1, 2), *both(2, 1), *both(2, 2), *both(4, 2)],
 }
 # The same from each pair. Without ZeRO, DeepSpeed clips by the mean of the ranks' gradient norms, which depends on where

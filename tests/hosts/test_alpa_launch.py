@@ -43,6 +43,8 @@ def test_usage_names_the_numbers_of_gpus(capsys):
         ("do not fill nodes of 3", ["4", "--gpus-per-node", "3"]),
         ("--iterations", ["4", "--iterations", "0"]),
         ("--dropout", ["4", "--dropout", "1"]),
+        ("leave --no-recompute out", ["4", "--capture", "both", "--no-recompute"]),
+        ("take --dispatcher direct or padded", ["4", "--capture", "smartmoe", "--dispatcher", "basic"]),
     ],
 )
 def test_bad_usage_is_said(capsys, problem, words):

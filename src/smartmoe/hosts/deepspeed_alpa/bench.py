@@ -23,7 +23,7 @@ from smartmoe.hosts.deepspeed.text import micro_batch
 from smartmoe.hosts.deepspeed_alpa import options, report
 from smartmoe.hosts.deepspeed_alpa.engine import engine_config, make_optimizer
 from smartmoe.hosts.deepspeed_alpa.model import MoETransformer
-from smartmoe.hosts.deepspeed_alpa.moe import build_moe, layer_config
+from smartmoe.hosts.deepspeed_alpa.moe import build_moe, check_waits_for_nothing, layer_config
 from smartmoe.hosts.deepspeed_alpa.suites import Case
 
 
@@ -44,6 +44,12 @@ def build(args: argparse.Namespace, case: Case, device: torch.device):
     engine = make_engine(model, optimizer, engine_config(case, args.zero, args.precision))
     # other noise on every rank, the same for both back ends
     torch.manual_seed(args.seed + dist.get_rank())
+    if args.backend in options.captured_backends(args):
+        if device.type == "cuda":
+            check_waits_for_nothing(model)
+        shape = case.micro_batch_size, case.model.seq_len
+        token_id_BT = torch.arange(shape[0] * shape[1], device=device).view(shape)
+        engine.module.capture(token_id_BT % case.model.vocab_size, token_id_BT)
     return engine
 
 

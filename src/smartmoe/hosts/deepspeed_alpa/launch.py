@@ -95,7 +95,8 @@ def describe(args: argparse.Namespace, case: Case) -> str:
         f"{model.hidden_size}, {model.num_experts} experts\n"
         f"{case.num_gpus} GPUs: dp {case.num_gpus}, ep {case.ep}, expert-dp {case.expert_dp}, {case.num_micro_batches} "
         f"micro-batches of {case.micro_batch_size} sequences, {case.tokens:,} tokens an iteration, {pflops:.3g} PFLOP\n"
-        f"ZeRO-{args.zero}, {args.precision}, {args.optimizer}, capacity {case.capacity} of {case.group_size} tokens"
+        f"ZeRO-{args.zero}, {args.precision}, {args.optimizer}, capacity {case.capacity} of {case.group_size} tokens; "
+        f"captured in CUDA graphs: {' and '.join(options.captured_backends(args)) or 'nothing'}"
     )
 
 

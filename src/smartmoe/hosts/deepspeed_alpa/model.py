@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from smartmoe.config import ModelConfig
 from smartmoe.hosts.deepspeed.moe import Expert
+from smartmoe.hosts.deepspeed_alpa.capture import CapturedBlock, capture_blocks, noise_of
 from smartmoe.layer import INIT_STD
 from smartmoe.ops.hashing import make_key
 
@@ -73,6 +74,7 @@ class MoETransformer(nn.Module):
     ):
         super().__init__()
         self.seq_len, self.balance_weight, self.recompute = model.seq_len, balance_weight, recompute
+        self.captured: list[CapturedBlock] = []
         self.token_embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.position_embedding = nn.Embedding(model.seq_len, model.hidden_size)
         self.blocks = nn.ModuleList(
@@ -88,10 +90,10 @@ class MoETransformer(nn.Module):
         token_BT, target_BT: [B, T] int64, the tokens and the next ones; token_id_BT: [B, T] int64, sample * T + position.
         Collective over the expert groups.
         """
-        x_BTD = self.dropout(self.token_embedding(token_BT) + self.position_embedding(token_id_BT % self.seq_len))
+        x_BTD = self._embed(token_BT, token_id_BT)
         balance_loss = x_BTD.new_zeros((), dtype=torch.float32)
-        for block in self.blocks:
-            if self.recompute and self.training:
+        for block in self.captured if self.captured and self.training else self.blocks:
+            if self.recompute and self.training and not self.captured:
                 # every rank must repeat the same collectives, so recomputation is never cut short
                 with set_checkpoint_early_stop(False):
                     x_BTD, block_loss = checkpoint(block, x_BTD, token_id_BT, use_reentrant=False)
@@ -101,6 +103,19 @@ class MoETransformer(nn.Module):
         logits_SV = F.linear(self.final_norm(x_BTD), self.token_embedding.weight).flatten(0, 1).float()
         loss = F.cross_entropy(logits_SV, target_BT.flatten())
         return loss + self.balance_weight * balance_loss if self.balance_weight else loss
+
+    def _embed(self, token_BT, token_id_BT):
+        return self.dropout(self.token_embedding(token_BT) + self.position_embedding(token_id_BT % self.seq_len))
+
+    def capture(self, token_BT: torch.Tensor, token_id_BT: torch.Tensor) -> None:
+        """Train from CUDA graphs of the blocks from now on (`capture`), for micro-batches of these shapes. Parameters must be
+        in their final dtype and place. Collective over the expert groups."""
+        noise = noise_of(token_BT.device)
+        before = noise.get()
+        with torch.no_grad():
+            x_BTD = self._embed(token_BT, token_id_BT)
+        noise.set(before)
+        self.captured = capture_blocks(self.blocks, x_BTD, token_id_BT, needs_loss=bool(self.balance_weight))
 
 
 @torch.no_grad()

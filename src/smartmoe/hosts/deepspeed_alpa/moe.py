@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.dispatch.basic import BasicDispatcher
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import Gate, Tokens
 from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
@@ -99,6 +100,16 @@ class SmartMoE(MoE):
 
     def forward(self, x_BTD, token_id_BT):
         return self.layer(x_BTD, token_id_BT)
+
+
+def check_waits_for_nothing(model: nn.Module) -> None:
+    """Raise ValueError when an exchange in `model` makes the host wait for the device, so that it cannot be captured."""
+    for module in model.modules():
+        if isinstance(module, SmartMoE) and isinstance(module.layer.dispatcher, BasicDispatcher):
+            raise ValueError(
+                "--capture: the ranks do not reach each other's memory, and the exchange that is left makes the host wait for "
+                "sizes: take --dispatcher padded, or leave --capture out"
+            )
 
 
 def build_moe(backend: str, config: RunConfig, layer_idx: int, *, sample: bool, device) -> MoE:

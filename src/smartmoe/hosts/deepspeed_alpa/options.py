@@ -13,6 +13,7 @@ OPTIMIZERS = ("adafactor", "adafactor-momentum", "adamw")
 PRECISIONS = ("fp16", "bf16", "fp32")
 LAUNCHERS = ("torchrun", "deepspeed", "slurm")
 DISPATCHERS = ("auto", "basic", "direct", "padded")
+CAPTURES = {"none": (), "smartmoe": ("smartmoe",), "both": BACKENDS}  # back ends whose blocks are captured
 TSV_NAME = "deepspeed_results_e2e.tsv"
 
 
@@ -54,6 +55,10 @@ def _add_training(group) -> None:
     group.add_argument("--dropout", type=float, default=0.1, help="default: %(default)s")
     group.add_argument("--no-recompute", action="store_true", help="keep activations instead of computing them twice")
     group.add_argument("--dispatcher", choices=DISPATCHERS, default="auto", help="SmartMoE's (default: %(default)s)")
+    group.add_argument(
+        "--capture", choices=CAPTURES, default="none",
+        help="back ends whose blocks run from CUDA graphs (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text, or Megatron .bin/.idx prefixes")
     group.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
 
@@ -98,8 +103,17 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--iterations and --gpus-per-node must be at least 1, --warmup at least 0")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout} must be in 0 .. 1")
+    if args.capture != "none" and args.no_recompute:
+        raise ValueError("--capture computes blocks again in the backward pass: leave --no-recompute out")
+    if args.capture != "none" and args.dispatcher == "basic":
+        raise ValueError("--capture needs an exchange for which the host does not wait: take --dispatcher direct or padded")
     if args.num_gpus > args.gpus_per_node and args.num_gpus % args.gpus_per_node:
         raise ValueError(f"{args.num_gpus} GPUs do not fill nodes of {args.gpus_per_node}")
+
+
+def captured_backends(args: argparse.Namespace) -> tuple[str, ...]:
+    """The back ends whose blocks are captured."""
+    return CAPTURES[args.capture]
 
 
 def rank_arguments(args: argparse.Namespace, backend: str) -> list[str]:
