@@ -31,6 +31,9 @@ def test_products_are_those_of_a_layer_s_forward_and_backward(activation):
             torch.testing.assert_close(bench.call(product, "torch")()[part], want)
         torch.testing.assert_close(bench.call("weight_second", "torch")()[slot], act.T @ grad)
         torch.testing.assert_close(bench.call("weight_first", "torch")()[slot], rows.T @ hidden)
+        add = bench.call("weight_first+sum", "torch")
+        add()
+        torch.testing.assert_close(add()[slot], 2 * rows.T @ hidden)
         torch.testing.assert_close(bench.call("first+act", "torch")()[0][part], rows @ first)
         assert bench.call("back_second+act", "torch")()[0].shape == bench.hidden_RW.shape
 
@@ -45,6 +48,8 @@ def test_the_fullest_rank_is_measured_against_the_larger_floor():
     assert alone.floor_ms("first", 700, 1e-3) == pytest.approx(num_bytes / 1e6)
     assert alone.floor_ms("first+act", 700, 1e-3) == pytest.approx((num_bytes + 4 * 80 * 24) / 1e6)
     assert alone.floor_ms("back_second+act", 700, 1e-3) == pytest.approx((num_bytes + 8 * 80 * 24) / 1e6)
+    num_bytes += 4 * 6 * 16 * 24  # read as well
+    assert alone.floor_ms("weight_first+sum", 700, 1e-3) == pytest.approx(num_bytes / 1e6)
     assert alone.floor_ms("first", 1e-3, 1e9) == pytest.approx(2 * 80 * 16 * 24 / 1e6)
 
 

@@ -201,7 +201,8 @@ def test_products_end_and_are_right(sizes, activation, bias):
         want[start:stop] = rows[start:stop].float() @ first[slot].float()
         want_act[start:stop] = rows[start:stop].float() @ second[slot].float().T
         parts.append(rows[start:stop].float().T @ hidden[start:stop].float())
-    close_in_norm(kernels.multiply_slots(rows, hidden, end), torch.stack(parts).double(), torch.bfloat16, "weights")
+    weights = kernels.multiply_slots(rows, hidden, end, None, False)
+    close_in_norm(weights, torch.stack(parts).double(), torch.bfloat16, "weights")
     turned = first.transpose(1, 2).contiguous()
     for _ in range(10):
         plain = kernels.multiply_rows(rows, first, None, end, False)
@@ -226,6 +227,42 @@ def test_products_end_and_are_right(sizes, activation, bias):
         close_in_norm(grad_b1, sums, torch.bfloat16, "gradient of the bias")
         for _ in range(3):
             assert torch.equal(kernels.multiply_slope(rows, second, b1, end, hidden, activation, False)[2], grad_b1)
+
+
+# slots, mean rows, rows and columns of a slot's result: all of a tile's edges; the trainer's, many tiles a block
+TOTAL_SIZES = [(5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40), (16, 1024, 1536, 3072), (3, 100, 128, 136)]
+
+
+@pytest.mark.parametrize("sizes", TOTAL_SIZES, ids=str)
+def test_products_of_slots_are_written_or_added_in_float32(sizes):
+    """Of all slots, of some, of none; the first time over NaN; empty slots; the same bits again."""
+    num_slots, mean, height, width = sizes
+    torch.manual_seed(3)
+    count = (torch.rand(num_slots) * 2 * mean).long()
+    count[1] = 0
+    end = count.cumsum(0).int().cuda()
+    if extension.products_for(torch.empty(1, 8, device="cuda", dtype=torch.bfloat16)) is None:
+        pytest.skip("the extension was not built for 9.0a, or this is another GPU")
+    parts, inputs = [], []
+    for _ in range(3):
+        inputs.append([torch.randn(int(count.sum()) + 77, size, device="cuda").bfloat16() for size in (height, width)])
+        rows, grad = inputs[-1]
+        bounds = zip([0, *end.tolist()], end.tolist(), strict=False)
+        parts.append(torch.stack([rows[a:b].float().T @ grad[a:b].float() for a, b in bounds]))
+        for tensor in inputs[-1]:
+            tensor[int(count.sum()) :] = float("nan")
+    for num_totals in {num_slots, num_slots - 2, 1}:
+        seen = []
+        for _ in range(2):
+            total = torch.full((num_totals, height, width), float("nan"), device="cuda")
+            for turn, (rows, grad) in enumerate(inputs):
+                rest = extension._C.multiply_slots(rows, grad, end, total, turn == 0)
+                assert rest.shape == (num_slots - num_totals, height, width)
+                close_in_norm(rest, parts[turn][num_totals:].double(), torch.bfloat16, "rest")
+            seen.append(total)
+        assert torch.equal(*seen)
+        want = sum(part[:num_totals].double() for part in parts)
+        assert (total.double() - want).norm() <= 1e-4 * want.norm() and not total[1:2].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

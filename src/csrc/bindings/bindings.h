@@ -45,6 +45,8 @@ std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor
 std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
                                                   const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
                                                   const std::string& activation, bool reuse);
-Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L);
+// The sums of the first slots go into total (float32, may be absent), written if is_first, else added; returns the others'.
+Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,
+                      bool is_first);
 
 }  // namespace smartmoe::bindings

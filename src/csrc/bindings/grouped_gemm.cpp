@@ -88,16 +88,26 @@ std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const T
   return {grad_hidden, act, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
 }
 
-Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L) {
+Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,
+                      bool is_first) {
   check(rows_RX, "rows_RX", 2, at::kBFloat16);
   check(grad_RY, "grad_RY", 2, at::kBFloat16);
   check(end_L, "end_L", 1, at::kInt);
   TORCH_CHECK(rows_RX.size(0) == grad_RY.size(0) && rows_RX.size(0) > 0, "rows_RX and grad_RY: expected as many rows");
+  const int64_t num_slots = end_L.size(0), num_totals = total_LXY ? total_LXY->size(0) : 0;
+  if (total_LXY) {
+    check(*total_LXY, "total_LXY", 3, at::kFloat);
+    TORCH_CHECK(num_totals <= num_slots, "total_LXY: expected at most ", num_slots, " slots, got ", num_totals);
+    check_size(*total_LXY, "total_LXY", {num_totals, rows_RX.size(1), grad_RY.size(1)});
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(total_LXY->const_data_ptr()) % 16 == 0, "total_LXY: expected 16-byte alignment");
+  }
   const c10::cuda::CUDAGuard guard(rows_RX.device());
-  Tensor out = at::empty({end_L.size(0), rows_RX.size(1), grad_RY.size(1)}, rows_RX.options());
+  Tensor out = at::empty({num_slots - num_totals, rows_RX.size(1), grad_RY.size(1)}, rows_RX.options());
   checked(smartmoe::multiply_slots(rows_RX.const_data_ptr(), grad_RY.const_data_ptr(), end_L.const_data_ptr<int>(),
-                                   end_L.size(0), out.mutable_data_ptr(), empty_counter(rows_RX).mutable_data_ptr<int>(),
-                                   rows_RX.size(0), rows_RX.size(1), grad_RY.size(1), stream()),
+                                   num_slots, out.mutable_data_ptr(),
+                                   total_LXY ? total_LXY->mutable_data_ptr<float>() : nullptr, num_totals, is_first,
+                                   empty_counter(rows_RX).mutable_data_ptr<int>(), rows_RX.size(0), rows_RX.size(1),
+                                   grad_RY.size(1), stream()),
           "multiply_slots");
   return out;
 }

@@ -26,6 +26,7 @@ enum Kind { kRows, kRowsTransposed, kWeights };
 
 struct Sizes {
   int num_slots, rows, columns, depth;  // of a slot's result and matrix; rows counts for Weights, depth for the others
+  int num_totals, num_added;            // Weights: the first slots that go into totals, and those of them that are added
 };
 
 struct Pointers {
@@ -34,6 +35,7 @@ struct Pointers {
   __nv_bfloat16* act;           // the activation of out, or of hidden
   const __nv_bfloat16* hidden;  // what out is the gradient of; may be out itself
   float* partial;               // sums of those gradients over each piece, or null
+  float* total;                 // Weights: of the first slots, out has those behind
   int* counter;                 // tiles given away, 0 at first
 };
 
@@ -69,11 +71,16 @@ struct Walk {
       begin = slot ? end_L[slot - 1] : 0;
       end = end_L[slot];
       down = ((KIND == kWeights ? size.rows : end - begin) + kTileRows - 1) / kTileRows;
+      if (KIND == kWeights && begin == end && slot < size.num_added) down = 0;  // nothing to add
       num_tiles = down * ((size.columns + tile_columns - 1) / tile_columns);
     }
     const int local = index - first;
     tile = {slot, begin, end, local % down * kTileRows, local / down * tile_columns};
     return true;
+  }
+
+  __device__ __forceinline__ bool is_total(const Tile& tile) const {
+    return KIND == kWeights && tile.slot < size.num_totals;
   }
 
   // At least one, so that the result of an empty slot is written.

@@ -104,6 +104,35 @@ __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t sh
   threads_sync(3, 32 * kWriters);  // before the next sums are left there
 }
 
+// A writing warp's part of a tile in float32: the columns come in two parts.
+__device__ __forceinline__ void write_total(float* total, int pitch, int num_columns, int rows_left, bool is_first,
+                                            const Shared& at, int (&parity)[kWarpgroups]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int column = part * (kTileColumns / 2) + lane * 4;
+#pragma unroll
+    for (int half = 0; half < kWarpgroups; ++half) {
+      const int num_rows = min(64, rows_left - half * 64);
+      if (num_rows <= 0) break;
+      barrier_wait(at.done + half * 8, parity[half]);
+      parity[half] ^= 1;
+#pragma unroll 8
+      for (int row = warp; row < num_rows && column < num_columns; row += kWriters) {
+        const uint4 four = load_shared(at.piece(half, row, lane));
+        float* to = total + int64_t(half * 64 + row) * pitch + column;
+        if (is_first) {
+          *reinterpret_cast<uint4*>(to) = four;
+        } else {
+          add_global(to, four);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at.written + half * 8);
+    }
+  }
+}
+
 // A writing warp's part: every third row of each half of a tile, 16 bytes a thread and row. ACT kIdentity: the products, and
 // the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: the products are gradients of the
 // activation; written are those of its argument, and it.
@@ -132,6 +161,11 @@ __device__ __forceinline__ void write(const Pointers& pointers, Walk<KIND> walk,
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
     walk.seek(index, tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : tile.end - tile.begin) - tile.row;
+    if (walk.is_total(tile)) {
+      float* total = pointers.total + (int64_t(tile.slot) * walk.size.rows + tile.row) * columns + tile.column;
+      write_total(total, columns, columns - tile.column, rows_left, tile.slot >= walk.size.num_added, at, parity);
+      continue;
+    }
     const int column = tile.column + piece * 8;
     const bool valid = column < columns;
     Pair bias{};
@@ -141,7 +175,7 @@ __device__ __forceinline__ void write(const Pointers& pointers, Walk<KIND> walk,
       const int num_rows = min(64, rows_left - half * 64);
       if (num_rows <= 0) break;
       const int64_t above =
-          (KIND == kWeights ? int64_t(tile.slot) * walk.size.rows : tile.begin) + tile.row + half * 64;
+          (KIND == kWeights ? int64_t(tile.slot - walk.size.num_totals) * walk.size.rows : tile.begin) + tile.row + half * 64;
       // what is kTurns rows ahead of the one that is written is under way
       Pair hidden[kTurns];
       const auto load_hidden = [&](int row, int i) {

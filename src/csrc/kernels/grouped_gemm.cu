@@ -120,18 +120,39 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
     }
     products_wait<0>();
     release(last);
-    barrier_wait(at.written + warpgroup * 8, written_parity);
-    written_parity ^= 1;
-    // A thread has, in sums 4 j to 4 j + 3, columns 8 j + 2 (lane % 4) + {0, 1} of row lane / 4 and then of row lane / 4 + 8;
-    // its lane names a row of one of four 8 x 8 matrices.
-    const int row = thread % 128 / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const auto begin_writing = [&] {
+      barrier_wait(at.written + warpgroup * 8, written_parity);
+      written_parity ^= 1;
+    };
+    const auto end_writing = [&] {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(at.done + warpgroup * 8);
+    };
+    // A thread has, in sums 4 j to 4 j + 3, columns 8 j + 2 (lane % 4) + {0, 1} of row lane / 4 and then of row lane / 4 + 8.
+    const int first_row = thread % 128 / 32 * 16;
+    if (walk.is_total(tile)) {
+      // in float32 there is room for half of the columns
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        begin_writing();
+#pragma unroll
+        for (int i = 0; i < 64; i += 2) {
+          const int row = first_row + i / 2 % 2 * 8 + lane / 4, piece = i / 4 * 2 + lane % 4 / 2;
+          store_shared(at.piece(warpgroup, row, piece) + lane % 2 * 8, sum[part * 64 + i], sum[part * 64 + i + 1]);
+        }
+        end_writing();
+      }
+      continue;
+    }
+    begin_writing();
+    // its lane names a row of one of four 8 x 8 matrices
+    const int row = first_row + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
     for (int i = 0; i < 128; i += 8) {
       store_matrices(at.piece(warpgroup, row, i / 4 + lane / 16), pack_bf16(sum[i], sum[i + 1]),
                      pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]), pack_bf16(sum[i + 6], sum[i + 7]));
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at.done + warpgroup * 8);
+    end_writing();
   }
 }
 
@@ -239,10 +260,10 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
                     (transposed ? make_map(&map_b, weight_LXY, depth, width, num_slots, kTileColumns)
                                 : make_map(&map_b, weight_LXY, width, depth, num_slots, kDepth));
   if (!made) return cudaErrorInvalidValue;
-  const Sizes size{num_slots, 0, columns, depth};
+  const Sizes size{num_slots, 0, columns, depth, 0, 0};
   const Pointers pointers{static_cast<__nv_bfloat16*>(out_RY), static_cast<const __nv_bfloat16*>(bias_LY),
                           static_cast<__nv_bfloat16*>(act_RY), static_cast<const __nv_bfloat16*>(hidden_RY), partial_PY,
-                          counter};
+                          nullptr, counter};
   const auto run = [&](auto kernel) { return kernel(map_a, map_b, end_L, pointers, size, stream); };
   switch (activation) {
     case kIdentity:
@@ -258,7 +279,8 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
 }
 
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
-                           int* counter, int64_t num_rows, int rows, int columns, cudaStream_t stream) {
+                           float* total_LXY, int num_totals, bool is_first, int* counter, int64_t num_rows, int rows,
+                           int columns, cudaStream_t stream) {
   if (num_slots == 0) return cudaSuccess;
   CUtensorMap map_a, map_b;
   if (!make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) || !make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth)) {
@@ -266,8 +288,10 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
   }
   Pointers pointers{};
   pointers.out = static_cast<__nv_bfloat16*>(out_LXY);
+  pointers.total = total_LXY;
   pointers.counter = counter;
-  return launch<kWeights, kIdentity>(map_a, map_b, end_L, pointers, {num_slots, rows, columns, 0}, stream);
+  const Sizes size{num_slots, rows, columns, 0, num_totals, is_first ? 0 : num_totals};
+  return launch<kWeights, kIdentity>(map_a, map_b, end_L, pointers, size, stream);
 }
 
 }  // namespace smartmoe

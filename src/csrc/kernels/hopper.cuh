@@ -79,6 +79,17 @@ __device__ __forceinline__ void store_shared(uint32_t to, const float* four) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t to, float low, float high) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
+}
+
+// *to += four, where the sums lie: nothing is read here. to: of 16 bytes.
+__device__ __forceinline__ void add_global(float* to, const uint4& four) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(__uint_as_float(four.x)),
+               "f"(__uint_as_float(four.y)), "f"(__uint_as_float(four.z)), "f"(__uint_as_float(four.w))
+               : "memory");
+}
+
 // Products of a warpgroup.
 
 template <int REGISTERS>

@@ -91,8 +91,10 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
                           void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
                           int64_t num_rows, int depth, int columns, bool transposed, int activation, cudaStream_t stream);
 
-// out[l] = the sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot: [L, rows, columns]; as above.
+// The sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot, [rows, columns]; as above. Of the first num_totals
+// slots it becomes total[l] (float32, 16-byte aligned) or, unless is_first, is added to it; of the others out[l - num_totals].
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
-                           int* counter, int64_t num_rows, int rows, int columns, cudaStream_t stream);
+                           float* total_LXY, int num_totals, bool is_first, int* counter, int64_t num_rows, int rows,
+                           int columns, cudaStream_t stream);
 
 }  // namespace smartmoe

@@ -1,8 +1,9 @@
 """Time the products of the experts of one rank:  python -m smartmoe.bench.gemm [options]
 
-The six grouped products of a layer's forward and backward on rows sorted by expert, and the two that an activation goes
-with, each in two ways by turns in one process: "torch" is torch.nn.functional.grouped_mm (and the activation's own
-kernel), "own" the products of the extension, with the activation in the same pass.
+The six grouped products of a layer's forward and backward on rows sorted by expert, the two that an activation goes with,
+and the two that a trainer adds to float32 sums, each in two ways by turns in one process: "torch" is
+torch.nn.functional.grouped_mm (and a kernel for the activation or the sum), "own" the products of the extension, with that
+in the same pass.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from smartmoe.bench.measure import LeftAloneError, Timing, World, between, now, 
 from smartmoe.bench.report import DTYPES, Report, add_options, at_least, checked, dtype_of, settings_of, timing_of
 from smartmoe.bench.shapes import SHAPES, Shape, parse_shape
 from smartmoe.ops.activation import activate_rows, activate_rows_backward, widening
+from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.extension import products_for
 
 CEILINGS = {"cuda": (700.0, 4.18), "cpu": (0.0, 0.0)}  # TFLOP/s of products, TB/s of memory
@@ -32,6 +34,8 @@ PRODUCTS = {
     "back_first": "gradients of the first product's rows",
     "weight_second": "gradient of the second matrix",
     "weight_first": "gradient of the first matrix",
+    "weight_second+sum": "weight_second, added to the float32 sum over micro-batches",
+    "weight_first+sum": "weight_first, added to the float32 sum over micro-batches",
     "first+act": "first, and the activation",
     "back_second+act": "back_second, the gradient of the activation's argument, and the activation once more",
 }
@@ -66,19 +70,24 @@ class Bench:
         if way == "own" and own is None:
             return None
         end, activation = self.end_L, self.shape.activation
-        name, _, with_act = product.partition("+")
+        name, _, more = product.partition("+")
         rows, weight, transposed = {
             "first": (self.rows_RD, self.w1_LDW, False), "second": (self.act_RF, self.w2_LFD, False),
             "back_second": (self.grad_RD, self.w2_LFD, True), "back_first": (self.hidden_RW, self.w1_LDW, True),
             "weight_second": (self.act_RF, self.grad_RD, None), "weight_first": (self.rows_RD, self.hidden_RW, None),
         }[name]  # fmt: skip
         if transposed is None:
-            multiply = partial(own.multiply_slots, rows, weight, end) if way == "own" else None
-            return multiply or partial(F.grouped_mm, rows.t(), weight, offs=end)
+            multiply = partial(F.grouped_mm, rows.t(), weight, offs=end)
+            if more == "sum":
+                total = torch.zeros(len(end), rows.shape[1], weight.shape[1], device=end.device)
+                if way == "own":
+                    return lambda: (own.multiply_slots(rows, weight, end, total, False), total)[1]
+                return lambda: (accumulate_(total, multiply(), False), total)[1]
+            return partial(own.multiply_slots, rows, weight, end, None, False) if way == "own" else multiply
         turned = weight.transpose(1, 2) if transposed else weight
         multiply = partial(own.multiply_rows, rows, weight, None, end, transposed) if way == "own" else None
         multiply = multiply or partial(F.grouped_mm, rows, turned, offs=end)
-        if not with_act:
+        if not more:
             return multiply
         if name == "first":
             if way == "own":
@@ -95,12 +104,14 @@ class Bench:
         shape, copies = self.shape, self.num_rows
         factor = widening(shape.activation)
         ffn, width, slots = shape.ffn, shape.width, self.facts["num_slots"]
-        name, _, with_act = product.partition("+")
+        name, _, more = product.partition("+")
         wide = ffn * (factor if "first" in name else 1)
         num = copies * (width + wide) + slots * width * wide
-        if with_act:
+        if more == "act":
             num += copies * (ffn if name == "first" else 2 * factor * ffn)
         num_bytes = num * self.rows_RD.element_size()
+        if more == "sum":  # read and written in float32 instead
+            num_bytes += slots * width * wide * (2 * 4 - self.rows_RD.element_size())
         return max(2.0 * copies * width * wide / ceiling_tflops / 1e9, num_bytes / ceiling_tbytes / 1e9)
 
 
@@ -164,13 +175,13 @@ def measure(bench: Bench, product: str, world: World, timing: Timing, ceilings: 
 
 
 COLUMNS = (
-    "shape          routing     product            torch ms (p10 - p90)  TFLOP/s     own ms (p10 - p90)  TFLOP/s  "
+    "shape          routing     product              torch ms (p10 - p90)  TFLOP/s     own ms (p10 - p90)  TFLOP/s  "
     "own/torch   floor  diff"
 )
 
 
 def format_row(row: dict) -> str:
-    start = f"{row['shape']:14.14s} {row['routing']:11.11s} {row['product']:15.15s}"
+    start = f"{row['shape']:14.14s} {row['routing']:11.11s} {row['product']:17.17s}"
     if row["status"] != "ok":
         return f"{start} {row['status']}: {row['reason']}"
     text = start

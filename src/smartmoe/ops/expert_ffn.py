@@ -26,6 +26,7 @@ from smartmoe.ops.activation import (
     widening,
 )
 from smartmoe.ops.extension import path_for, products_for
+from smartmoe.ops.grad_sink import add_to_sink, sink_of
 from smartmoe.ops.library import register
 
 _ONES_WIDTH = 8
@@ -38,7 +39,8 @@ def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, 
     rows_RD: [R, D] sorted by slot; count_L: [L] int64 rows of each slot, on the device of the rows (any of them, and R,
     may be 0). Their sum is R; on CUDA with impl "grouped" it may be less: the rows behind are then neither read nor
     written, in forward and backward, and hold anything in the result and in the gradient.
-    w1_LDF: [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD, b2_LD (the biases may both be None): dtype of the rows.
+    w1_LDF: [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD, b2_LD (the biases may both be None): dtype of the rows. With
+    impl "grouped" the gradients of w1 and w2 go into their sinks where they have one (ops.grad_sink), and autograd gets none.
     Returns [R, D]. impl "grouped": two grouped GEMMs, no host synchronisation on CUDA in bfloat16 where torch has them
     (ops.extension.choose_path); "loop": one GEMM pair for each expert, reads the counts on the host (FastMoE's form in
     the SmartMoE artifact). The result of a slot depends on its own rows and weights only, in bits too, not on which
@@ -97,14 +99,25 @@ def _times_weights(rows, weight, end_L, transposed=False, bias=None):
     return out if bias is None else add_bias_rows(out, bias, end_L)
 
 
-def _weight_gradient(rows, grad, end_L):
-    """For each slot, its rows transposed times its gradients: [L, X, Y]."""
+def _weight_gradient(rows, grad, end_L, sink=None):
+    """For each slot, its rows transposed times its gradients: [L, X, Y]; None when the sink has got it instead."""
+    kernels = products_for(rows, grad) if rows.shape[0] else None
+    if kernels:
+        total, is_first = (None, False) if sink is None else sink.take()
+        out = kernels.multiply_slots(rows, grad, end_L, total, is_first)
+        if sink is None:
+            return out
+        if out.shape[0]:
+            sink.keep(out)
+        return None
+    out = _plain_weight_gradient(rows, grad, end_L)
+    return out if sink is None else add_to_sink(sink, out)
+
+
+def _plain_weight_gradient(rows, grad, end_L):
     shape = (end_L.shape[0], rows.shape[1], grad.shape[1])
     if not rows.shape[0]:
         return rows.new_zeros(shape)
-    kernels = products_for(rows, grad)
-    if kernels:
-        return kernels.multiply_slots(rows, grad, end_L)
     if path_for(rows).gemm == "grouped":
         return F.grouped_mm(rows.t(), grad, offs=end_L)
     out = rows.new_empty(shape)
@@ -122,16 +135,16 @@ def _run_matmul_activate(rows, end_L, weight, b1, activation):
     return hidden, activate_rows(hidden, b1, end_L, activation)
 
 
-def _run_matmul_backward(grad, rows, end_L, weight):
+def _run_matmul_backward(grad, rows, end_L, weight, sink=None):
     grad = grad.contiguous()
-    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows.contiguous(), grad, end_L)
+    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows.contiguous(), grad, end_L, sink)
 
 
 def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):
     return _times_weights(act, w2, end_L, bias=b2)
 
 
-def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False):
+def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False, sink=None):
     grad = grad.contiguous()
     none = grad.new_empty(0)
     grad_b2 = sum_rows(grad, end_L) if has_b2 else none
@@ -144,28 +157,36 @@ def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_
         grad_act = _times_weights(grad, w2, end_L, transposed=True)
         grad_hidden, act, grad_b1 = activate_rows_backward(hidden, b1, grad_act, end_L, activation, reuse)
         del grad_act
-    return grad_hidden, none if grad_b1 is None else grad_b1, _weight_gradient(act, grad, end_L), grad_b2
+    return grad_hidden, none if grad_b1 is None else grad_b1, _weight_gradient(act, grad, end_L, sink), grad_b2
 
 
 def _setup_matmul_activate(ctx, inputs, output):
     # the activation gets no gradient: that of the pre-activation holds it
     ctx.set_materialize_grads(False)
+    ctx.sink = sink_of(inputs[2])
     ctx.save_for_backward(*inputs[:3])
 
 
 def _matmul_activate_gradients(ctx, grad_hidden, _):
-    grad_rows, grad_weight = _grouped_matmul_backward(grad_hidden, *ctx.saved_tensors)
+    if ctx.sink is None:
+        grad_rows, grad_weight = _grouped_matmul_backward(grad_hidden, *ctx.saved_tensors)
+    else:
+        grad_rows, grad_weight = _run_matmul_backward(grad_hidden, *ctx.saved_tensors, sink=ctx.sink)
     return grad_rows, None, grad_weight, None, None
 
 
 def _setup_activated_matmul(ctx, inputs, output):
     hidden, _, end_L, b1, w2, b2, ctx.activation = inputs
-    ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
+    ctx.has_b1, ctx.has_b2, ctx.sink = b1 is not None, b2 is not None, sink_of(w2)
     ctx.save_for_backward(hidden, end_L, b1, w2)
 
 
 def _activated_matmul_gradients(ctx, grad):
-    grads = _activated_matmul_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
+    args = (grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
+    if ctx.sink is None:
+        grads = _activated_matmul_backward(*args)
+    else:
+        grads = _run_activated_matmul_backward(*args, reuse=True, sink=ctx.sink)
     grad_hidden, grad_b1, grad_w2, grad_b2 = grads
     return grad_hidden, None, None, grad_b1 if ctx.has_b1 else None, grad_w2, grad_b2 if ctx.has_b2 else None, None
 
@@ -218,9 +239,9 @@ _activated_matmul = register(
 
 def _grouped(rows, count_L, w1, b1, w2, b2, activation):
     end_L = count_L.cumsum(0).to(torch.int32)
-    hidden = _add_bias(_Contiguous.apply(F.grouped_mm(rows, w1, offs=end_L)), b1, count_L, end_L)
+    hidden = _add_bias(_Product.apply(rows, w1, end_L, sink_of(w1)), b1, count_L, end_L)
     hidden = _activate_slots(hidden, count_L, activation)
-    return _add_bias(_Contiguous.apply(F.grouped_mm(hidden, w2, offs=end_L)), b2, count_L, end_L)
+    return _add_bias(_Product.apply(hidden, w2, end_L, sink_of(w2)), b2, count_L, end_L)
 
 
 def _activate_slots(hidden, count_L, activation):
@@ -269,13 +290,19 @@ class _AddBias(torch.autograd.Function):
         return grad_RF, grad_bias, None, None
 
 
-class _Contiguous(torch.autograd.Function):
-    """The identity; makes the gradient contiguous, which the backward of grouped_mm needs."""
+class _Product(torch.autograd.Function):
+    """Each row times its slot's matrix, on a CPU; the gradient of the matrices goes into the sink where there is one."""
 
     @staticmethod
-    def forward(ctx, rows):
-        return rows.view_as(rows)
+    def forward(ctx, rows, weight, end_L, sink):
+        ctx.sink = sink
+        ctx.save_for_backward(rows, weight, end_L)
+        return F.grouped_mm(rows, weight, offs=end_L)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.contiguous()
+        rows, weight, end_L = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=end_L)
+        grad_weight = F.grouped_mm(rows.t(), grad, offs=end_L)
+        return grad_rows, grad_weight if ctx.sink is None else add_to_sink(ctx.sink, grad_weight), None, None

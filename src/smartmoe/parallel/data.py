@@ -50,7 +50,8 @@ class GradientBuffers:
     """Flat fp32 gradient buffers of a module, filled by autograd hooks and reduced over the right groups.
 
     named_params: of any dtype on one device. groups: kind -> process group (None = nobody else has a copy). refs: the
-    parameters; shares: what of each the optimizer of this rank updates, here all of it.
+    parameters; shares: what of each the optimizer of this rank updates, here all of it. Operations that can add a gradient
+    to the buffers themselves do so by the parameter's `grad_sink` (ops.grad_sink); the hooks take in what autograd gets.
     """
 
     def __init__(self, named_params: list[tuple[str, nn.Parameter]], groups: dict[str, dist.ProcessGroup | None]):
@@ -80,6 +81,7 @@ class GradientBuffers:
             start += local.numel()
             self._empty.add(len(self.refs))
             param.register_post_accumulate_grad_hook(self._accumulate_into(len(self.refs), grad))
+            param.grad_sink = _BufferSink(weakref.proxy(self), len(self.refs))
             self.refs.append(ParamRef(name, kind, param, local, grad))
 
     def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
@@ -87,8 +89,9 @@ class GradientBuffers:
         is_small = grad.numel() < SMALL
 
         def hook(param: nn.Parameter) -> None:
-            mine.take_in(ref_idx, param.grad, is_small)
-            param.grad = None
+            if param.grad is not None:  # else all of it went into the sink
+                mine.take_in(ref_idx, param.grad, is_small)
+                param.grad = None
 
         return hook
 
@@ -98,10 +101,10 @@ class GradientBuffers:
             accumulate_(self.refs[ref_idx].grad, part, is_first=self.fill(ref_idx))
             return
         if len(self._waiting) == MANY or ref_idx in self._waiting:
-            self._flush()
+            self.flush()
         self._waiting[ref_idx] = part
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Accumulate the gradients that wait: two calls for all, as a launch from Python takes longer than such a sum."""
         firsts, others = [], []
         for ref_idx, part in self._waiting.items():
@@ -113,11 +116,19 @@ class GradientBuffers:
 
     def fill(self, ref_idx: int) -> bool:
         """Note that a gradient is about to be written; returns whether it is the first since `zero` and must overwrite."""
-        if self._early is not None:
-            self._early.note(ref_idx)
         is_first = ref_idx in self._empty
         self._empty.discard(ref_idx)
         return is_first
+
+    def filled(self) -> list[int]:
+        """The refs, by index, that have a gradient since `zero`."""
+        return [ref_idx for ref_idx in range(len(self.refs)) if ref_idx not in self._empty]
+
+    def reduce_late(self, late: bool) -> None:
+        """Whether `reduce` starts all reductions, also those of `reduce_early`: its hooks do not run in a pass that a graph
+        replays."""
+        if self._early is not None:
+            self._early.waits_for_finish = late
 
     def reduce_early(self, num_passes: int, kinds: Sequence[str] = KINDS) -> None:
         """From now on reduce gradients of these kinds while backward passes run, as they become complete: after
@@ -126,6 +137,14 @@ class GradientBuffers:
         order = [self._place[ref.name] for ref in self.refs]
         self._early = EarlyReduction(self.refs, self._flat, order, groups, num_passes)
         self._early_kinds = frozenset(groups)
+        for ref_idx, ref in enumerate(self.refs):
+            ref.param.register_hook(self._note(ref_idx))
+
+    def _note(self, ref_idx: int):
+        """A hook that runs once in a pass, before the hook that accumulates and behind all uses of the parameter, also
+        where no gradient comes to it because the sink has it."""
+        mine = weakref.proxy(self)
+        return lambda _: mine._early.note(ref_idx)
 
     def zero(self) -> None:
         """Forget the gradients: what they were is overwritten by the first backward pass, or by `complete`."""
@@ -137,7 +156,7 @@ class GradientBuffers:
     def complete(self) -> None:
         """Accumulate what waits, and zero what no backward pass has written since `zero`. Before this only hooks may touch
         the gradients; `reduce` does so first."""
-        self._flush()
+        self.flush()
         for ref_idx in self._empty:
             self.refs[ref_idx].grad.zero_()
         self._empty.clear()
@@ -164,3 +183,13 @@ class GradientBuffers:
         for master, share in zip(masters, self.shares, strict=True):
             if share.num == 1 and master.data_ptr() != share.value.data_ptr():
                 share.value.copy_(master)
+
+
+class _BufferSink:
+    """A parameter's `grad_sink`: its place in the buffers."""
+
+    def __init__(self, buffers: GradientBuffers, ref_idx: int):
+        self._buffers, self._ref_idx = buffers, ref_idx
+
+    def take(self) -> tuple[torch.Tensor, bool]:
+        return self._buffers.refs[self._ref_idx].grad, self._buffers.fill(self._ref_idx)
