@@ -91,6 +91,11 @@ def worlds() -> dict[int, list[Case]]:
             Case("mock-ours", "smartmoe_static", (*EP2, "--mock-data", "--train-iters", "3", "--eval-iters", "1")),
             Case("ended-ours", "smartmoe_static", (*EP2, "--exit-interval", "2")),
             Case("launched-megatron", LAUNCHED),
+            *plan(
+                "start",
+                (*EP2, "--smartmoe-same-start", "--init-method-std", "0.03", "--train-iters", "1"),
+                ("megatron", "ours"),
+            ),
             Case("saved-whole", MOVING, (*EP2, *RESHARDABLE, *SAVE)),
             Case("saved-same", MOVING, (*EP2, *RESHARDABLE, *LOAD)),
             # Megatron asks for states of fp8 layers, which are empty, and which SmartMoE's layer does not write
@@ -120,7 +125,9 @@ def run_case(case: Case, folder: Path) -> None:
     sys.argv = ["pretrain_gpt", *words, *own, "--smartmoe", case.system, "--smartmoe-run", str(folder / case.name)]
     describe = pretrain_gpt.model_config
     if case.system != LAUNCHED:
-        pretrain_gpt.model_config = partial(_with_equal_weights, describe)
+        is_start = case.name.startswith("start")
+        hook = partial(note_experts, folder / f"{case.name}.{dist.get_rank()}.pt") if is_start else fill
+        pretrain_gpt.model_config = partial(_with_hook, hook, describe)
     try:
         if case.system == LAUNCHED:
             if dist.get_rank() == 0:
@@ -149,10 +156,22 @@ def launched_config():
     )
 
 
-def _with_equal_weights(describe, *args):
+def _with_hook(hook, describe, *args):
     config = describe(*args)
-    config.pre_wrap_hooks.append(fill)
+    config.pre_wrap_hooks.append(hook)
     return config
+
+
+def note_experts(file: Path, chunks):
+    """Write the rank's experts as they are, [in, out] each, by layer and number."""
+    experts = []
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        if hasattr(layer.mlp, "moe"):
+            experts += [weights[:2] for weights in zip(*layer.mlp.moe.experts.parameters(), strict=True)]
+        else:
+            experts += [(e.linear_fc1.weight.t(), e.linear_fc2.weight.t()) for e in layer.mlp.experts.local_experts]
+    torch.save([[weight.detach().clone() for weight in expert] for expert in experts], file)
+    return chunks
 
 
 @torch.no_grad()

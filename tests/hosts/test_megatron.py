@@ -67,6 +67,13 @@ def test_the_same_losses_as_megatrons_own_layer(runs, plan):
     assert gradient_norms(runs, f"{plan}-ours") == pytest.approx(gradient_norms(runs, f"{plan}-megatron"), rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_megatrons_own_experts_may_start_as_ours(runs, rank):
+    own, ours = (torch.load(runs / f"start-{kind}.{rank}.pt") for kind in ("megatron", "ours"))
+    assert len(own) == 4 and 0.029 < own[0][0].std() < 0.031  # of two layers, four experts on two ranks
+    torch.testing.assert_close(own, ours, rtol=0, atol=0)
+
+
 FOREIGN = """
 import tests.hosts.megatron_cpu as cpu
 cpu.install()

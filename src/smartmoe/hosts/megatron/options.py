@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="train on these text files, or without any on the Python standard library's source, instead of --data-path",
     )
     group.add_argument(
+        "--smartmoe-same-start",
+        action="store_true",
+        help="begin with the same experts whichever layer trains: with --smartmoe megatron, Megatron's experts get the first "
+        "values of SmartMoE's",
+    )
+    group.add_argument(
         "--smartmoe-cache",
         metavar="DIR",
         default=CACHE_DIR,
