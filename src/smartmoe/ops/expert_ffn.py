@@ -136,8 +136,11 @@ def _run_matmul_activate(rows, end_L, weight, b1, activation):
 
 
 def _run_matmul_backward(grad, rows, end_L, weight, sink=None):
-    grad = grad.contiguous()
-    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows.contiguous(), grad, end_L, sink)
+    grad, rows = grad.contiguous(), rows.contiguous()
+    if sink is not None and sink.is_urgent:
+        grad_weight = _weight_gradient(rows, grad, end_L, sink)
+        return _times_weights(grad, weight, end_L, transposed=True), grad_weight
+    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows, grad, end_L, sink)
 
 
 def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):

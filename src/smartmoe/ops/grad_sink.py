@@ -16,7 +16,10 @@ from smartmoe.ops.adamw import accumulate_
 
 
 class GradSink(Protocol):
-    """Where the gradients of one weight [L, ...] are summed."""
+    """Where the gradients of one weight [L, ...] are summed. is_urgent: something waits for this gradient, so that it shall
+    be computed before that of the rows."""
+
+    is_urgent: bool
 
     def take(self) -> tuple[torch.Tensor | None, bool]:
         """(total [L', ...] float32, contiguous, of the first L' <= L rows, None = of none; whether it is to be overwritten

@@ -188,6 +188,8 @@ class GradientBuffers:
 class _BufferSink:
     """A parameter's `grad_sink`: its place in the buffers."""
 
+    is_urgent = False
+
     def __init__(self, buffers: GradientBuffers, ref_idx: int):
         self._buffers, self._ref_idx = buffers, ref_idx
 
