@@ -19,6 +19,7 @@ from megatron.training import checkpointing, get_args, training
 from smartmoe import record
 from smartmoe.config import RunConfig, to_dict
 from smartmoe.hosts.megatron.copies import Copies
+from smartmoe.hosts.megatron.grads import sum_in_main_grads
 from smartmoe.hosts.megatron.moe import smartmoe_layers
 from smartmoe.hosts.megatron.options import HOST_ONLY
 from smartmoe.hosts.megatron.states import ExpertStates, MegatronPlacement, after_loading, before_loading
@@ -74,6 +75,8 @@ class Session:
             )
             self._copies = Copies(self._layers, ep_group)
             self._copies.refresh()
+            if not get_args().overlap_grad_reduce:
+                sum_in_main_grads(param for layer in self._layers for param in layer.experts.parameters())
 
     def _nodes(self, ep_group) -> tuple[int, ...] | None:
         if ep_group is None:
