@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run a small MoE layer, forward and backward, under compute-sanitizer: on one GPU, on two when there are two, and the direct
 # exchange of two ranks, which share the GPU when there is one.
+# First an error is planted in a rank, which must be reported: it shows that the processes of ranks are watched.
 # The arguments are its tools (memcheck, racecheck, synccheck, initcheck); default: memcheck racecheck. Any report fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +24,16 @@ sanitize() { # tool, command
   cat "$logs/rows" "$logs/log"
   grep -q SUMMARY "$logs/log" || failed=1
 }
+echo "== an error that the second of two ranks makes on purpose, GPUs: $num_gpus"
+"$sanitizer" --tool memcheck --target-processes all --require-cuda-init no --log-file "$logs/log" \
+  "$PY" -m tests.dispatch.small_world planted >"$logs/rows" 2>"$logs/errors" || true
+if grep -q "Invalid __global__ write" "$logs/log" && grep -q bound_kernel "$logs/log"; then
+  echo "reported: $(grep -c "Invalid __global__ write" "$logs/log") writes"
+else
+  failed=1
+  echo "sanitize.sh: it was not reported, so the ranks are not watched" >&2
+  tail -n 20 "$logs/log" "$logs/errors" >&2
+fi
 for tool in "$@"; do
   echo "== $tool, two ranks, GPUs: $num_gpus"
   sanitize "$tool" "$PY" -m tests.dispatch.small_world

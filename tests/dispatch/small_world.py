@@ -1,10 +1,15 @@
 """Two ranks, on two GPUs or sharing one, run a small exchange with and without copies of experts, forward and backward: what
-scripts/sanitize.sh watches.  python -m tests.dispatch.small_world"""
+scripts/sanitize.sh watches.  python -m tests.dispatch.small_world
+
+python -m tests.dispatch.small_world planted: the second rank writes past the end of a tensor instead, which a sanitizer that
+watches the ranks reports."""
+
+import sys
 
 import torch
 
 from tests.dispatch import test_direct, test_symmetric_replicas
-from tests.dist import SHARED_GPU, spawn
+from tests.dist import SHARED_GPU, gpu_of, spawn
 
 
 def run(world_rank, num_ranks):
@@ -13,5 +18,19 @@ def run(world_rank, num_ranks):
     print(f"rank {world_rank}: exchanged", flush=True)
 
 
+def plant(world_rank):
+    from smartmoe.dispatch.direct_kernels import bound_kernel
+
+    if world_rank == 1:
+        wanted, room_for_one = (torch.zeros(num, dtype=torch.int64, device=gpu_of(world_rank)) for num in (1024, 1))
+        numbers = [torch.zeros(2, dtype=torch.int32, device=gpu_of(world_rank)) for _ in range(4)]
+        bound_kernel[(1,)](wanted, room_for_one, *numbers, 1024, 0, L_PAD=1024)
+        torch.cuda.synchronize()
+
+
 if __name__ == "__main__":
-    spawn(run, 2, 2, backend="nccl" if torch.cuda.device_count() > 1 else SHARED_GPU)
+    backend = "nccl" if torch.cuda.device_count() > 1 else SHARED_GPU
+    if "planted" in sys.argv:
+        spawn(plant, 2, backend=backend, fresh=True)
+    else:
+        spawn(run, 2, 2, backend=backend, fresh=True)
