@@ -21,6 +21,7 @@ EXPERT_IMPLS = ("grouped", "loop")
 ONLINE_POLICIES = ("static", "greedy", "least_move", "auto")
 REPLICATE_MODES = ("never", "history", "exact")
 DTYPES = ("float32", "bfloat16", "float16")
+CUDA_GRAPH = ("auto", "never")
 SCOPES = ("global", "local")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 
@@ -106,7 +107,8 @@ class Workload:
 
     `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 0: of
     all of it; 2, with system "deepspeed" alone: gradients, too. `reduce_early`: ranks sum gradients while the last backward
-    passes run (not with `zero`, nor experts' with replicas); else after them.
+    passes run (not with `zero`, nor experts' with replicas); else after them. `cuda_graph`: the passes of a micro-batch are
+    captured once and replayed where that is possible ("auto"; smartmoe.graphs says where), or "never".
     """
 
     global_batch_size: int = 16
@@ -125,6 +127,7 @@ class Workload:
     clip_grad: float = 1.0
     zero: int = 0
     reduce_early: bool = False
+    cuda_graph: str = "auto"
     initial_loss_scale: float = 65536.0
     data: tuple[str, ...] = ()
     checkpoint_interval: int = 0
@@ -267,6 +270,7 @@ def _choice_problems(config: RunConfig) -> list[str]:
         ("online.policy", config.online.policy, ONLINE_POLICIES),
         ("online.replicate", config.online.replicate, REPLICATE_MODES),
         ("workload.dtype", config.workload.dtype, DTYPES),
+        ("workload.cuda_graph", config.workload.cuda_graph, CUDA_GRAPH),
         ("model.activation", config.model.activation, ACTIVATIONS),
         ("cluster.device", config.cluster.device, ("cpu", "cuda")),
     )

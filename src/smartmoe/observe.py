@@ -29,15 +29,33 @@ class LoadRecorder:
     def __init__(self, layer_indices: Sequence[int], num_experts: int):
         self._place = {layer_idx: place for place, layer_idx in enumerate(layer_indices)}
         self._num_experts = num_experts
-        self._seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._last: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        # places of layers, and for each [1 + E] int64: the first token's id, counts
+        self._seen: list[tuple[list[int], torch.Tensor]] = []
+        self._last: list[tuple[list[int], torch.Tensor]] = []
+        self._aside: list[tuple[list[int], torch.Tensor]] = []
         self._where: tuple[list[int], torch.Tensor] | None = None
 
     def __call__(self, layer_idx: int, routing, token_id_BT: torch.Tensor) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         if token_id_BT.numel() and not in_backward:
             count_E = count_slots(routing.expert_idx_TK.detach(), self._num_experts)
-            self._seen.append((self._place[layer_idx], token_id_BT.flatten()[:1].clone(), count_E))
+            row = torch.cat([token_id_BT.flatten()[:1], count_E])
+            self._seen.append(([self._place[layer_idx]], row.unsqueeze(0)))
+
+    def begin(self) -> None:
+        """As graphs.Watcher: what comes until `end` is captured, not run."""
+        self._aside, self._seen = self._seen, []
+
+    def end(self) -> list[tuple[list[int], torch.Tensor]]:
+        """As graphs.Watcher."""
+        captured, self._seen = self._seen, self._aside
+        return captured
+
+    def replayed(self, captured: list[tuple[list[int], torch.Tensor]]) -> None:
+        """As graphs.Watcher: the passes captured have run once, and run again later: what they counted is copied."""
+        if captured:
+            places = [place for some, _ in captured for place in some]
+            self._seen.append((places, torch.cat([rows for _, rows in captured])))
 
     def turn(self) -> None:
         """End an iteration: from now on `counts` and `sums` are of what was seen since the last turn."""
@@ -50,8 +68,8 @@ class LoadRecorder:
         """
         if not self._last:
             return np.zeros((len(self._place), 0, self._num_experts), np.int64)
-        places = [place for place, _, _ in self._last]
-        rows = torch.stack([torch.cat([first, count_E]) for _, first, count_E in self._last]).cpu().numpy()
+        places, rows = self._all()
+        rows = rows.cpu().numpy()
         first_ids, micro_batch = np.unique(rows[:, 0], return_inverse=True)
         counts_LME = np.zeros((len(self._place), len(first_ids), self._num_experts), np.int64)
         counts_LME[places, micro_batch] = rows[:, 1:]
@@ -62,10 +80,13 @@ class LoadRecorder:
         sums_LE = torch.zeros(len(self._place), self._num_experts, dtype=torch.int64, device=device)
         if not self._last:
             return sums_LE
-        places = [place for place, _, _ in self._last]
+        places, rows = self._all()
         if self._where is None or self._where[0] != places:  # the same in every iteration of a schedule
             self._where = places, torch.tensor(places, device=device)
-        return sums_LE.index_add_(0, self._where[1], torch.stack([count_E for _, _, count_E in self._last]))
+        return sums_LE.index_add_(0, self._where[1], rows[:, 1:])
+
+    def _all(self) -> tuple[list[int], torch.Tensor]:
+        return [place for some, _ in self._last for place in some], torch.cat([rows for _, rows in self._last])
 
 
 class StageView:

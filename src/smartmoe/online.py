@@ -66,6 +66,15 @@ def bytes_of_replica(online: OnlineConfig, numel: int, element: int, num_micro_b
     return 3 * numel * element * num_micro_batches
 
 
+def free_device_bytes(device: torch.device, set_aside: int = 0) -> int | None:
+    """Memory of the device that tensors can take; None = as much as they want, on a CPU. set_aside: bytes of what torch's
+    allocator holds without using them that only graphs can take."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + max(cached - set_aside, 0)
+
+
 class OnlinePlacement:
     """Balances the experts of this pipeline stage's MoE layers while training goes on.
 
@@ -103,7 +112,7 @@ class OnlinePlacement:
         self._recorder = LoadRecorder([layer.layer_idx for layer in self._layers], num_experts)
         self._device = state_of(self._layers[0])[0].device if self._layers else torch.device("cpu")
         self._staging = Staging()
-        self._free = free_bytes or self._free_bytes
+        self._free = free_bytes or (lambda: free_device_bytes(self._device))
         self._max_over_mean = 1.0
         for layer in self._layers:
             layer.observers.append(self._recorder)
@@ -244,11 +253,10 @@ class OnlinePlacement:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _free_bytes(self) -> int | None:
-        if self._device.type != "cuda":
-            return None
-        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return torch.cuda.mem_get_info(self._device)[0] + cached
+    @property
+    def watchers(self) -> list:
+        """What follows the layers' passes here, as graphs.Watcher."""
+        return [self._recorder, *([self._auto.timer] if self._auto is not None and self._auto.timer is not None else [])]
 
 
 @dataclass
@@ -267,9 +275,10 @@ class _Auto:
     def __init__(self, online: OnlinePlacement, sizes: Sizes, node_of_rank_W, layer_ms):
         self._online, self._layers, self._config = online, online._layers, online._online
         self._device, self._layer_ms = online._device, layer_ms
+        self.timer: LayerTimer | None = None
         if layer_ms is None:
-            timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
-            self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in timer.take().items()}
+            self.timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
+            self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in self.timer.take().items()}
         placements = [layer.placement for layer in self._layers]
         self.controller = Controller(placements, self._config, sizes, node_of_rank_W)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None

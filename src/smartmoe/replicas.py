@@ -245,12 +245,18 @@ class HistoryReplication(CollectiveReplication):
     """
 
     on_pass: Callable[[HistoryReplication], None] | None = None
+    _table_EB: torch.Tensor | None = None
 
     def bind(self, storages) -> None:
         super().bind(storages)
         self.grads = [
             torch.zeros(self.num_replicas, *t.shape[1:], dtype=torch.float32, device=t.device) for t in self.storages
         ]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some expert has a copy on some rank, so that gradients return."""
+        return any(self.transfers.num_sent_W)
 
     def set_placement(self, placement: Placement) -> None:
         super().set_placement(placement)
@@ -267,7 +273,10 @@ class HistoryReplication(CollectiveReplication):
                 f"replicas: made for {replicas.num_replica_slots} replica slots a rank, the layer has {self.num_replicas}"
             )
         self.replicas, self.transfers = replicas, self._transfers(replicas)
-        self._table_EB = self._table(replicas)
+        table_EB = torch.from_numpy(replicas.bucket_slots(self.placement, group_rank(self.ep_group)))
+        if self._table_EB is None:
+            self._table_EB = torch.empty_like(table_EB, device=self.storages[0].device)
+        self._table_EB.copy_(table_EB)  # in place: a captured graph reads it there
 
     def plan(self, expert_idx_TK, token_id_T) -> Plan:
         return Plan(self.replicas, self.transfers, slots_of(expert_idx_TK, self._table_EB, token_id_T))

@@ -15,12 +15,14 @@ class LayerTimer:
     """Measures forward and backward of `layers` (layer_idx -> module called as module(x, token_id)).
 
     Backward runs from the arrival of the output's gradient to the completion of the input's. A repetition of the forward
-    during recomputation is part of the backward, where it really happens, and is not counted twice.
+    during recomputation is part of the backward, where it really happens, and is not counted twice. Passes that a CUDA graph
+    replays count as long as its last replay took.
     """
 
     def __init__(self, layers: dict[int, nn.Module], device: torch.device):
         self._is_cuda = device.type == "cuda"
         self._marks: list[tuple[int, str, object, object]] = []
+        self._aside: list[tuple[int, str, object, object]] = []
         self._open: dict[tuple[int, str], object] = {}
         for layer_idx, layer in layers.items():
             layer.register_forward_pre_hook(lambda module, args, idx=layer_idx: self._enter(idx, args[0]))
@@ -29,7 +31,8 @@ class LayerTimer:
     def _now(self):
         if not self._is_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        # in a graph an event that is read from outside is a node of its own
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
@@ -51,6 +54,20 @@ class LayerTimer:
         self._end(idx, "forward")
         if y.requires_grad:
             y.register_hook(lambda grad: self._begin(idx, "backward"))
+
+    def begin(self) -> None:
+        """As graphs.Watcher: what comes until `end` is captured, not run."""
+        self._aside, self._marks = self._marks, []
+
+    def end(self) -> list[tuple[int, str, object, object]]:
+        """As graphs.Watcher."""
+        captured, self._marks = self._marks, self._aside
+        self._open.clear()
+        return captured
+
+    def replayed(self, captured: list[tuple[int, str, object, object]]) -> None:
+        """As graphs.Watcher: the passes captured have run once more."""
+        self._marks += captured
 
     def take(self) -> dict[int, dict[str, float]]:
         """layer_idx -> {"forward_ms", "backward_ms"} summed since the last call. Waits for the last of these passes."""

@@ -17,9 +17,10 @@ from smartmoe.controller import Sizes
 from smartmoe.data import TokenDataset
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gpt import GPT, init_weights
+from smartmoe.graphs import CudaTape, PassGraphs, why_not
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
-from smartmoe.online import OnlinePlacement, bytes_of_replica
+from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import KINDS, GradientBuffers
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
@@ -43,7 +44,7 @@ def wait_for(device: torch.device) -> None:
 class IterationResult:
     """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
     that a rank sent of weights and gradients of replicas, as far as the host knows it (collectives). peak_memory_bytes is the
-    most that torch held of a GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
+    most that tensors and graphs took of a GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
 
     iteration: int
     step_ms: float
@@ -82,6 +83,7 @@ class Trainer:
             model.num_experts,
             lambda name: self.layers[layer_of(name)].placement,
         )
+        self._loss_scale = torch.ones((), device=mesh.device)  # a graph that was captured before reads it here
         self.runner = MicroBatchRunner(
             self.chunks,
             mesh,
@@ -99,7 +101,20 @@ class Trainer:
             state_of=self._expert_state,
             sizes=self._sizes(),
             node_of_rank_W=self._nodes(),
+            free_bytes=lambda: free_device_bytes(mesh.device, self.graphs.num_bytes),
         )
+        reason = why_not(config, self.layers.values(), mesh.device)
+        self.graphs = PassGraphs(
+            self.runner.one_pass,
+            buffers,
+            list(self.layers.values()),
+            self.online.watchers,
+            num_passes=config.num_micro_batches,
+            reason=reason,
+            tape=None if reason else CudaTape(mesh.device),
+            group=mesh.world_group,
+        )
+        self.runner.player = self.graphs
 
     def _build_chunks(self) -> list[GPT]:
         config, mesh = self.config, self.mesh
@@ -137,7 +152,7 @@ class Trainer:
         work = self.config.workload
         tokens = work.global_batch_size * self.config.model.seq_len
         weight = self.config.gate.balance_weight / self.config.num_micro_batches
-        return (cross_entropy / tokens + weight * balance_loss).sum() * self.optimizer.loss_scale
+        return (cross_entropy / tokens + weight * balance_loss).sum() * self._loss_scale
 
     def _expert_state(self, layer: MoELayer) -> list[torch.Tensor]:
         """Everything that belongs to the experts of `layer`: weights, fp32 masters, both moments."""
@@ -200,6 +215,7 @@ class Trainer:
         result, losses, replica_bytes = self._step(batch)
         while result.skipped and self._ran_out_of_room():
             self.online.forget_passes()
+            self.graphs.drop()
             self.optimizer.loss_scale, self.optimizer.good_steps = result.loss_scale, good_steps
             result, losses, more_bytes = self._step(batch)
             replica_bytes += more_bytes
@@ -210,13 +226,14 @@ class Trainer:
         step_ms = (time.perf_counter() - start) * 1e3
         if self.mesh.world_group is not None:
             dist.all_reduce(losses)
-        peak = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
-        mine = [step_ms, self.online.load_max_over_mean(), float(replica_bytes), float(peak), float(stop_requested)]
-        worst = torch.tensor(mine, dtype=torch.float64)
-        worst = worst.to(self.mesh.device)
+        peak = self.graphs.peak_bytes()
+        mine = [step_ms, self.online.load_max_over_mean(), replica_bytes, peak, stop_requested, self.graphs.is_outgrown()]
+        worst = torch.tensor(list(map(float, mine)), dtype=torch.float64).to(self.mesh.device)
         if self.mesh.world_group is not None:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_ms, load, replica_bytes, peak, stop = worst.tolist()
+        step_ms, load, replica_bytes, peak, stop, is_outgrown = worst.tolist()
+        if is_outgrown:
+            self.graphs.drop()
         tokens = work.global_batch_size * self.config.model.seq_len
         return IterationResult(
             iteration=self.iteration,
@@ -235,6 +252,7 @@ class Trainer:
         """Passes and update: what the optimizer did, the losses, and the bytes that were sent for replicas."""
         with record_function("smartmoe passes"):
             replica_bytes = self.send_replicas()
+            self._loss_scale.fill_(self.optimizer.loss_scale)
             losses = self.runner.run(*batch)
             replica_bytes += self._return_replica_grads()
         with record_function("smartmoe optimizer"):
@@ -283,6 +301,10 @@ class Trainer:
         if self.mesh.world_group is not None:
             dist.all_reduce(needed, op=dist.ReduceOp.MAX)
         return bool(needed)
+
+    def close(self) -> None:
+        """Let go of what must not outlive the process groups: a graph may hold their collectives. The trainer stays usable."""
+        self.graphs.drop()
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the state after the last iteration. Collective over the world."""

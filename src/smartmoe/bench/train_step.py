@@ -34,8 +34,12 @@ SYNTHETIC_TOKENS = 1 << 22
 
 
 def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: int) -> RunConfig:
-    """The run of a system: "name" or "name:dispatcher". Raises ValueError when there is no such system or sizes do not fit."""
-    system, _, dispatcher = name.partition(":")
+    """The run of a system: "name", "name:dispatcher", and behind that "+plain": without a CUDA graph. Raises ValueError when
+    there is no such system or sizes do not fit."""
+    whole, plus, how = name.partition("+")
+    if plus and how != "plain":
+        raise ValueError(f'system "{name}": "+{how}" is not "+plain", without a CUDA graph')
+    system, _, dispatcher = whole.partition(":")
     if dispatcher and dispatcher not in DISPATCHERS:
         raise ValueError(f'system "{name}": dispatcher "{dispatcher}" is not one of {", ".join(DISPATCHERS)}')
     chosen = systems.get(system)
@@ -58,6 +62,7 @@ def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: i
         iterations=max(100, args.warmup + args.iterations + 1),
         warmup_iterations=args.warmup,
         seed=args.seed,
+        cuda_graph="never" if plus else "auto",
     )
     cluster, _, _ = inputs.read_cluster("local" if args.device == "cuda" else "cpu", args.configs)
     cluster = dataclasses.replace(cluster, num_nodes=1, ranks_per_node=num_ranks)
@@ -101,18 +106,22 @@ def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argpars
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config, build_mesh(config.plan, world.device), tokens)
+    said = [trainer.graphs.reason]
+    trainer.graphs.tell = said.append
     results = [trainer.run_iteration() for _ in range(args.warmup + args.iterations)]
     found = {
+        "graph": said[-1],
         "step_ms": [result.step_ms for result in results],
         "loss": [result.lm_loss for result in results],
         "max_over_mean": results[-1].load_max_over_mean,
-        "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else 0,
+        "peak_bytes": max(result.peak_memory_bytes for result in results),
     }
     if is_profiled and is_cuda:
         if world.ep_rank == 0:
             found["profile"] = profile(trainer.run_iteration)
         else:
             trainer.run_iteration()
+    trainer.close()
     return found
 
 
@@ -131,6 +140,7 @@ def make_row(config: RunConfig, results: list[dict], warmup: int) -> dict:
         "max_over_mean": round(results[0]["max_over_mean"], 3),
         "loss": [round(loss, 6) for loss in results[0]["loss"]],
         "first_ms": round(results[0]["step_ms"][0], 1),
+        "graph": results[0]["graph"],
         **({"profile": profiled} if profiled else {}),
     }
 
@@ -145,6 +155,8 @@ def format_row(row: dict, top: int) -> str:
         f"{row['tflops_per_gpu']:8.2f} {row['peak_bytes'] / 1e9:7.1f} {row['max_over_mean']:6.2f}  "
         f"{row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}  first {row['first_ms']:.0f} ms"
     )
+    if row["graph"].startswith("CUDA graph"):
+        line += f"\n  {row['graph']}"
     return line + "\n" + format_breakdown(row["profile"], top) if "profile" in row else line
 
 
@@ -198,7 +210,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--systems",
         nargs="+",
-        metavar="NAME[:DISPATCHER]",
+        metavar="NAME[:DISPATCHER][+plain]",
+        help="+plain: the passes of a micro-batch run as they are, not from a CUDA graph",
         default=["fastmoe", "fastermoe", "padded", "smartmoe_static", "smartmoe"],
     )
     parser.add_argument("--model", default="gpt-l16-h1536", help="a name in models.toml, or a run's .toml file")

@@ -168,6 +168,24 @@ class DirectDispatcher:
         """Memory of this rank that the others store into, once for all layers of the same sizes; 0 before the first call."""
         return 0 if self.transport is None else self.transport.shared_bytes
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the calls from now on are alike: none agrees with other ranks on sizes or asks how many rows it needs."""
+        return self.transport is not None and (
+            self._num_calls >= self.num_careful or self.row_factor >= self.num_ranks
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the last call made room for; 0 before the first."""
+        return self._num_rows
+
+    def outgrows(self, num_rows: int) -> bool:
+        """Whether some routing, as far as it is known here, came within half the margin of `row_factor` to so many rows,
+        and later calls have more: then a graph that was captured with them should be captured anew. Does not wait."""
+        self._make_room()
+        return num_rows < min(self._num_rows, self._most_needed * (1 + self.row_factor) / 2)
+
     def overflow(self) -> int:
         """Rows that a routing needed on the fullest rank and did not find since the last question, 0 = all calls had
         room. The next call has it. Synchronises with the device; the same on every rank of the group."""

@@ -123,7 +123,7 @@ class SymmetricTransport:
         self.state, self.odd = torch.zeros(3, dtype=torch.int32, device=self.device).split([2, 1])
         self.block_d = _column_block(self.width)
         self.block_rows = max(1, _TILE_ELEMENTS // self.block_d)
-        self._open = False
+        self.is_open = False  # tokens were sent last, not sums
         self._stream = None
 
     def new_told(self) -> Told:
@@ -260,12 +260,12 @@ class SymmetricTransport:
         if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(self._stream)
         self._stream = stream
-        if self._open == opens and self.num_ranks > 1:
+        if self.is_open == opens and self.num_ranks > 1:
             # a call was left without its answer: peers may still read the region that this one fills
             self._kernels.meet_kernel[(1,)](
                 self.peers_W, self.state, self.ep_rank, self.offset["flags"], W=self.num_ranks
             )
-        self._open = opens
+        self.is_open = opens
 
 
 def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:

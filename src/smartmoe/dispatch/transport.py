@@ -78,6 +78,7 @@ class CollectiveTransport:
     """
 
     shared_bytes = 0  # no rank stores into another's memory
+    is_open = False  # every call is complete in itself
 
     def __init__(self, group, slots_per_rank: int, capacity: int):
         self.group, self.slots_per_rank, self.capacity = group, slots_per_rank, capacity

@@ -37,6 +37,7 @@ class EarlyReduction:
 
     def __init__(self, refs, flats, order: Sequence[int], groups, num_passes: int, bucket_bytes: int = BUCKET_BYTES):
         self._num_passes, self._bucket_of, self._works = num_passes, {}, []
+        self.waits_for_finish = False  # where backward passes do not come by here: nothing starts before `finish`
         buckets = [
             bucket
             for kind, group in groups.items()
@@ -55,6 +56,8 @@ class EarlyReduction:
 
     def note(self, ref_idx: int) -> None:
         """A gradient of a parameter is about to be launched. Those noted before have been: it may start reductions."""
+        if self.waits_for_finish:
+            return
         self._settle()
         self._writing = self._bucket_of.get(ref_idx)
         while self._num_started < len(self._buckets) and not self._buckets[self._num_started].missing:

@@ -7,12 +7,23 @@ chunks of the model. One stage is a plain loop over the micro-batches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from smartmoe.mesh import Mesh
+
+
+class Player(Protocol):
+    """Who may have recorded the passes of a micro-batch, see smartmoe.graphs."""
+
+    def prepare(self, *sample: torch.Tensor) -> None:
+        """An iteration begins, whose micro-batches have inputs like `sample`."""
+
+    def play(self, place: int, *inputs: torch.Tensor) -> bool:
+        """Run the passes of micro-batch `place`; False = they are not recorded and have not run."""
 
 
 def chunk_layers(num_layers: int, num_chunks: int) -> list[range]:
@@ -32,8 +43,10 @@ class MicroBatchRunner:
 
     chunks: this rank's modules in order. loss_fn(cross-entropy sum [1], balance loss [1]) gives the scalar to
     differentiate. activation_shape: (samples per micro-batch, tokens of a sample on this rank, D), with `dtype` what
-    stages exchange.
+    stages exchange. player: asked before each pass where there is one stage, None = passes run as they are.
     """
+
+    player: Player | None = None
 
     def __init__(
         self,
@@ -79,6 +92,11 @@ class MicroBatchRunner:
         self._totals += torch.cat(output).detach()
         return self._loss_fn(*output)
 
+    def one_pass(self, token: torch.Tensor, token_id: torch.Tensor, target: torch.Tensor) -> None:
+        """Forward and backward of one micro-batch, [B, T] int64 each, where there is one stage; the losses are added to
+        those of the iteration. Collective over the stage."""
+        self._loss(self.chunks[0](token, token_id_BT=token_id, target_BT=target), target).backward()
+
     def run(self, token: torch.Tensor, token_id: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Run forward and backward of one iteration; gradients go to the parameters' hooks.
 
@@ -90,9 +108,12 @@ class MicroBatchRunner:
         kwargs = {"token_id_BT": token_id, "target_BT": target}
         if self._schedule is None:
             pieces = (tensor.chunk(self.num_micro_batches) for tensor in (token, token_id, target))
-            for token_mb, token_id_mb, target_mb in zip(*pieces, strict=True):
-                output = self.chunks[0](token_mb, token_id_BT=token_id_mb, target_BT=target_mb)
-                self._loss(output, target_mb).backward()
+            micro_batches = list(zip(*pieces, strict=True))
+            if self.player is not None:
+                self.player.prepare(*micro_batches[0])
+            for place, inputs in enumerate(micro_batches):
+                if self.player is None or not self.player.play(place, *inputs):
+                    self.one_pass(*inputs)
         else:
             args = (token,) if self.chunks[0].is_first else ()
             is_last = self.chunks[-1].is_last

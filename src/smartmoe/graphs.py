@@ -1,0 +1,314 @@
+"""The passes of a micro-batch as CUDA graphs, so that the host launches one thing instead of thousands.
+
+Layer 5. Forward and backward of a micro-batch are captured once, after a few iterations that ran as they are, and replayed
+for every micro-batch from then on: one graph for the first micro-batch of an iteration, whose gradients overwrite those of
+the last, and one for all others, whose gradients are added. What changes from one micro-batch or iteration to the next lies
+in memory that keeps its place: tokens, the scale of the loss, routing tables, weights, gradients, and what the device itself
+decides. Where the host takes part in a pass nothing is captured, and `why_not` says why.
+
+A replay runs nothing of Python. Whoever follows the passes from the host is a Watcher; hooks of modules and tensors run at
+the capture and not again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from smartmoe.config import RunConfig
+from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.ops.extension import path_for
+from smartmoe.parallel.data import GradientBuffers
+from smartmoe.replicas import ExactReplication, HistoryReplication
+
+WARM_UP = 2  # iterations that run as they are: kernels are compiled, libraries choose theirs, ranks connect
+_log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Who follows the passes of layers from the host, for instance to count or to time."""
+
+    def begin(self) -> None:
+        """What comes until `end` is captured and does not run."""
+
+    def end(self) -> Any:
+        """What was seen since `begin`; it is given to `replayed`."""
+
+    def replayed(self, captured: Any) -> None:
+        """What was captured has been launched once more."""
+
+
+class Tape(Protocol):
+    """Records calls and plays them again. num_bytes: device memory that recordings keep for themselves."""
+
+    num_bytes: int
+
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Call `call`, which launches nothing now, and return what launches it. What fails in it is raised, and then
+        nothing of it is left."""
+
+    def clear(self) -> None:
+        """Let go of all recordings and their memory."""
+
+
+class CudaTape:
+    """A Tape of CUDA graphs. They share one pool of memory, so they must be replayed one after the other."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool = None
+        self.num_bytes = 0
+
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()  # what passes have needed so far is what the graph needs
+        before, self._pool = torch.cuda.memory_reserved(self._device), self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # other threads, such as the one in which NCCL looks after its collectives, may go on
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                call()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says once more that the capture has failed
+                    graph.capture_end()
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                raise
+            graph.capture_end()
+        self._graphs.append(graph)
+        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
+        return graph.replay
+
+    def clear(self) -> None:
+        torch.cuda.synchronize(self._device)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs, self._pool, self.num_bytes = [], None, 0
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Play:
+    """A recorded pass, and what each watcher saw of it."""
+
+    replay: Callable[[], None]
+    seen: list
+
+
+def why_not(config: RunConfig, layers: Iterable, device: torch.device) -> str:
+    """Why no pass of this run can be captured, "" where it can. layers: the MoELayers of this rank."""
+    if config.workload.cuda_graph == "never":
+        return 'workload.cuda_graph = "never"'
+    if device.type != "cuda":
+        return "it runs on a CPU"
+    if config.plan.pp > 1:
+        return f"plan.pp = {config.plan.pp}: passes of several micro-batches interleave in a pipeline"
+    if config.online.return_early:
+        return "online.return_early: the host starts exchanges inside backward passes"
+    for layer in layers:
+        reason = _layer_reason(layer)
+        if reason:
+            return f"layer {layer.layer_idx}: {reason}"
+    return ""
+
+
+def _layer_reason(layer) -> str:
+    if not isinstance(layer.dispatcher, DirectDispatcher):
+        return f"the host takes part in the exchange of {type(layer.dispatcher).__name__}, only of direct it does not"
+    if isinstance(layer.replication, ExactReplication):
+        return "copies of experts are decided by the host for each micro-batch"
+    if layer.experts.impl == "loop" or path_for(layer.experts.w1_LDF).gemm == "loop":
+        return "the products of experts, one by one, read on the host how many tokens each has"
+    return ""
+
+
+class PassGraphs:
+    """Plays the passes of a run's micro-batches from recordings, once there are some.
+
+    reason: why nothing is recorded, "" = it is, or will be. All ranks record in the same iteration or none does.
+
+    Args:
+        run_pass: forward and backward of one micro-batch from (token, token_id, target), each [B, T] int64.
+        buffers: where gradients go.
+        layers: the MoELayers of this rank.
+        watchers: all that follow the layers' passes; more may `join`.
+        num_passes: micro-batches of an iteration.
+        reason: see `why_not`.
+        tape: what records, None = nothing will.
+        group: all ranks of the run, None = one.
+    """
+
+    def __init__(
+        self,
+        run_pass: Callable[..., None],
+        buffers: GradientBuffers,
+        layers: Sequence,
+        watchers: Sequence[Watcher],
+        *,
+        num_passes: int,
+        reason: str,
+        tape: Tape | None,
+        group: dist.ProcessGroup | None,
+    ):
+        self.reason = reason
+        self.tell: Callable[[str], None] = _log.info
+        self._run_pass, self._buffers, self._layers, self._watchers = run_pass, buffers, list(layers), list(watchers)
+        self._num_passes, self._tape, self._group = num_passes, tape, group
+        self._device = buffers.refs[0].grad.device
+        self._peak = 0
+        self._num_plain = 0  # iterations that ran as they are, since the start or since a recording was dropped
+        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._plays: list[_Play] = []
+        self._facts: tuple = ()
+        self._num_rows: list[int] = []
+        self._filled: list[int] = []
+
+    @property
+    def is_recorded(self) -> bool:
+        return bool(self._plays)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that recordings keep for themselves."""
+        return self._tape.num_bytes if self._tape is not None else 0
+
+    def join(self, watcher: Watcher) -> None:
+        """From now on this one follows the passes, too."""
+        self.drop()
+        self._watchers.append(watcher)
+
+    def prepare(self, *sample: torch.Tensor) -> None:
+        """To be called before the first pass of an iteration: records when it is time. sample: inputs of a micro-batch.
+        Collective over the run's ranks where it records."""
+        if self.reason:
+            return
+        for layer in self._layers:
+            if isinstance(layer.replication, HistoryReplication):
+                layer.replication.wait_weights()  # no pass that is replayed does
+        if self._plays and self._facts != self._read_facts():
+            self.drop(num_plain=WARM_UP)  # kernels are there
+        if self._plays:
+            return
+        if self._num_plain < WARM_UP or not all(dispatcher.is_settled for dispatcher in self._dispatchers()):
+            self._num_plain += 1
+            return
+        self._record(sample)
+
+    def play(self, place: int, *inputs: torch.Tensor) -> bool:
+        """Run micro-batch `place` of the iteration from its recording; False = there is none, nothing was done."""
+        if not self._plays:
+            return False
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        play = self._plays[min(place, len(self._plays) - 1)]
+        play.replay()
+        if place == 0:
+            for ref_idx in self._filled:
+                self._buffers.fill(ref_idx)
+        for watcher, seen in zip(self._watchers, play.seen, strict=True):
+            watcher.replayed(seen)
+        return True
+
+    def peak_bytes(self) -> int:
+        """The most that tensors, and graphs on top of them, have taken of the GPU since its peak was last reset; 0 on a
+        CPU."""
+        if self._device.type != "cuda":
+            return 0
+        peak = max(torch.cuda.max_memory_allocated(self._device) + self.num_bytes, self._peak)
+        self._peak = 0
+        return peak
+
+    def is_outgrown(self) -> bool:
+        """Whether routings come close to the room that passes were recorded with. Not collective; does not wait."""
+        pairs = zip(self._dispatchers(), self._num_rows, strict=False)
+        return bool(self._plays) and any([dispatcher.outgrows(num_rows) for dispatcher, num_rows in pairs])
+
+    def drop(self, num_plain: int = WARM_UP - 1) -> None:
+        """Let go of the recordings, if any; after WARM_UP - num_plain iterations passes are recorded anew."""
+        if self._plays:
+            self._forget()
+            self._num_plain = num_plain
+
+    def _forget(self) -> None:
+        self._plays, self._inputs, self._filled = [], (), []
+        self._tape.clear()
+        self._buffers.reduce_late(False)
+
+    def _dispatchers(self) -> list[DirectDispatcher]:
+        return [layer.dispatcher for layer in self._layers]
+
+    def _read_facts(self) -> tuple:
+        """What a recording holds as it was then, beside the room of dispatchers."""
+        history = [layer.replication for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
+        places = [ref.param.data_ptr() for ref in self._buffers.refs]
+        return places, [replication.has_copies for replication in history]
+
+    def _strangers(self) -> str:
+        for layer in self._layers:
+            strange = [observer for observer in layer.observers if observer not in self._watchers]
+            if strange:
+                return f"layer {layer.layer_idx} has an observer that a replay would not call: {strange[0]!r}"
+        return ""
+
+    def _record(self, sample: Sequence[torch.Tensor]) -> None:
+        start, failed = time.perf_counter(), self._strangers()
+        before = self.peak_bytes()
+        if not failed:
+            self._inputs, self._facts = tuple(torch.empty_like(t).copy_(t) for t in sample), self._read_facts()
+            self._buffers.reduce_late(True)
+            transports = {id(each.transport): each.transport for each in self._dispatchers()}.values()
+            are_open = [transport.is_open for transport in transports]
+            try:
+                for _ in range(min(self._num_passes, 2)):
+                    self._plays.append(self._record_pass())
+                    self._filled = self._filled or self._buffers.filled()
+            except Exception as error:
+                _log.debug("the capture of a micro-batch failed", exc_info=True)
+                failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                for transport, is_open in zip(transports, are_open, strict=True):
+                    transport.is_open = is_open  # what was captured is not sent
+        self._num_rows = [dispatcher.num_rows for dispatcher in self._dispatchers()]
+        if self._device.type == "cuda":  # the graphs' memory counts by itself from now on
+            self._peak = max(before, torch.cuda.max_memory_allocated(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._any_rank(bool(failed)):
+            self._forget()
+            self._buffers.zero()  # as at the beginning of the iteration
+            for ref in self._buffers.refs:
+                ref.param.grad = None
+            self.reason = failed or "another rank could not"
+            self.tell(f"CUDA graph: micro-batches run without, {self.reason}")
+        else:
+            took, gbytes = time.perf_counter() - start, self.num_bytes / 1e9
+            self.tell(f"CUDA graph: the passes of a micro-batch were captured in {took:.1f} s and keep {gbytes:.2f} GB")
+
+    def _record_pass(self) -> _Play:
+        for watcher in self._watchers:
+            watcher.begin()
+        try:
+            replay = self._tape.record(self._whole_pass)
+        finally:
+            seen = [watcher.end() for watcher in self._watchers]
+        return _Play(replay, seen)
+
+    def _whole_pass(self) -> None:
+        self._run_pass(*self._inputs)
+        self._buffers.flush()
+
+    def _any_rank(self, mine: bool) -> bool:
+        if self._group is None:
+            return mine
+        flag = torch.tensor(int(mine), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)

@@ -1,0 +1,304 @@
+"""Recorded passes: the losses, counts and gradients of passes that run as they are, whatever changes between iterations.
+
+On a CPU a stand-in records by running and plays by running again with what Python saw forgotten, as a CUDA graph does.
+"""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from dist import gpu_backend, gpu_of, spawn
+from parity import MODEL, WORKLOAD, make_config
+from test_parity import REPLICATION, _shuffle_at
+
+from smartmoe import train
+from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan, RunConfig, Workload, check
+from smartmoe.data import TokenDataset
+from smartmoe.graphs import WARM_UP, PassGraphs, why_not
+from smartmoe.mesh import build_mesh
+from smartmoe.timing import LayerTimer
+from smartmoe.trainer import Trainer
+
+ITERATIONS = 11
+SMALL = dataclasses.replace(MODEL, num_layers=2)
+DIRECT = LayerConfig(dispatcher="direct", row_factor=2.0)
+HISTORY = OnlineConfig(replicate="history", replica_slots=2)
+TWO = ParallelPlan(dp=2, ep=2)
+
+
+def trainer_of(config, device="cpu") -> Trainer:
+    text = np.random.default_rng(0).zipf(1.3, 1 << 14).clip(max=config.model.vocab_size - 1)
+    tokens = TokenDataset([("zipf", text)], config.model.vocab_size, 1)
+    return Trainer(config, build_mesh(config.plan, torch.device(device)), tokens)
+
+
+class StandIn:
+    """A Tape for CPUs. A recording takes back what the call did to gradients and losses; playing it makes the call with the
+    host's side of the passes as it was when it was recorded, and leaves that side alone."""
+
+    num_bytes = 0
+
+    def __init__(self, trainer):
+        self.trainer, self.buffers = trainer, trainer.optimizer.buffers
+        self.replays = self.recordings = 0
+
+    def record(self, call):
+        tensors = [*self.buffers._flat.values(), self.trainer.runner._totals]
+        for layer in self.trainer.layers.values():
+            tensors += getattr(layer.replication, "grads", [])
+        before, empty = [tensor.clone() for tensor in tensors], set(self.buffers._empty)
+        call()
+        self.recordings += 1
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        recorder = self.trainer.online.watchers[0]
+        captured = list(recorder._seen)
+
+        def replay():
+            self.replays += 1
+            host, self.buffers._empty = self.buffers._empty, set(empty)
+            others = self.trainer.graphs._watchers
+            for watcher in others:
+                watcher.begin()
+            call()
+            fresh = [watcher.end() for watcher in others][0]
+            for (_, rows), (_, now) in zip(captured, fresh, strict=True):
+                rows.copy_(now)
+            self.buffers._empty = host
+
+        return replay
+
+    def clear(self):
+        pass
+
+
+def record_on_cpu(trainer) -> StandIn:
+    trainer.graphs.reason, trainer.graphs._tape = "", StandIn(trainer)
+    return trainer.graphs._tape
+
+
+def curve(trainer, before_iteration=None, iterations=ITERATIONS) -> list:
+    """Losses, norms and counts of each iteration."""
+    found = []
+    for iteration in range(iterations):
+        if before_iteration:
+            before_iteration(trainer, iteration)
+        result = trainer.run_iteration()
+        counts = trainer.online.gather_counts()
+        if trainer.config.gate.kind != "gshard":  # drops
+            assert counts.sum() == np.prod(counts.shape[:3]) * _copies(trainer.config)
+        found.append((result.lm_loss, result.balance_loss, result.optimizer.grad_norm, counts.tolist()))
+    return found
+
+
+def _copies(config) -> int:
+    return config.workload.micro_batch_size * config.model.seq_len * config.model.top_k
+
+
+CASES = {
+    "experts move": (TWO, 3, {"online": OnlineConfig(policy="greedy", interval=3)}, _shuffle_at(7)),
+    "one micro-batch": (TWO, 1, {}, _shuffle_at(7)),
+    "copies that come and go": (TWO, 2, {"online": HISTORY}, REPLICATION["history"]),
+    "reduced early": (
+        ParallelPlan(dp=2, ep=1), 3, {"workload": dataclasses.replace(WORKLOAD, reduce_early=True)}, None,
+    ),
+    "recomputed, cut state": (
+        dataclasses.replace(TWO, recompute=True), 2, {"workload": dataclasses.replace(WORKLOAD, zero=1)}, None,
+    ),
+    "a router without gradients": (TWO, 2, {"gate": GateConfig(kind="zero")}, None),
+}  # fmt: skip
+
+
+def _config(name) -> tuple[RunConfig, object]:
+    plan, num_passes, changes, before = CASES[name]
+    settings = {"model": SMALL, "layer": DIRECT, "gate": GateConfig(kind="naive")}
+    return make_config(plan, num_passes, **settings | changes), before
+
+
+def _with_and_without(world_rank):
+    found = {}
+    for name in CASES:
+        config, before = _config(name)
+        plain = curve(trainer_of(config), before)
+        trainer = trainer_of(config)
+        tape = record_on_cpu(trainer)
+        said = []
+        trainer.graphs.tell = said.append
+        timer = LayerTimer(trainer.layers, torch.device("cpu"))
+        trainer.graphs.join(timer)
+        recorded = curve(trainer, before)
+        times = timer.take()
+        facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, len(times))
+        found[name] = plain, recorded, facts
+    found["outgrown"] = _outgrown()
+    found["fails"] = _fails(world_rank)
+    return found
+
+
+def _outgrown():
+    """Room that becomes tight: the recording is dropped, an iteration runs as it is, another is recorded."""
+    layer = LayerConfig(dispatcher="direct", row_factor=1.5)
+    config = make_config(TWO, 2, model=SMALL, layer=layer, gate=GateConfig(kind="naive"))
+    trainer = trainer_of(config)
+    tape, dispatchers, states = record_on_cpu(trainer), [layer.dispatcher for layer in trainer.layers.values()], []
+    for dispatcher in dispatchers:
+        dispatcher.num_careful = 4
+    for iteration in range(8):
+        if iteration == 5:  # as if routings had needed more
+            dispatchers[-1].told.on_host[1] = int(dispatchers[-1].num_rows / 1.05)
+        trainer.run_iteration()
+        states.append((trainer.graphs.is_recorded, tape.recordings))
+    return states
+
+
+def _fails(world_rank):
+    """A capture that fails on one rank: all ranks go on without, with the losses that they would have."""
+    config, _ = _config("experts move")
+    plain = curve(trainer_of(config))
+    trainer = trainer_of(config)
+    tape, said = record_on_cpu(trainer), []
+    trainer.graphs.tell = said.append
+    record = tape.record
+
+    def failing(call):
+        replay = record(call)
+        if world_rank == 1 and tape.recordings == 2:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return replay
+
+    tape.record = failing
+    return plain == curve(trainer), trainer.graphs.reason, said, tape.replays
+
+
+def test_recorded_passes_change_no_bit():
+    for rank, found in enumerate(spawn(_with_and_without, 2)):
+        states, (same, reason, said, replays) = found.pop("outgrown"), found.pop("fails")
+        for name, (plain, recorded, facts) in found.items():
+            recordings, replays_of, num_passes, words, why, num_timed = facts
+            assert recorded == plain, f"rank {rank}: {name}"
+            assert not why and replays_of == (ITERATIONS - WARM_UP) * num_passes, name
+            assert num_timed == SMALL.num_layers and "captured in" in words[0], name
+            times = 3 if name.startswith("copies") else 1  # some, none, some
+            assert recordings == min(num_passes, 2) * times and len(words) == times, name
+        assert states == [(False, 0)] * 2 + [(True, 2)] * 3 + [(False, 2)] * 2 + [(True, 4)], states
+        assert same and replays == 0 and len(said) == 1 and "run without" in said[0]
+        wanted = "RuntimeError: operation not permitted when stream is capturing" if rank else "another rank could not"
+        assert reason == wanted
+
+
+# ------------------------------------------------------------------------------------------------------- where not
+
+
+class _Layer:
+    """What `why_not` looks at."""
+
+    def __init__(self, layer):
+        self.__dict__ |= {"layer_idx": 3, "dispatcher": layer.dispatcher, "replication": None, "experts": layer.experts}
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"workload": Workload(cuda_graph="never")}, '"never"'),
+        ({"plan": ParallelPlan(pp=2)}, "pp = 2"),
+        ({"online": dataclasses.replace(HISTORY, return_early=True)}, "return_early"),
+        ({"layer": LayerConfig()}, "layer 3: the host takes part in the exchange of BasicDispatcher"),
+        ({"layer": LayerConfig(dispatcher="padded")}, "PaddedDispatcher"),
+        ({"layer": LayerConfig(dispatcher="direct", experts="loop")}, "one by one"),
+    ],
+)
+def test_where_nothing_is_recorded_it_is_said_why(changes, words):
+    config = make_config(layer=changes.pop("layer", DIRECT), gate=GateConfig(kind="naive"))
+    layers = [_Layer(layer) for layer in trainer_of(config).layers.values()]
+    config = dataclasses.replace(config, **changes)
+    assert words in why_not(config, layers, torch.device("cuda", 0))
+    assert why_not(config, layers, torch.device("cpu"))
+
+
+def test_a_cpu_runs_as_it_is_and_the_setting_is_checked():
+    trainer = trainer_of(make_config(layer=DIRECT))
+    assert isinstance(trainer.graphs, PassGraphs) and trainer.graphs.reason == "it runs on a CPU"
+    assert trainer.graphs.peak_bytes() == 0 and not trainer.graphs.play(0)
+    with pytest.raises(ValueError, match='workload.cuda_graph = "always" is not one of auto, never'):
+        check(RunConfig(workload=Workload(cuda_graph="always")))
+
+
+def test_an_unknown_observer_keeps_passes_as_they_are():
+    trainer = trainer_of(make_config(layer=DIRECT, gate=GateConfig(kind="naive")))
+    record_on_cpu(trainer)
+    calls = []
+    next(iter(trainer.layers.values())).observers.append(lambda *args: calls.append(args))
+    for _ in range(4):
+        trainer.run_iteration()
+    assert len(calls) == 4 * trainer.config.num_micro_batches and "layer 0 has an observer" in trainer.graphs.reason
+
+
+def test_the_training_log_says_that_a_gpu_runs_without(tmp_path, monkeypatch):
+    config = make_config(layer=DIRECT, workload=dataclasses.replace(WORKLOAD, iterations=3, warmup_iterations=0))
+    trainer = trainer_of(config)
+    record_on_cpu(trainer)
+    train.train(trainer, tmp_path)
+    assert "CUDA graph: the passes of a micro-batch were captured" in (tmp_path / "train.log").read_text()
+    assert len([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ GPUs
+
+GPU_MODEL = dataclasses.replace(MODEL, hidden_size=128, ffn_size=256, seq_len=64)
+EXACT = OnlineConfig(replicate="exact", replica_slots=2)
+GPU_CASES = {
+    "experts move": ({"online": OnlineConfig(policy="greedy", interval=4)}, _shuffle_at(9)),
+    "recomputed": ({"recompute": True}, None),
+    "history copies": ({"online": HISTORY}, REPLICATION["history"]),
+    "exact copies": ({"online": EXACT}, _shuffle_at(9)),
+    "capacity": ({"gate": GateConfig(kind="gshard", capacity=1.5)}, None),
+    "reduced early": ({"ep": 1, "workload": {"reduce_early": True}}, None),
+    "policy auto": ({"online": OnlineConfig(policy="auto", interval=100)}, None),
+}
+
+
+def gpu_curves(world_rank, num_ranks, name, iterations=20):
+    """(plain, recorded) curves, and what was said. One process a GPU."""
+    changes, before = copy.deepcopy(GPU_CASES[name][0]), GPU_CASES[name][1]
+    plan = ParallelPlan(dp=num_ranks, ep=changes.pop("ep", num_ranks), recompute=changes.pop("recompute", False))
+    layer = LayerConfig(dispatcher="direct", row_factor=max(num_ranks, 1))
+    found, said = [], []
+    device = gpu_of(world_rank)
+    torch.cuda.set_device(device)
+    own = changes.pop("workload", {})
+    for cuda_graph in ("never", "auto"):
+        work = dataclasses.replace(WORKLOAD, dtype="bfloat16", iterations=100, cuda_graph=cuda_graph, **own)
+        settings = {"layer": layer, "gate": GateConfig(kind="naive"), "model": GPU_MODEL, "workload": work, **changes}
+        config = make_config(plan, 3, **settings)
+        trainer = trainer_of(config, str(device))
+        trainer.graphs.tell = said.append
+        # the one way of attention whose backward pass is deterministic
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            found.append(curve(trainer, before, iterations))
+        said.append(trainer.graphs.reason)
+        peak = trainer.graphs.num_bytes
+        trainer.close()
+        del trainer
+    return (*found, said, peak)
+
+
+def _gpu_world(world_rank, num_ranks, names):
+    return {name: gpu_curves(world_rank, num_ranks, name) for name in names}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_on_gpus_a_graph_changes_no_bit(num_ranks):
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    backend = gpu_backend(num_ranks)
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
+    names = [name for name in GPU_CASES if num_ranks > 1 or "copies" not in name]
+    for found in spawn(_gpu_world, num_ranks, num_ranks, names, backend=backend, timeout_s=300):
+        for name, (plain, recorded, said, num_bytes) in found.items():
+            assert said[0] == 'workload.cuda_graph = "never"' and not said[-1], f"{name}: {said}"
+            assert any("captured in" in words for words in said) and num_bytes > 0, f"{name}: {said}"
+            assert recorded == plain, name
