@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run the experiments on this machine or a Slurm cluster, then draw the figures from what was measured.
 #
-#   ./RUNME-b.sh [--cluster auto|NAME] [--figures "8 10"] [--data FILE ..] [--dry-run] [--resume [DIR]] [--max-jobs N]
+#   ./RUNME-b.sh [--cluster auto|NAME] [--figures "8 10"] [--gpus "1 2 4"] [--data FILE ..] [--dry-run] [--resume [DIR]] [--max-jobs N]
 #
 #   Runs go to outputs_from_exec_<UTC time>/logs, the figures beside them. Figures not built yet say what they wait for.
 #   --cluster   a file of scripts/clusters: cpu (4 processes here, under 15 minutes), local (this machine's GPUs), slurm or
 #               another (a Slurm job for each run); auto (default): Slurm where it answers, else GPUs, else cpu
 #   --figures   only these (default: all); --only REGEX: of their runs only those in whose path this is found
+#   --gpus "1 2 4"  on GPUs of this machine: runs on so many each, side by side where they fit (default: on all)
 #   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
 #   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
@@ -20,7 +21,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift

@@ -32,7 +32,21 @@ OWN_ENTRIES = {
     "layer_accuracy": "smartmoe.bench.layer_accuracy",
 }
 ENTRIES = {**OWN_ENTRIES, **{name: host.module for name, host in hosts.HOSTS.items()}}
+# Programs that do several runs in one process (smartmoe.sequence), by whether these may be of one world.
+SHARING = {"train": "smartmoe", "replay": "smartmoe", **{name: name for name in hosts.HOSTS}}
 TRAINING = ("train", *hosts.HOSTS)  # entries that read text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The table [machine] of a cluster's file: how runs share this machine.
+
+    runs_per_world: at most so many runs follow one another in one world of processes (1: each has its own). cores_per_rank:
+    worlds run side by side on GPUs that are free as long as each rank has so many cores.
+    """
+
+    runs_per_world: int = 1
+    cores_per_rank: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,7 @@ class Grid:
     `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars;
     {ranks} and {capacity} are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the
     progress line estimate with. `repeats`: each run so many times, the later ones with the next seeds: the figure's error bars.
+    `samples_per_rank`: the global batch is so many samples a rank, in place of workload.global_batch_size.
     A system with a host of its own (smartmoe.hosts) is trained by that.
     """
 
@@ -56,6 +71,7 @@ class Grid:
     start_s: float = 10.0
     step_s: float = 1.0
     repeats: int = 1
+    samples_per_rank: int = 0
     record_spans: bool = False
     workload: Workload = field(default_factory=Workload)
 
@@ -131,6 +147,9 @@ class Configs:
         }
         files = sorted(folder.glob("clusters/*.toml"))
         self.clusters = {path.stem: _cluster(path) for path in files}
+        self.machines = {
+            path.stem: from_dict(Machine, read_table(path).get("machine", {}), f"{path}: machine") for path in files
+        }
         self.sites = {path.stem: from_dict(Site, read_table(path).get("slurm", {}), f"{path}: slurm") for path in files}
         self.experiments = {}
         for path in sorted(folder.glob("experiments/*.toml")):
@@ -138,6 +157,18 @@ class Configs:
             self.experiments[experiment.figure] = experiment
         if not self.experiments:
             raise ValueError(f"{folder}/experiments: no experiment files (*.toml) here")
+
+    def expand_sizes(self, figures: list[str], kind: str, clusters: list[ClusterSpec]) -> tuple[list[Run], dict[str, str]]:
+        """The runs of `figures` on each of `clusters`, which differ in size, and why figures are left out on all of them."""
+        runs, reasons = [], {}
+        for cluster in clusters:
+            left_out = self.left_out(figures, kind, cluster)
+            runs += self.expand([figure for figure in figures if figure not in left_out], kind, cluster)
+            reasons = {figure: why for figure, why in left_out.items() if cluster is clusters[0] or figure in reasons}
+        folders = [run.folder for run in runs]
+        for folder in folders:
+            assert folders.count(folder) == 1, f"{folder}: two runs of different sizes"
+        return runs, reasons
 
     def select(self, names: list[str]) -> list[str]:
         """Figures by number or name in drawing order; all when `names` is empty. ValueError for an unknown one."""
@@ -208,11 +239,14 @@ class Configs:
         if source is not None:
             here = Path(figure, row.system, "x")
             gate = dataclasses.replace(gate, kind="trace", trace=str(_relative(source.folder / "trace.npz", here)))
+        workload = grid.workload
+        if grid.samples_per_rank:
+            workload = dataclasses.replace(workload, global_batch_size=grid.samples_per_rank * cluster.num_ranks)
         if "plan" in parts:
             parts = {**parts, "plan": _filled(parts["plan"], cluster)}
         try:
             config = systems.build(
-                row.system, model=self.models[grid.model], gate=gate, workload=grid.workload, cluster=cluster,
+                row.system, model=self.models[grid.model], gate=gate, workload=workload, cluster=cluster,
                 record_trace=row.record_trace, record_spans=grid.record_spans, **parts,
             )  # fmt: skip
         except ValueError as error:
@@ -230,8 +264,8 @@ def capacity_label(gate: GateConfig) -> str:
 
 
 def _cluster(path: Path) -> ClusterSpec:
-    """A cluster file; its [rates] are for the planner, its [slurm] is for the launcher."""
-    table = {key: value for key, value in read_table(path).items() if key not in ("rates", "slurm")}
+    """A cluster file; its [rates] are for the planner, its [slurm] and [machine] are for the launcher."""
+    table = {key: value for key, value in read_table(path).items() if key not in ("rates", "slurm", "machine")}
     return from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
 
 
@@ -257,6 +291,8 @@ def _experiment(path: Path) -> Experiment:
         settings = from_dict(Grid, grid, where)
         if settings.entry not in OWN_ENTRIES:
             raise ValueError(f'{where}: entry = "{settings.entry}" is not one of {", ".join(OWN_ENTRIES)}')
+        if settings.samples_per_rank < 0 or (settings.samples_per_rank and "global_batch_size" in grid.get("workload", {})):
+            raise ValueError(f"{where}: samples_per_rank must be positive, and workload.global_batch_size left out with it")
         if settings.repeats < 1:
             raise ValueError(f"{where}: repeats = {settings.repeats} must be at least 1")
         for row_number, table in enumerate(rows, 1):

@@ -3,9 +3,10 @@
     python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--only REGEX] [--dry-run] [--resume]
         [--max-jobs N]
 
-NAME is a file of clusters/: cpu and local are this machine, where one run follows the other; any other is a Slurm
-cluster, where each run is a job. Runs go to DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did
-not end well; 2 bad input, nothing started; 130 or 143 interrupted (go on with --resume).
+NAME is a file of clusters/: cpu and local are this machine, where one run follows the other, on GPUs several in one world of
+processes and worlds side by side; any other is a Slurm cluster, where each run is a job. Runs go to
+DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input, nothing started; 130 or
+143 interrupted (go on with --resume).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts")]
 
 import slurm  # noqa: E402
 import slurm_launch  # noqa: E402
-from grid import TRAINING, Configs, Run  # noqa: E402
+from grid import TRAINING, Configs, Machine, Run  # noqa: E402
 from runner import Interrupted, Launcher, device_name, run_environment  # noqa: E402
 from slurm import Site  # noqa: E402
+from worlds import Worlds, gpu_ids  # noqa: E402
 
 from smartmoe import data, hosts, record  # noqa: E402
 from smartmoe.config import ClusterSpec, slowed  # noqa: E402
@@ -44,11 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         configs = Configs(args.configs)
         kind, cluster, site = choose_cluster(args, configs)
         cluster = slowed(cluster, args.slow_links)
-        figures = configs.select(args.figures.split())
-        left_out = configs.left_out(figures, kind, cluster)
+        runs, left_out = configs.expand_sizes(configs.select(args.figures.split()), kind, of_sizes(cluster, args.gpus, site))
         for figure, reason in left_out.items():
             print(f"figure {figure.removeprefix('fig')} is left out: {reason}")
-        runs = configs.expand([figure for figure in figures if figure not in left_out], kind, cluster)
         if not runs:
             raise ValueError("nothing to run: all the figures asked for are left out")
         runs = only(runs, args.only)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                     run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
                 )
         if args.dry_run:
-            print_plan(runs, site)
+            print_plan(runs, site, configs.machines.get(kind, Machine()))
         runs, skipped = without_what_lacks(runs, site)
         for reason, lacking in skipped.items():
             names = ", ".join(dict.fromkeys(run.config.system for run in lacking))
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("nothing to run: all runs are skipped")
         if args.dry_run:
             return 0
-        return launch(args, runs, skipped, cluster, site)
+        return launch(args, runs, skipped, cluster, site, configs.machines.get(kind, Machine()))
     except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
@@ -87,6 +87,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "auto: Slurm where it answers, else GPUs when there are any, else cpu (default)",
     )
     parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
+    parser.add_argument("--gpus", default="", metavar='"1 2 4"', help="with local: runs on so many GPUs each, those that fit "
+                        "side by side (default: on all GPUs of the machine)")  # fmt: skip
     parser.add_argument("--only", default="", metavar="REGEX",
                         help="of their runs only those in whose path this is found, and traces that these replay")  # fmt: skip
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
@@ -125,7 +127,7 @@ def choose_cluster(args: argparse.Namespace, configs: Configs) -> tuple[str, Clu
         wanted = "slurm" if has_slurm else "local" if num_gpus else "cpu"
     else:
         print("found: ", end="")
-    print(f"GPUs: {num_gpus}; CPU: {len(os.sched_getaffinity(0))} cores, {record.cpu_name()}")
+    print(f"GPUs: {num_gpus}; CPU: {num_cores()} cores, {record.cpu_name()}")
     if wanted not in configs.clusters:
         raise ValueError(f"{configs.folder}/clusters: no {wanted}.toml")
     cluster, site = configs.clusters[wanted], configs.sites[wanted]
@@ -145,6 +147,19 @@ def choose_cluster(args: argparse.Namespace, configs: Configs) -> tuple[str, Clu
     return site.grids or wanted, cluster, site
 
 
+def of_sizes(cluster: ClusterSpec, words: str, site: Site | None) -> list[ClusterSpec]:
+    """`cluster` with each of the numbers of GPUs in `words`, the largest first; as it is without words. Raises ValueError for
+    anything but different numbers of GPUs that this machine has."""
+    if not words:
+        return [cluster]
+    if site or cluster.device != "cuda":
+        raise ValueError(f"--gpus {words}: is about the GPUs of this machine: add --cluster local")
+    sizes = words.split()
+    if not all(size.isdecimal() and 1 <= int(size) <= cluster.ranks_per_node for size in sizes) or len({*sizes}) < len(sizes):
+        raise ValueError(f"--gpus {words}: needs different numbers from 1 to {cluster.ranks_per_node}, the GPUs found here")
+    return [dataclasses.replace(cluster, ranks_per_node=size) for size in sorted(map(int, sizes), reverse=True)]
+
+
 def count_gpus() -> int:
     """CUDA devices that torch can use; asks torch, in a process of its own, only where the driver is installed."""
     if not shutil.which("nvidia-smi"):
@@ -159,7 +174,7 @@ def count_gpus() -> int:
 # ----------------------------------------------------------------------------------------------------------- the runs
 
 
-def print_plan(runs: list[Run], site: Site | None) -> None:
+def print_plan(runs: list[Run], site: Site | None, machine: Machine) -> None:
     """The runs as a table: what --dry-run is for."""
     width = max(len(str(run.folder)) for run in runs)
     print(f"{'run':<{width}}  {'plan':<30} {'iterations':>10} {'min':>5}  serves")
@@ -168,8 +183,11 @@ def print_plan(runs: list[Run], site: Site | None) -> None:
         plan, iterations = run.config.plan.describe(), run.config.workload.iterations
         bars = bars or "the trace that others replay"
         print(f"{str(run.folder):<{width}}  {plan:<30} {iterations:>10} {run.estimate_s / 60:>5.1f}  {bars}")
-    print(f"{len(runs)} runs, about {sum(run.estimate_s for run in runs) / 60:.0f} minutes")
-    if site:
+    if site is None:
+        print(Worlds(None, runs, machine, gpu_ids(count_gpus()) if runs[0].config.cluster.device == "cuda" else [], num_cores())
+              .describe())  # fmt: skip
+    else:
+        print(f"{len(runs)} runs, about {sum(run.estimate_s for run in runs) / 60:.0f} minutes")
         options = {" ".join(site.job_options(run.config.cluster, run.timeout_s)) for run in runs}
         print("\n".join(f"each a job: sbatch {words} scripts/job.sbatch RUN_DIR" for words in sorted(options)))
 
@@ -201,8 +219,9 @@ def without_what_lacks(runs: list[Run], site: Site | None) -> tuple[list[Run], d
 
 
 def launch(
-    args: argparse.Namespace, runs: list[Run], skipped: dict[str, list[Run]], cluster: ClusterSpec, site: Site | None
-) -> int:
+    args: argparse.Namespace, runs: list[Run], skipped: dict[str, list[Run]], cluster: ClusterSpec, site: Site | None,
+    machine: Machine,
+) -> int:  # fmt: skip
     """Do `runs` under args.out/logs, and write `skipped` down there as such. Returns the exit code."""
     root = args.out / "logs"
     if site:
@@ -232,7 +251,9 @@ def launch(
             for run in lacking:
                 launcher.set_aside(run, reason)
         if site is None:
-            return interruptible(lambda: do_all(launcher, runs), f"{launcher.root} can be continued with --resume")
+            gpus = gpu_ids(cluster.ranks_per_node) if cluster.device == "cuda" else []
+            words = f"{launcher.root} can be continued with --resume"
+            return interruptible(lambda: do_all(launcher, runs, machine, gpus), words)
         campaign = slurm_launch.Campaign(launcher, site, args.out.resolve(), runs, args.max_jobs, same_again(args))
         return interruptible(lambda: slurm_launch.do_all(campaign), "the jobs were left to Slurm")
 
@@ -243,6 +264,7 @@ def same_again(args: argparse.Namespace) -> str:
     if args.configs != ROOT / "scripts":
         words += ["--configs", str(args.configs.resolve())]
     words += ["--figures", args.figures] if args.figures else []
+    words += ["--gpus", args.gpus] if args.gpus else []
     words += ["--only", args.only] if args.only else []
     words += ["--max-jobs", str(args.max_jobs)] if args.max_jobs else []
     words += ["--slow-links", f"{args.slow_links:g}"] if args.slow_links else []
@@ -269,7 +291,7 @@ def interruptible(work: Callable[[], int], words: str) -> int:
             signal.signal(number, handler)
 
 
-def do_all(launcher: Launcher, runs: list[Run]) -> int:
+def do_all(launcher: Launcher, runs: list[Run], machine: Machine, gpus: list[str]) -> int:
     """Do the runs that are not done yet, whatever happens to any one of them. Returns the exit code."""
     waiting = [run for run in runs if launcher.needs_running(run)]
     for run in runs:
@@ -279,20 +301,17 @@ def do_all(launcher: Launcher, runs: list[Run]) -> int:
             launcher.keep(run)
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
-    print(
-        f"{len(waiting)} runs, about {sum(run.estimate_s for run in waiting) / 60:.0f} minutes, in {launcher.root}",
-        flush=True,
-    )
-    bad = []
-    for place, run in enumerate(waiting):
-        label = f"[{place + 1}/{len(waiting)}] {run.folder}"
-        left_s = sum(later.estimate_s for later in waiting[place + 1 :])
-        if launcher.do(run, label, left_s) != "ok":
-            bad.append(run)
-        sys.stdout.flush()
+    worlds = Worlds(launcher, waiting, machine, gpus, num_cores())
+    print(f"{worlds.describe()}, in {launcher.root}", flush=True)
+    bad = worlds.do_all()
     if bad:
         print(f"{len(bad)} of {len(waiting)} runs did not end well: {', '.join(str(run.folder) for run in bad)}")
     return 1 if bad else 0
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

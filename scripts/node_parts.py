@@ -45,6 +45,11 @@ class Node:
     out: Path
     trace: Path | None
 
+    @property
+    def sizes(self) -> list[int]:
+        """The powers of two up to all GPUs, and all."""
+        return sorted({self.gpus, *(2**power for power in range(self.gpus.bit_length()) if 2**power <= self.gpus)})
+
 
 @dataclass(frozen=True)
 class Part:
@@ -83,7 +88,8 @@ class Part:
         node = self.node
         python = [sys.executable]
         torchrun = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
-        known = {"gpus": self.gpus, "out": self.folder, "set": node.out, "trace": node.trace, "cluster": node.cluster}
+        known = {"gpus": self.gpus, "out": self.folder, "set": node.out, "trace": node.trace, "cluster": node.cluster,
+                 "sizes": " ".join(map(str, node.sizes))}  # fmt: skip
         lines = self.declared.cpu if node.cluster == "cpu" else self.declared.command
         whole = {"{python}": python, "{torchrun}": torchrun}
 

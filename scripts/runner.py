@@ -1,4 +1,4 @@
-"""Do runs one after another: start each in processes of its own, watch it, and write down how it ended."""
+"""What a run leaves behind, how its processes are started and ended: for runs on this machine and as jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from grid import ENTRIES, Run
@@ -21,9 +21,9 @@ from smartmoe.config import ClusterSpec, RunConfig, from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 40.0  # torchrun itself waits 30 s for its workers before it kills them
-POLL_S = 0.2
 OUTPUTS = (
     "error.json",
+    "finished.json",
     "metrics.jsonl",
     "spans.jsonl",
     "events.jsonl",
@@ -66,11 +66,12 @@ def device_name(cluster: ClusterSpec) -> str:
         return "CUDA GPU"
 
 
-def torchrun_command(run: Run, run_dir: Path, resume: bool) -> list[str]:
-    """The command that does `run`: torchrun with one process per rank of its plan."""
-    ranks = str(run.config.plan.world_size)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return [*command, "-m", ENTRIES[run.entry], str(run_dir), *(["--resume"] if resume else [])]
+def torchrun_command(runs: list[Run], run_dirs: list[Path], resume: bool) -> list[str]:
+    """The command that does `runs`, all of one size: torchrun with one process per rank of their plans."""
+    module = ENTRIES[runs[0].entry] if len(runs) == 1 else "smartmoe.sequence"
+    ranks = str(runs[0].config.plan.world_size)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", module]
+    return [*command, *map(str, run_dirs), *(["--resume"] if resume else [])]
 
 
 @dataclass
@@ -81,9 +82,8 @@ class Launcher:
     provenance: dict
     env: dict
     cwd: Path
-    command: Callable[[Run, Path, bool], list[str]] = torchrun_command
+    command: Callable[[list[Run], list[Path], bool], list[str]] = torchrun_command
     say: Callable[[str], None] = print
-    estimate_scale: list[float] = field(default_factory=list)  # actual / estimated seconds of the runs done
 
     def needs_running(self, run: Run) -> bool:
         """Whether `run` is absent, unfinished, failed, or done with another config. A "running" one was left by a
@@ -125,35 +125,6 @@ class Launcher:
         else:
             self.keep(run)
 
-    def do(self, run: Run, label: str, left_s: float) -> str:
-        """Do one run and return its status. Raises Interrupted after stopping it when the user asks to stop."""
-        run_dir = self.root / run.folder
-        if run.needs and record.read_run(self.root / run.needs.folder)["status"] != "ok":
-            message = f"needs the trace of {run.needs.folder}, which did not end well"
-            record.set_status(run_dir, "skipped", message)
-            self.say(f"{label} skipped: {message}")
-            return "skipped"
-        resume = self.can_resume(run)
-        record.set_status(run_dir, "running")
-        start = time.monotonic()
-        try:
-            status, message = self._watch(run, run_dir, resume, label, left_s)
-        except Interrupted:
-            record.set_status(run_dir, "failed", "interrupted")
-            raise
-        record.set_status(run_dir, status, message)
-        seconds = time.monotonic() - start
-        if status == "ok":
-            self.estimate_scale.append(seconds / run.estimate_s)
-        self.say(
-            f"{label} {status} after {seconds:.0f} s{summary(run_dir, run) if status == 'ok' else ': ' + message}"
-        )
-        return status
-
-    def scale(self) -> float:
-        """How much longer than estimated the runs so far took (1 before the first ends)."""
-        return sum(self.estimate_scale) / len(self.estimate_scale) if self.estimate_scale else 1.0
-
     def can_resume(self, run: Run) -> bool:
         """Whether an earlier attempt at this very run left a complete checkpoint."""
         saved = (self.root / run.folder).glob("checkpoints/iter_*/meta.json")
@@ -168,44 +139,6 @@ class Launcher:
             return old if same and (facts.get("entry"), facts.get("repeat", 1)) == (run.entry, run.repeat) else None
         except ValueError:
             return None
-
-    def _watch(self, run: Run, run_dir: Path, resume: bool, label: str, left_s: float) -> tuple[str, str]:
-        start, shown = time.monotonic(), 0.0
-        with (run_dir / "console.log").open("ab") as console:
-            child = subprocess.Popen(
-                self.command(run, run_dir, resume), stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                cwd=self.cwd, env=self.env, start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
-        try:
-            while child.poll() is None:
-                elapsed = time.monotonic() - start
-                if elapsed > run.timeout_s:
-                    stop(child)
-                    return "timeout", f"did not end within {run.timeout_s:.0f} s ({stopped_at(run_dir)})"
-                if elapsed - shown > 1:
-                    shown = elapsed
-                    self._progress(run, run_dir, label, elapsed, left_s)
-                time.sleep(POLL_S)
-        except BaseException:
-            stop(child)
-            raise
-        finally:
-            _clear_line()
-        return record.outcome(run_dir, child.returncode)
-
-    def _progress(self, run: Run, run_dir: Path, label: str, elapsed: float, left_s: float) -> None:
-        if not sys.stdout.isatty():
-            return
-        last = last_metric(run_dir)
-        done, total = int(last.get("iteration", 0)), run.config.workload.iterations
-        here = run.estimate_s * self.scale()
-        if done:
-            here = max(here, elapsed * total / done)
-        minutes = (max(0.0, here - elapsed) + left_s * self.scale()) / 60
-        load = f"  max/mean load {last['load_max_over_mean']:.2f}" if last.get("load_max_over_mean") else ""
-        step = f"  {last['step_ms']:.0f} ms" if last.get("step_ms") else ""
-        loss = f"  loss {last['lm_loss']:.3f}" if last.get("lm_loss") else ""
-        print(f"\r\033[K{label} {done}/{total}{step}{loss}{load}  {minutes:.1f} min left", end="", flush=True)
 
 
 def last_metric(run_dir: Path) -> dict:
@@ -234,11 +167,6 @@ def summary(run_dir: Path, run: Run) -> str:
         return ", but its metrics.jsonl is missing or malformed"
 
 
-def _clear_line() -> None:
-    if sys.stdout.isatty():
-        print("\r\033[K", end="", flush=True)
-
-
 # --------------------------------------------------------------------------------------------------------- processes
 
 
@@ -248,21 +176,27 @@ def end_with_parent() -> None:
         _LIBC.prctl(1, signal.SIGTERM)
 
 
-def stop(child: subprocess.Popen) -> None:
-    """End `child` and the processes it started: SIGTERM, and SIGKILL to what is left after GRACE_S."""
-    family = descendants(child.pid)  # torchrun's workers have sessions of their own: a signal to its group misses them
-    if child.poll() is None:
-        child.terminate()
+def stop(*children: subprocess.Popen) -> None:
+    """End `children` and the processes they started: SIGTERM, and SIGKILL to what is left after GRACE_S."""
+    # torchrun's workers have sessions of their own: a signal to its group misses them
+    family = [one for child in children for one in descendants(child.pid)]
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
     end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and (child.poll() is None or any(_alive(*one) for one in family)):
+    while time.monotonic() < end and (
+        any(child.poll() is None for child in children) or any(_alive(*one) for one in family)
+    ):
         time.sleep(0.05)
-    if child.poll() is None:
-        child.kill()
+    for child in children:
+        if child.poll() is None:
+            child.kill()
     for pid, started in family:
         if _alive(pid, started):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    child.wait()
+    for child in children:
+        child.wait()
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:

@@ -71,6 +71,28 @@ def test_repeats_are_runs_of_other_seeds_for_the_same_bar(folder):
     assert [run.run_id[-3:] for run in last[::2]] == ["ep4", "-r2", "-r3"] and last[0].bars == last[2].bars
 
 
+def test_a_batch_may_grow_with_the_ranks(folder):
+    experiment = folder / "experiments" / "fig8.toml"
+    experiment.write_text(GRID.replace("panel", "samples_per_rank = 6\nworkload = { micro_batch_size = 2 }\npanel"))
+    assert {run.config.workload.global_batch_size for run in expand(folder)} == {24}
+    experiment.write_text(GRID.replace("panel", "samples_per_rank = 6\nworkload = { global_batch_size = 24 }\npanel"))
+    with pytest.raises(ValueError, match="fig8.toml: grid 1: samples_per_rank"):
+        expand(folder)
+
+
+def test_runs_on_several_sizes(folder):
+    text = GRID.replace('"cpu"', '"local"').replace("{ pp = 2, dp = 2, ep = 2 }", "{ dp = 0, ep = 0 }")
+    (folder / "experiments" / "fig8.toml").write_text(text)
+    (folder / "experiments" / "fig12.toml").write_text(text.replace("fig8", "fig12").replace("panel", "min_ranks = 2\npanel"))
+    configs = Configs(folder)
+    clusters = [ClusterSpec(name="local", device="cuda", ranks_per_node=size, memory_gbytes=139.0) for size in (2, 1)]
+    runs, left_out = configs.expand_sizes(["fig8", "fig12"], "local", clusters)
+    assert not left_out and [run.config.plan.world_size for run in runs] == [2] * 3 + [1] * 3
+    assert {bar["figure"] for run in runs if run.config.plan.world_size == 1 for bar in run.bars} == {"fig8"}
+    _, left_out = configs.expand_sizes(["fig8", "fig12"], "local", clusters[1:])
+    assert list(left_out) == ["fig12"]
+
+
 @pytest.mark.parametrize("num_ranks,pp", [(1, 1), (2, 1), (3, 3), (6, 3)])
 def test_a_row_may_be_for_some_sizes_of_cluster(folder, num_ranks, pp):
     head, _, row = GRID.rpartition("[[grid.systems]]")

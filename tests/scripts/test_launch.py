@@ -205,7 +205,7 @@ def test_runs_of_a_program_that_is_missing_are_skipped_and_said(setup, tmp_path,
     missing = dataclasses.replace(hosts.HOSTS["deepspeed"], package="no_such_package")
     monkeypatch.setitem(hosts.HOSTS, "deepspeed", missing)
     monkeypatch.setattr(launch.data, "load_tokens", lambda *args, **kwargs: argparse.Namespace(num_tokens=0))
-    monkeypatch.setattr(launch.Launcher, "do", lambda self, run, label, left_s: "ok")
+    monkeypatch.setattr(launch.Worlds, "do_all", lambda self: [])
     arguments = setup(grid(1), grid(2).replace('"fastmoe"', '"deepspeed"'))
     assert launch.main(arguments) == 0
     assert "skipped: 1 runs of deepspeed: the package no_such_package is not installed" in capsys.readouterr().out

@@ -192,11 +192,15 @@ def own_parts(gpus, trace=None):
 
 
 def test_each_size_has_its_parts():
-    names = {gpus: [part.name for part in own_parts(gpus) if part.name.startswith("fig8")] for gpus in (1, 2, 4)}
-    assert names == {1: ["fig8-x1"], 2: ["fig8-x2", "fig8-x1"], 4: ["fig8-x4", "fig8-x2"]}
+    names = {gpus: [part.name for part in own_parts(gpus) if part.name.startswith("alpa-x")] for gpus in (1, 2, 4)}
+    assert names == {1: ["alpa-x1"], 2: ["alpa-x2", "alpa-x1"], 4: ["alpa-x4", "alpa-x2"]}
+    sizes = {gpus: next(part for part in own_parts(gpus) if part.name == "fig8").commands()[0] for gpus in (1, 2, 4, 6)}
+    assert {gpus: words[words.index("--gpus") + 1] for gpus, words in sizes.items()} == {
+        1: "1", 2: "1 2", 4: "1 2 4", 6: "1 2 4 6"
+    }  # fmt: skip
     assert [part.gpus for part in own_parts(4) if part.name == "record"] == [1]
     assert node_parts.chosen(own_parts(4), ["layer"])[-1].name == "layer"
-    assert [part.name for part in node_parts.chosen(own_parts(4), ["fig1"])][:2] == ["fig10-x4", "fig10-x2"]
+    assert [part.name for part in node_parts.chosen(own_parts(4), ["fig1"])] == ["fig10", "fig12", "fig13", "fig11"]
     assert measure_node.short_name("NVIDIA H200") == "h200" and measure_node.short_name("Tesla V100-SXM2-32GB") == "v100"
 
 
