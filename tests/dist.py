@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 SHARED_GPU = "cpu:gloo,cuda:gloo"
 MAX_SHARING = 2
 PRELOAD = ["numpy", "torch", "torch.distributed.pipelining", "torch.distributed.checkpoint", "torch.utils.checkpoint"]
+PRELOAD_ON_GPUS = ["triton", "torch.distributed._symmetric_memory", "smartmoe.trainer", "smartmoe.bench.layer"]
 
 
 def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 300.0, fresh: bool = False):
@@ -28,9 +29,10 @@ def spawn(fn, world_size: int, *args, backend: str = "gloo", timeout_s: float = 
     environment.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Ranks on CPUs are forked from a clean server that has imported torch once: a world starts in half a second.
-        context = mp.get_context("forkserver" if backend == "gloo" and not fresh else "spawn")
-        multiprocessing.set_forkserver_preload(PRELOAD)
+        # Ranks are forked from a clean server that has imported torch once, and asked nothing of CUDA: a world on CPUs starts
+        # in half a second.
+        context = mp.get_context("spawn" if fresh else "forkserver")
+        multiprocessing.set_forkserver_preload(PRELOAD + (PRELOAD_ON_GPUS if torch.cuda.is_available() else []))
         procs = [
             context.Process(target=_entry, args=(fn, rank, world_size, backend, folder, args), daemon=True)
             for rank in range(world_size)
