@@ -134,6 +134,8 @@ def _with_and_without(world_rank):
         facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, len(times))
         found[name] = plain, recorded, facts
     found["outgrown"] = _outgrown()
+    found["no room"] = _no_room()
+    found["in place"] = _places()
     found["fails"] = _fails(world_rank)
     return found
 
@@ -152,6 +154,49 @@ def _outgrown():
         trainer.run_iteration()
         states.append((trainer.graphs.is_recorded, tape.recordings))
     return states
+
+
+def _no_room():
+    """Routings of a recorded pass that do not fit: the iteration is repeated as it is, and gives what it would have given."""
+    losses = []
+    for is_recorded in (False, True):
+        layer = LayerConfig(dispatcher="direct", row_factor=1.0)
+        trainer = trainer_of(make_config(TWO, 2, model=SMALL, layer=layer, gate=GateConfig(kind="naive")))
+        if is_recorded:
+            record_on_cpu(trainer)
+        dispatchers, states = [layer.dispatcher for layer in trainer.layers.values()], []
+        for dispatcher in dispatchers:
+            dispatcher.num_careful = 4
+        trainer.graphs.is_outgrown = lambda: False
+        for iteration in range(5):
+            if iteration == 3:
+                for dispatcher in dispatchers:
+                    dispatcher.told.on_host.zero_(), dispatcher.told.most.zero_()
+                    dispatcher._most_needed = dispatcher._num_rows = 0
+            losses.append(trainer.run_iteration().lm_loss)
+            states.append(trainer.graphs.is_recorded)
+    return losses, states, trainer.graphs._tape.recordings
+
+
+def _places():
+    """Memory that a graph reads: whether it stays in its place when experts move and copies come and go, and whether the
+    scale of the loss is read there."""
+    trainer = trainer_of(_config("copies that come and go")[0])
+    found = []
+    for iteration in range(8):
+        REPLICATION["history"](trainer, iteration)
+        places = [t.data_ptr() for ref in trainer.optimizer.buffers.refs for t in (ref.param, ref.grad)]
+        for layer in trainer.layers.values():
+            tables = (layer.slot_of_expert_E, layer.replication._table_EB, *layer.replication.grads)
+            places += [t.data_ptr() for t in tables]
+        found.append(places)
+        trainer.run_iteration()
+    trainer._loss_scale.fill_(8.0)
+    ones = torch.ones(1)
+    large = trainer._loss(ones, ones)
+    trainer.optimizer.loss_scale = 2.0
+    trainer.run_iteration()
+    return found, (large / trainer._loss(ones, ones)).item()
 
 
 def _fails(world_rank):
@@ -176,6 +221,10 @@ def _fails(world_rank):
 def test_recorded_passes_change_no_bit():
     for rank, found in enumerate(spawn(_with_and_without, 2)):
         states, (same, reason, said, replays) = found.pop("outgrown"), found.pop("fails")
+        losses, were_recorded, num_recordings = found.pop("no room")
+        assert losses[:5] == losses[5:] and were_recorded[2] and num_recordings > 2, were_recorded
+        places, ratio = found.pop("in place")
+        assert all(place == places[0] for place in places) and ratio == 4.0
         for name, (plain, recorded, facts) in found.items():
             recordings, replays_of, num_passes, words, why, num_timed = facts
             assert recorded == plain, f"rank {rank}: {name}"
