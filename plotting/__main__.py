@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from plotting import fig8, fig9, fig10, fig11, fig12, fig13, load, report, style
+from plotting import fig8, fig9, fig10, fig11, fig12, fig13, load, losses, report, style
 from plotting.model import BarFigure, Dataset, Finding, PanelFigure
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -18,6 +18,7 @@ DRAW = {
     "fig11": fig11.draw,
     "fig12": fig12.draw,
     "fig13": fig13.draw,
+    "losses": losses.draw,
 }
 MAX_PANELS = 24
 
@@ -37,6 +38,7 @@ HOW = {
         "fig11": "one point for each layer and iteration",
         "fig12": "means over iterations after warm-up and all ranks, error bars p10 to p90 over iterations",
         "fig13": "stars: placement changed",
+        "losses": "cross-entropy of each iteration, over all its tokens; below: over that of the first curve",
     },
 }
 

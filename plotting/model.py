@@ -21,6 +21,9 @@ TITLES = {
     "fig13": "Figure 13. Layer time along a trace",
 }
 
+# Drawn where a run-set has it, waited for by nobody.
+EXTRAS = {"losses": "Loss of the same training under several systems"}
+
 # The series a group is compared with: a speed-up is time of the reference / time of the series.
 REFERENCES = {"fig8": "fastmoe", "fig9": "tutel", "fig10": "fastmoe"}
 
@@ -168,8 +171,33 @@ class CurvePanel:
 
 
 @dataclass
+class LossCurve:
+    """The cross-entropy of each iteration of a run."""
+
+    series: str
+    iterations: list[int]
+    losses: list[float]
+    source: str
+    file: str
+
+    def apart(self, reference: LossCurve) -> tuple[list[int], list[float]]:
+        """Common iterations, and this loss over the reference's there, less one."""
+        other = dict(zip(reference.iterations, reference.losses, strict=True))
+        common = [(i, loss / other[i] - 1) for i, loss in zip(self.iterations, self.losses, strict=True) if other.get(i)]
+        return [i for i, _ in common], [ratio for _, ratio in common]
+
+
+@dataclass
+class LossPanel:
+    """Curves of one training; the first is what the others are compared with."""
+
+    name: str
+    curves: list[LossCurve]
+
+
+@dataclass
 class StatusMark:
-    """A run of figures 11-13 that gave no data: drawn as a line of text, never left out."""
+    """A run of figures 11-13 or of the losses that gave no data: drawn as a line of text, never left out."""
 
     panel: str
     series: str
@@ -181,7 +209,7 @@ class StatusMark:
 
 @dataclass
 class PanelFigure:
-    """Figures 11-13: panels of one kind, and the runs that gave no data."""
+    """Figures 11-13 and the losses: panels of one kind, and the runs that gave no data."""
 
     figure: str
     panels: list

@@ -12,7 +12,20 @@ import math
 from pathlib import Path
 
 from plotting.files import clean
-from plotting.model import TITLES, BarFigure, Curve, Dataset, Finding, LayerPanel, LoadMap, PanelFigure, ScatterPanel
+from plotting.model import (
+    EXTRAS,
+    TITLES,
+    BarFigure,
+    Curve,
+    Dataset,
+    Finding,
+    LayerPanel,
+    LoadMap,
+    LossCurve,
+    LossPanel,
+    PanelFigure,
+    ScatterPanel,
+)
 
 SOURCES = {
     "measured": "a run of this project on the device named; medians over the steps after warm-up, with p10 and p90",
@@ -51,6 +64,8 @@ def values_of(figure: BarFigure | PanelFigure) -> list[dict]:
             rows.append(_scatter_value(panel))
         elif isinstance(panel, LayerPanel):
             rows += _layer_values(panel) + [_map_value(panel.name, load_map) for load_map in panel.maps]
+        elif isinstance(panel, LossPanel):
+            rows += [_loss_value(panel.name, curve, panel.curves[0]) for curve in panel.curves]
         else:
             rows += [_curve_value(panel.name, curve, panel.curves) for curve in panel.curves]
             rows += [_map_value(panel.name, load_map) for load_map in panel.maps]
@@ -147,6 +162,25 @@ def _curve_value(panel: str, curve: Curve, curves: list[Curve]) -> dict:
     }
 
 
+def _loss_value(panel: str, curve: LossCurve, reference: LossCurve) -> dict:
+    """The mean of the last ten losses, and how far the curve is from the reference at most."""
+    _, apart = curve.apart(reference)
+    last = curve.losses[-10:]
+    return {
+        "panel": panel,
+        "series": curve.series,
+        "last_loss": sum(last) / len(last),
+        "compared_with": reference.series,
+        "most_apart": max(map(abs, apart), default=None),
+        "num_samples": len(curve.losses),
+        "status": "ok",
+        "source": curve.source,
+        "iterations": curve.iterations,
+        "losses": curve.losses,
+        "file": curve.file,
+    }
+
+
 def _map_value(panel: str, load_map: LoadMap) -> dict:
     """What a heat map shows, in one line: all its cells are in its file."""
     over_mean = load_map.max_over_mean()
@@ -170,7 +204,7 @@ def write_values(path: Path, datasets: list[Dataset], files: dict[tuple[str, str
     blocks = []
     for data in datasets:
         figures = {
-            f: {"title": TITLES[f], "files": files.get((data.name, f), []), "values": values_of(v)}
+            f: {"title": (TITLES | EXTRAS)[f], "files": files.get((data.name, f), []), "values": values_of(v)}
             for f, v in data.figures.items()
         }
         blocks.append(
@@ -233,7 +267,7 @@ def _dataset_block(data: Dataset, images: dict[tuple[str, str], Path]) -> list[s
         parts.append(f"<details{many}><summary>{len(data.findings)} warnings about these logs</summary><ul class=w>")
         parts += [f"<li>{_e(f.message)} <code>{_e(f.code)}</code>{_file_list(f.where)}</li>" for f in data.findings]
         parts.append("</ul></details>")
-    for figure, title in TITLES.items():
+    for figure, title in (TITLES | EXTRAS).items():
         drawn = data.figures.get(figure)
         if drawn is None and figure not in data.waits:
             continue

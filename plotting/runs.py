@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plotting.files import Folder, clean, number, positive, whole
-from plotting.model import FIGURES, STATUSES
+from plotting.model import EXTRAS, FIGURES, STATUSES
 
 SOURCES = ("measured", "simulated")
 CHANGE_KINDS = ("migrate", "replicate", "both", "rollback")
@@ -124,7 +124,7 @@ def _slots(folder: Folder, bars: object, where: str) -> list[Slot]:
         texts = (
             [entry.get(k, "") for k in ("figure", "panel", "group", "series")] if isinstance(entry, dict) else [None]
         )
-        if all(isinstance(t, str) for t in texts) and texts[0] in FIGURES and texts[3]:
+        if all(isinstance(t, str) for t in texts) and texts[0] in (*FIGURES, *EXTRAS) and texts[3]:
             slots.append(Slot(*(clean(t, 60) for t in texts)))
         else:
             folder.report(
@@ -137,11 +137,12 @@ def _slots(folder: Folder, bars: object, where: str) -> list[Slot]:
 
 @dataclass
 class Metrics:
-    """Step times in ms by iteration, in order, and what else metrics.jsonl tells."""
+    """Step times in ms and losses by iteration, in order, and what else metrics.jsonl tells."""
 
     times_ms: dict[int, float]
     num_skipped: int
     final_loss: float | None
+    losses: dict[int, float]  # by iteration, finite ones of steps that were not skipped
     sha256: str
     where: str
 
@@ -202,7 +203,8 @@ def read_metrics(run: Run, numbered: bool = True) -> Metrics | None:
         return None
     last = [losses[i] for i in sorted(losses)[-10:]]
     final = sum(last) / len(last) if last and None not in last else None
-    return Metrics({i: times[i] for i in sorted(times)}, num_skipped, final, log.sha256, where)
+    finite = {i: losses[i] for i in sorted(losses) if losses[i] is not None}
+    return Metrics({i: times[i] for i in sorted(times)}, num_skipped, final, finite, log.sha256, where)
 
 
 @dataclass

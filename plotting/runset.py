@@ -10,6 +10,7 @@ from plotting import stats
 from plotting.files import Folder, clean
 from plotting.loads import read_loads
 from plotting.model import (
+    EXTRAS,
     FIGURES,
     REFERENCES,
     Bar,
@@ -21,6 +22,8 @@ from plotting.model import (
     LayerPanel,
     LayerRow,
     LoadMap,
+    LossCurve,
+    LossPanel,
     PanelFigure,
     ScatterPanel,
     StatusMark,
@@ -30,6 +33,7 @@ from plotting.stats import by_group, finish_bars
 
 # figure 12: what stands beside the static run
 LAYER_SERIES = {"dynamic": "experts moved", "history": "experts copied", "both": "moved and copied"}
+LOSS_REFERENCES = ("megatron", "deepspeed", "fastmoe")  # what losses are compared with, the first that there is
 WAITS = {
     "fig8": "end-to-end runs (fastmoe, deepspeed, fastermoe, smartmoe) whose run.json names a fig8 bar",
     "fig9": "Swin-MoE runs (tutel, fastmoe, smartmoe) whose run.json names a fig9 bar",
@@ -47,14 +51,14 @@ def to_dataset(folder: Folder, name: str) -> Dataset:
     chosen = _runs_per_slot(runs, folder)
     data = Dataset(name, _title(folder, runs), "measured", findings=findings)
     cache: dict[str, Metrics | None] = {}
-    for figure in FIGURES:
+    for figure in (*FIGURES, *EXTRAS):
         mine = {slot: repeats for slot, repeats in chosen.items() if slot.figure == figure}
         if not mine:
             continue
         if figure in REFERENCES:
             data.figures[figure] = _bar_figure(figure, mine, cache, findings)
         else:
-            draw = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure}[figure]
+            draw = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure, "losses": _loss_figure}[figure]
             data.figures[figure] = draw({slot: repeats[0] for slot, repeats in mine.items()})
     data.waits = {figure: text for figure, text in WAITS.items() if not _has_values(data.figures.get(figure))}
     return data
@@ -369,6 +373,24 @@ def _curve_figure(runs: dict[Slot, Run]) -> PanelFigure:
         panel = panels.setdefault(_panel_name(slot), CurvePanel(_panel_name(slot), []))
         panel.curves.append(Curve(slot.series, iterations, times, changes, run.source, metrics.where, mean))
         panel.maps += read_loads(run, slot.series, ("fig13",))[:1]  # a replay is about one layer
+    figure.panels = list(panels.values())
+    return figure
+
+
+def _loss_figure(runs: dict[Slot, Run]) -> PanelFigure:
+    """One panel for each training; the program whose own loss the others are compared with comes first."""
+    figure = PanelFigure("losses", [])
+    panels: dict[str, LossPanel] = {}
+    places = {series: place for place, series in enumerate(LOSS_REFERENCES)}
+    order = {slot: (_panel_name(slot), places.get(slot.series, len(places)), slot.series) for slot in runs}
+    for slot, run in sorted(runs.items(), key=lambda item: order[item[0]]):
+        metrics = read_metrics(run) if run.status == "ok" else None
+        if metrics is None or not metrics.losses:
+            figure.marks.append(_mark(slot, run))
+            continue
+        panel = panels.setdefault(_panel_name(slot), LossPanel(_panel_name(slot), []))
+        curve = LossCurve(slot.series, list(metrics.losses), list(metrics.losses.values()), run.source, metrics.where)
+        panel.curves.append(curve)
     figure.panels = list(panels.values())
     return figure
 

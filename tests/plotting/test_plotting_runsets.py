@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from plotting import __main__ as entry
 from plotting import load, report
 
 
@@ -230,3 +231,23 @@ def test_figures_without_data_wait(run_set):
     waits = read(run_set).waits
     assert set(waits) == {"fig9", "fig10", "fig11", "fig12", "fig13"}
     assert "Swin" in waits["fig9"] and "predictions.jsonl" in waits["fig11"]
+
+
+def test_losses_are_laid_over_each_other(run_set):
+    """The program's own loss first; a run without a loss is a mark; a skipped step has none."""
+    for series, factor in (("smartmoe", 1.02), ("megatron", 1.0)):
+        lines = [{"iteration": i, "step_ms": 5.0, "lm_loss": factor * (9.0 - i / 10), "skipped": i == 3} for i in range(1, 13)]
+        run_set.add(series, [run_set.bar(series, "", "losses", "one model")], ms=lines, num=12)
+    run_set.add("fastmoe", [run_set.bar("fastmoe", "", "losses", "one model")], ms=5.0)
+    (data,) = load.load_directories([run_set.root])
+    (panel,) = data.figures["losses"].panels
+    assert [curve.series for curve in panel.curves] == ["megatron", "smartmoe"] and panel.name == "one model"
+    assert panel.curves[0].iterations == [1, 2, *range(4, 13)]
+    assert [mark.series for mark in data.figures["losses"].marks] == ["fastmoe"]
+    assert "losses" not in data.waits
+    out = run_set.root / "out"
+    assert entry.main(["--logs", str(run_set.root), "--out", str(out)]) == 0 and (out / "losses.pdf").exists()
+    values = json.loads((out / "values.json").read_text())["datasets"][0]["figures"]["losses"]["values"]
+    (row,) = [value for value in values if value["series"] == "smartmoe"]
+    assert row["compared_with"] == "megatron" and row["most_apart"] == pytest.approx(0.02)
+    assert row["last_loss"] == pytest.approx(1.02 * (9.0 - 7.5 / 10), rel=0.01)
