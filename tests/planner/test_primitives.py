@@ -75,7 +75,7 @@ def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
     assert Primitives.fit(again).ms("linear_forward", **GRID[0]) == pytest.approx(_law(**GRID[0]))
     good = json.loads(path.read_text())
     for change, message in (
-        (lambda d: d.update(schema=9), "schema 2"),
+        (lambda d: d.update(schema=9), "schema 3"),
         (lambda d: d["points"].update(linaer_forward=[]) or d["points"]["linaer_forward"].extend([{}]), "did you mean"),
         (lambda d: d["points"]["linear_forward"][0]["sizes"].pop("tokens"), "sizes"),
         (lambda d: d["points"]["linear_forward"][0]["device_ms"].update(median=-1), "positive"),

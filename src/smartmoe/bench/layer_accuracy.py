@@ -4,8 +4,9 @@ RUN_DIR/run.json has the config: experts over all ranks, routed by the trace tha
 the current folder. The ranks first measure the primitives of this layer on this cluster (profile.json), then each layer,
 forward and backward of one micro-batch, in workload.iterations iterations of the trace, evenly spread. Nothing of the trace
 or of these times is in the profile: every point is held out. Measured is the median of some repetitions, of the slowest rank;
-on a GPU between events of the device, which idles before each, so that the host is ahead as in training: launches cost
-time only where the layer makes the host wait. Beside the prediction stands that of uniform loads.
+on a GPU between events of the device, which is busy with other work before each (bench.busy), so that the host is ahead as in
+training: launches cost time only where the layer makes the host wait. The direct dispatcher has room for any routing: as in
+training behind its first calls, none waits. Beside the prediction stands that of uniform loads.
 
 RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, and
 accuracy.json: R2 and MAPE over all points. With --profile a profile made before serves in place of the run's own.
@@ -18,38 +19,41 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.measure import Timing, World, describe_failure, lead_for, start_world, time_steps
+from smartmoe.bench.busy import BusyWork
+from smartmoe.bench.measure import Timing, World, describe_failure, start_world, time_steps
 from smartmoe.bench.profile_layer import profile_layer
 from smartmoe.bench.replay import open_trace
 from smartmoe.config import RunConfig, check, from_dict
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.layer import MoELayer
+from smartmoe.parallel.data import GradientBuffers
 from smartmoe.planner import inputs, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.primitives import Primitives, Profile
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 
-# Cycles that a GPU idles before each step of a layer that makes the host wait: it launches all before that in less than 3 ms.
-SYNC_LEAD = 6_000_000
+LEAST_LEAD_MS = 1.0  # of busy work before each step
 
 
 class LayerSteps:
     """One MoE layer of a trace on this rank, and a step of it."""
 
-    def __init__(self, config: RunConfig, layer_idx: int, world: World):
-        self.config, self.world, self._lead = config, world, None
+    def __init__(self, config: RunConfig, layer_idx: int, world: World, busy: BusyWork):
+        self.config, self.world, self._busy, self._lead_ms = config, world, busy, 0.0
         model, work = config.model, config.workload
         dtype = getattr(torch, work.dtype)
         self.layer = MoELayer(
             config, layer_idx=layer_idx, ep_group=world.group, stage_group=world.group, dtype=dtype, device=world.device
         )
+        self._buffers = GradientBuffers(list(self.layer.named_parameters()), {})  # sums of gradients, as the trainer has them
         shape = (2, work.micro_batch_size, model.seq_len, model.hidden_size)
         generator = torch.Generator().manual_seed(1 + world.ep_rank)
         self.x_BTD, self.grad_BTD = torch.randn(shape, generator=generator).to(world.device, dtype)
@@ -60,20 +64,28 @@ class LayerSteps:
         first = row * work.global_batch_size + self.world.ep_rank * work.micro_batch_size
         sample_B = torch.arange(first, first + work.micro_batch_size, device=self.world.device)
         token_id_BT = sample_B[:, None] * seq_len + torch.arange(seq_len, device=self.world.device)
-        step, timing = lambda mark: self._step(token_id_BT), Timing(warmup=1, iterations=repeat, seconds=math.inf)
-        if self._lead is None:
-            time_steps(self.world, step, timing, self._drop_gradients)
-            self._lead = lead_for(self.world, step, self._drop_gradients) or SYNC_LEAD
-        times_IP, _ = time_steps(self.world, step, timing, self._drop_gradients, self._lead)
-        return float(np.median([self.world.largest(ms) for ms in times_IP[:, 0].tolist()]))
+        step, timing = lambda mark: self._step(token_id_BT), Timing(warmup=1, iterations=repeat + 1, seconds=math.inf)
+        if not self._lead_ms:
+            time_steps(self.world, step, timing)
+            self._lead_ms = max(LEAST_LEAD_MS, 1.5 * self._launch_ms(token_id_BT))
+        times_IP, _ = time_steps(self.world, step, timing, lambda: self._busy.launch(self._lead_ms))
+        # the first of them followed upon a wait for the device
+        return float(np.median([self.world.largest(ms) for ms in times_IP[1:, 0].tolist()]))
+
+    def _launch_ms(self, token_id_BT: torch.Tensor) -> float:
+        """What the host takes for a step of which the device is done at once, or waits for it."""
+        took = []
+        for _ in range(5):
+            self.world.synchronize()
+            start = time.perf_counter()
+            self._step(token_id_BT)
+            took.append((time.perf_counter() - start) * 1e3)
+        self.world.synchronize()
+        return self.world.largest(float(np.median(took)))
 
     def _step(self, token_id_BT: torch.Tensor) -> None:
         y_BTD, _ = self.layer(self.x_BTD.detach().requires_grad_(), token_id_BT)
         y_BTD.backward(self.grad_BTD)
-
-    def _drop_gradients(self) -> None:
-        for param in self.layer.parameters():
-            param.grad = None
 
 
 def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = None) -> list[dict]:
@@ -119,6 +131,7 @@ def open_run(run_dir: Path, world: World) -> tuple[RunConfig, ExpertTrace]:
         slow = config.cluster.slow_links_gbytes_per_s
         found = "basic" if slow or why_unavailable(world.group, over_nvlink=True) else "direct"
         layer = dataclasses.replace(layer, dispatcher=found)
+    layer = dataclasses.replace(layer, row_factor=float(plan.ep))
     work = dataclasses.replace(work, global_batch_size=work.micro_batch_size * plan.dp)
     model = dataclasses.replace(config.model, num_layers=trace.counts.shape[2], moe_every=1)
     return dataclasses.replace(config, model=model, workload=work, layer=layer), trace
@@ -132,7 +145,8 @@ def choose_iterations(trace: ExpertTrace, num_iterations: int) -> list[int]:
 
 def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int, writer) -> np.ndarray:
     """[iterations, layers] median ms. Collective."""
-    steps = [LayerSteps(config, layer, world) for layer in range(config.model.num_layers)]
+    busy = BusyWork(world, getattr(torch, config.workload.dtype))
+    steps = [LayerSteps(config, layer, world, busy) for layer in range(config.model.num_layers)]
     for step in steps:
         step.time_ms(places[0], 3)  # connections, allocations
     found = []

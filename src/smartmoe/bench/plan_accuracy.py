@@ -2,9 +2,13 @@
 
     torchrun --nproc-per-node N -m smartmoe.bench.plan_accuracy --model M --cluster C --profile P.json [--plans NAME ...]
 
-All plans train the same model on the same text; routing does not depend on the plan, so the counts that the first plan
-records are the loads under which every plan is predicted. Step times are medians after warm-up, of the slowest rank. The
-row "regret" says how much slower than the best measured plan the planner's choice is, and that of uniform loads.
+All plans train the same model on the same text; routing does not depend on the plan, so what the first plan records, sample
+by sample, are the loads of every micro-batch of every plan. Step times are medians after warm-up, of the slowest rank; the
+first iterations are short of what training comes to only behind many (`settle`). The row "regret" says how much slower than
+the best measured plan the planner's choice is, and that of uniform loads.
+
+--out FILE.json gets rows, every step's time and the parts of the predictions, FILE.npz the loads, sample by sample. --measured
+FILE.json predicts what such a file has measured, and measures nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from smartmoe import record
 from smartmoe.bench.measure import World, run_in_world
 from smartmoe.config import ParallelPlan, RunConfig
 from smartmoe.data import load_tokens
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.mesh import build_mesh
 from smartmoe.planner import loads, pool, search
 from smartmoe.planner.commands import add_setting, setting_of
@@ -32,10 +38,13 @@ from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import Trainer
 
+SETTLING = 2  # iterations that run as the first of a training run do
+
 
 @dataclasses.dataclass
 class Row:
-    """One plan: medians in ms, GB of torch's allocator (0 on a CPU). blind_ms: predicted under uniform loads."""
+    """One plan: medians in ms, GB that tensors and graphs take of a GPU (0 on a CPU). blind_ms: predicted under uniform
+    loads; steps_ms: all iterations, warm-up first; parts: of predicted_ms."""
 
     name: str
     measured_ms: float
@@ -45,29 +54,83 @@ class Row:
     blind_ms: float = 0.0
     measured_gb: float = 0.0
     predicted_gb: float = 0.0
+    is_captured: bool = False
+    steps_ms: list[float] = dataclasses.field(default_factory=list)
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def measure(config: RunConfig, world: World, tokens, num_iterations: int) -> tuple[Row, np.ndarray | None]:
-    """Train a few iterations of a plan: (its row, counts [I, R, L, M, E] where one stage has all layers). Collective."""
-    is_cuda = world.device.type == "cuda"
-    if is_cuda:
+class SampleCounts:
+    """An observer of MoE layers: token copies of each sample of a global batch, layer and expert, [B, L, E] int64."""
+
+    def __init__(self, config: RunConfig, layer_indices: list[int], world: World):
+        self._world, self._seq_len = world, config.model.seq_len
+        self._place = {layer_idx: place for place, layer_idx in enumerate(layer_indices)}
+        shape = (config.workload.global_batch_size, len(layer_indices), config.model.num_experts)
+        self._count_BLE = torch.zeros(shape, dtype=torch.int64, device=world.device)
+
+    def __call__(self, layer_idx: int, routing, token_id_BT: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:  # recomputed
+            return
+        num_samples, _, num_experts = self._count_BLE.shape
+        expert_BC = routing.expert_idx_TK.reshape(len(token_id_BT), -1)
+        kept = (expert_BC >= 0).long()
+        count_BE = torch.zeros_like(self._count_BLE[: len(token_id_BT), 0]).scatter_add_(1, expert_BC.clamp(min=0), kept)
+        sample_B = token_id_BT[:, 0] // self._seq_len % num_samples
+        self._count_BLE[sample_B, self._place[layer_idx]] += count_BE
+
+    def take(self) -> np.ndarray:
+        """Of all ranks since the last call. Collective."""
+        if self._world.group is not None:
+            dist.all_reduce(self._count_BLE)
+        found = self._count_BLE.cpu().numpy().copy()
+        self._count_BLE.zero_()
+        return found
+
+
+def measure(config: RunConfig, world: World, tokens, num_iterations: int) -> Row:
+    """Train a few iterations of a plan. Collective."""
+    if world.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config, build_mesh(config.plan, world.device), tokens)
-    times, counts = [], []
-    for _ in range(num_iterations):
-        times.append(trainer.run_iteration().step_ms)
-        if config.plan.pp == 1:
-            counts.append(trainer.online.gather_counts())
-    kept = np.array(times[config.workload.warmup_iterations :])
-    peak = world.largest(torch.cuda.max_memory_allocated() / 1e9 if is_cuda else 0.0)
+    found = []
+    for number in range(num_iterations):
+        if number == SETTLING:
+            settle(trainer)
+        found.append(trainer.run_iteration())
     name = pool.name_of(config.plan, config.workload.micro_batch_size)
-    p10, median, p90 = np.percentile(kept, (10, 50, 90))
+    times = [round(result.step_ms, 3) for result in found]
+    p10, median, p90 = np.percentile(times[config.workload.warmup_iterations :], (10, 50, 90)).tolist()
+    peak = max(result.peak_memory_bytes for result in found) / 1e9
+    row = Row(name, median, p10, p90, measured_gb=peak, is_captured=trainer.graphs.is_recorded, steps_ms=times)
+    trainer.close()
     del trainer
     gc.collect()
     if world.group is not None:
         dist.barrier()
-    return Row(name, float(median), float(p10), float(p90), measured_gb=peak), np.stack(counts) if counts else None
+    return row
+
+
+def settle(trainer: Trainer) -> None:
+    """Go on as after many iterations: the direct dispatcher, careful for its first 256 calls, is so no longer."""
+    for layer in trainer.layers.values():
+        if isinstance(layer.dispatcher, DirectDispatcher):
+            layer.dispatcher.num_careful = 0
+
+
+def record_counts(config: RunConfig, world: World, tokens, num_iterations: int) -> np.ndarray:
+    """[iterations, samples, layers, experts] token copies that training routes, by a plan of one stage. Collective."""
+    work = dataclasses.replace(config.workload, cuda_graph="never")  # whose replays no observer sees
+    trainer = Trainer(dataclasses.replace(config, workload=work), build_mesh(config.plan, world.device), tokens)
+    counts = SampleCounts(config, sorted(trainer.layers), world)
+    for layer in trainer.layers.values():
+        layer.observers.append(counts)
+    found = []
+    for _ in range(num_iterations):
+        trainer.run_iteration()
+        found.append(counts.take())
+    trainer.close()
+    return np.stack(found)
 
 
 def choose(cost: CostModel, num_ranks: int, num_plans: int) -> list[tuple[ParallelPlan, int]]:
@@ -96,54 +159,70 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     plans = [pool.parse_name(name) for name in args.plans] if args.plans else choose(cost, world.num_ranks, args.choose)
     recorder = recorder_of(cost, world.num_ranks)
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed)
-    rows, trace = [], None
-    for plan, micro_batch in [recorder, *plans]:
+    num_iterations, rows = args.warmup + args.steps, []
+    for place, (plan, micro_batch) in enumerate([recorder, *plans]):
         run_config = pool.config_of(config, cluster, plan, micro_batch)
         work = dataclasses.replace(run_config.workload, iterations=1000, warmup_iterations=args.warmup)
+        run_config = dataclasses.replace(run_config, workload=work)
         with slow_links(cluster.slow_links_gbytes_per_s):
-            row, counts = measure(
-                dataclasses.replace(run_config, workload=work), world, tokens, args.warmup + args.steps
-            )
-        if trace is None:
-            trace = counts[args.warmup :]
-            continue
+            if place == 0:
+                counts_IBLE = record_counts(run_config, world, tokens, num_iterations)[args.warmup :]
+                gc.collect()
+                continue
+            row = measure(run_config, world, tokens, num_iterations)
         rows.append(row)
         if world.ep_rank == 0:
             print(f"{row.name:34s} {row.measured_ms:9.1f} ms ({row.p10_ms:.1f} - {row.p90_ms:.1f})", flush=True)
     if world.ep_rank == 0:
-        predict(rows, plans, cost, loads_of(trace, config))
+        predict(rows, cost, counts_IBLE)
         print(format_rows(rows))
         if args.out:
-            facts = record.provenance(
-                device=torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
-            )
-            record.write_json(
-                args.out,
-                {
-                    "provenance": facts,
-                    "cluster": vars(cluster),
-                    "rows": [vars(row) for row in rows],
-                    **statistics(rows),
-                },
-            )
+            name = torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
+            facts = {"provenance": record.provenance(device=name), "cluster": vars(cluster), "warmup": args.warmup}
+            record.write_json(args.out, {**facts, "rows": [vars(row) for row in rows], **statistics(rows)})
+            trace_of(counts_IBLE, args.warmup, config).save(args.out.with_suffix(".npz"))
     return rows
 
 
-def loads_of(counts_IRLME: np.ndarray, config: RunConfig) -> Loads:
-    """What the measured iterations routed."""
-    trace = ExpertTrace(counts_IRLME.astype(np.int32), np.arange(len(counts_IRLME)) + 1, {"top_k": config.model.top_k})
-    return dataclasses.replace(loads.from_trace(trace, config.model), about="recorded beside").mean_over_micro_batches()
+def predict_measured(args: argparse.Namespace) -> list[Row]:
+    """Predict what --measured has, without measuring anything."""
+    data = json.loads(args.measured.read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in data["rows"]]
+    _, cost = setting_of(args)
+    cost.cluster = pool.cluster_of(cost.cluster, pool.parse_name(rows[0].name)[0].world_size)
+    predict(rows, cost, ExpertTrace.load(args.measured.with_suffix(".npz")).counts[:, 0].transpose(0, 2, 1, 3))
+    print(format_rows(rows))
+    if args.out:
+        record.write_json(args.out, {**data, "rows": [vars(row) for row in rows], **statistics(rows)})
+    return rows
 
 
-def predict(rows: list[Row], plans, cost: CostModel, seen: Loads) -> None:
+def trace_of(counts_IBLE: np.ndarray, warmup: int, config: RunConfig) -> ExpertTrace:
+    """The loads as a trace of one rank with a micro-batch for each sample."""
+    meta = {"top_k": config.model.top_k, "tokens_per_micro_batch_and_rank": config.model.seq_len}
+    iteration = warmup + 1 + np.arange(len(counts_IBLE))
+    return ExpertTrace(counts_IBLE.transpose(0, 2, 1, 3)[:, None].astype(np.int32), iteration, meta)
+
+
+def loads_of(counts_IBLE: np.ndarray, config: RunConfig, plan: ParallelPlan, micro_batch: int) -> Loads:
+    """What each rank of a stage sends in each micro-batch: sample (m * dp + d) * micro_batch + i is in micro-batch m of
+    rank d."""
+    num_iterations, _, num_layers, num_experts = counts_IBLE.shape
+    shape = (num_iterations, -1, plan.dp, micro_batch, num_layers, num_experts)
+    share = counts_IBLE.reshape(shape).sum(3) / (micro_batch * config.model.seq_len * config.model.top_k)
+    return Loads(np.repeat(share, plan.tp, axis=2), "recorded beside")
+
+
+def predict(rows: list[Row], cost: CostModel, counts_IBLE: np.ndarray) -> None:
     """Fill in the predictions, in place."""
-    for kind, chosen in (("predicted_ms", seen), ("blind_ms", loads.uniform(cost.config.model))):
-        model = CostModel(cost.config, cost.cluster, cost.primitives, chosen, "identity")
-        for row, (plan, micro_batch) in zip(rows, plans, strict=True):
-            estimate = model.estimate(plan, micro_batch)
-            setattr(row, kind, estimate.mean_ms)
-            if kind == "predicted_ms":
-                row.predicted_gb = estimate.memory.allocated / 1e9
+    for row in rows:
+        plan, micro_batch = pool.parse_name(row.name)
+        seen, blind = (
+            CostModel(cost.config, cost.cluster, cost.primitives, chosen).estimate(plan, micro_batch)
+            for chosen in (loads_of(counts_IBLE, cost.config, plan, micro_batch), loads.uniform(cost.config.model))
+        )
+        row.predicted_ms, row.blind_ms, row.predicted_gb = seen.mean_ms, blind.mean_ms, seen.memory.allocated / 1e9
+        row.parts = {name: round(float(ms), 3) for name, ms in seen.parts.items()}
 
 
 def statistics(rows: list[Row]) -> dict[str, float]:
@@ -202,13 +281,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--choose", type=int, default=12, help="how many plans to choose without --plans; default: 12")
     parser.add_argument("--steps", type=int, default=8, help="measured iterations of each plan; default: 8")
-    parser.add_argument("--warmup", type=int, default=3, help="iterations before them; default: 3")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write rows and statistics")
+    parser.add_argument("--warmup", type=int, default=4, help="iterations before them; default: 4")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write rows, statistics and loads")
+    parser.add_argument("--measured", type=Path, metavar="FILE.json", help="predict what is in this file only")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_in_world(parse_args(argv), run)
+    args = parse_args(argv)
+    if args.measured:
+        predict_measured(args)
+        return 0
+    return run_in_world(args, run)
 
 
 if __name__ == "__main__":

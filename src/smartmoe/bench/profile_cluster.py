@@ -1,8 +1,9 @@
 """Measure the primitives of this cluster:  torchrun --nproc-per-node N -m smartmoe.bench.profile_cluster --out FILE
 
-All ranks do the same at the same time, as in training; a time is that of the slowest rank. Sizes come from the shapes
-asked for (--shapes D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB); some are held out of every fit and tells how well an unseen size is
-predicted. The file is what `smartmoe plan` reads: format and rule in smartmoe.planner.primitives.
+All ranks do the same at the same time, as in training, on GPUs that were busy just before; a time is that of the slowest
+rank. Sizes come from the shapes asked for (--shapes D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB); some are held out of every fit and
+tell how well an unseen size is predicted. The file is what `smartmoe plan` reads: format and rule in
+smartmoe.planner.primitives.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from smartmoe import record
 from smartmoe.bench import profile_parts as parts
+from smartmoe.bench.busy import BusyWork
 from smartmoe.bench.measure import World, run_in_world, spread
 from smartmoe.bench.profile_parts import Site
 from smartmoe.config import ParallelPlan
@@ -37,10 +39,11 @@ DEFAULT_SHAPES = {
     "cpu": ("128,256,4,16,2,128,2048",),
 }
 TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
-_CYCLES_PER_S = 2e9
+_BUSY_MS = 40.0  # before a case: until the clock of a GPU is that of hard work
 # Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
-WAITING = ("optimizer", "experts_loop")
+WAITING = ("optimizer", "optimizer_launches", "experts_loop")
 _LEAST_HOST_MS = 2e-3
+_SMALL = 64  # numbers of a tensor whose update takes no time but that of its launch
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Profiler:
         self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
         self.points: dict[str, list[Point]] = {}
         self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
+        self._busy = BusyWork(world, self.site.dtype)
         self._call_ms = parts.backward_call_ms(self.site) if world.device.type == "cuda" else 0.0
 
     def run(self, case: Case) -> None:
@@ -127,15 +131,16 @@ class Profiler:
         world.synchronize()
         took = world.largest(time.perf_counter() - start)
         reset()
-        lead = int((1.5 * launched + 5e-5) * _CYCLES_PER_S) if gets_ahead else 0
+        lead_ms = 1.5e3 * launched + 0.05 if gets_ahead else 0.0
         num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
-        runs = [self._once(step, reset, lead) for _ in range(num)]
+        self._busy.launch(_BUSY_MS)
+        runs = [self._once(step, reset, lead_ms) for _ in range(num)]
         world.synchronize()
         marks_IM = np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs])
         # the marks' own time on the host is between the two that they note
         return marks_IM, 1e3 * np.diff(np.array([h for _, h in runs]), axis=1)[:, 1::2]
 
-    def _once(self, step, reset, lead):
+    def _once(self, step, reset, lead_ms):
         world, device, host = self.site.world, [], []
         is_cuda = world.device.type == "cuda"
 
@@ -148,8 +153,8 @@ class Profiler:
                 device.append(host[-1])
             host.append(time.perf_counter())
 
-        if is_cuda and lead:  # the host gets ahead, so that no launch is in the device's time
-            torch.cuda._sleep(lead)
+        if lead_ms:  # the host gets ahead, so that no launch is in the device's time
+            self._busy.launch(lead_ms)
         world.align()
         mark()
         step(mark)
@@ -201,7 +206,12 @@ def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Ca
     for factor, tensors, held in ((1, 4, False), (4, 4, False), (8, 32, False), (32, 64, False), (6, 16, True)):
         sizes = dict(numel=factor * matrix, tensors=tensors)
         cases.append(Case("accumulate", sizes, lambda s=sizes: parts.accumulate(site, **s), False, held))
-        cases.append(Case("optimizer", sizes, lambda s=sizes: parts.optimizer(site, **s), False, held))
+    for factor, held in ((8, False), (32, False), (128, False), (20, True)):  # large tensors: the device is behind the host
+        sizes = dict(numel=factor * matrix)
+        cases.append(Case("optimizer", sizes, lambda s=sizes: parts.optimizer(site, tensors=4, **s), False, held))
+    for tensors, held in ((8, False), (64, False), (256, False), (128, True)):  # small ones: the host is
+        build = functools.partial(parts.optimizer, site, numel=_SMALL * tensors, tensors=tensors)
+        cases.append(Case("optimizer_launches", dict(tensors=tensors), build, False, held))
     one = torch.zeros(8, device=site.world.device)
     cases.append(Case("launch", {}, lambda: lambda mark: one.add_(1), False, False))
     return cases

@@ -49,7 +49,7 @@ class Site:
 
 def _there_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Step:
     with torch.no_grad():
-        grad = torch.full_like(forward(), 1e-3)
+        grad = torch.randn_like(forward()).mul_(1e-3)  # products of equal numbers take less power
 
     def step(mark):
         out = forward()
@@ -70,12 +70,27 @@ def attention(site: Site, samples: int, heads: int, tokens: int, head_dim: int) 
     return _there_and_back(lambda: attend(qkv_BTX, head_dim), [qkv_BTX])
 
 
+class _Sum:
+    """A weight's `grad_sink` that holds the gradients of earlier micro-batches."""
+
+    is_urgent, held_G = False, None
+
+    def __init__(self, weight: torch.Tensor):
+        self._total = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+
+    def take(self) -> tuple[torch.Tensor, bool]:
+        return self._total, False
+
+
 def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: str, impl: str) -> Step:
-    """ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu)."""
+    """ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu). The gradients of the matrices are
+    added to float32 sums, as in training."""
     wide, slots = ffn * (2 if activation == "swiglu" else 1), len(counts_L)
     rows = site.randn(sum(counts_L), width, grad=True)
     shapes = ((slots, width, wide), (slots, wide), (slots, ffn, width), (slots, width))
     weights = [site.randn(*shape, grad=True) for shape in shapes]
+    for matrix in weights[::2]:
+        matrix.grad_sink = _Sum(matrix)
     count = torch.tensor(counts_L, device=site.world.device)
     return _there_and_back(
         lambda: expert_ffn(rows, count, *weights, activation=activation, impl=impl), [rows, *weights]

@@ -121,7 +121,7 @@ class CostModel:
         blocks, accumulate = self._blocks(plan, micro_batch), self._accumulate(plan)
         chunks, ends = self._chunk_layers(plan), self._ends(plan, micro_batch)
         least = []
-        for clock in ("device", "host"):
+        for clock in ("device",) if self.is_captured(plan, micro_batch) else ("device", "host"):
             busy = sum(getattr(way, clock).mean((0, 1)) for way in blocks)
             before = np.concatenate([[0.0], busy.cumsum()])
             each = np.array([before[part[-1] + 1] - before[part[0]] for part in chunks])
@@ -191,6 +191,15 @@ class CostModel:
             ep=plan.ep, stage_size=plan.stage_size, ranks_per_node=self.cluster.ranks_per_node,
             dtype_bytes=self.dtype_bytes, replica_slots=config.online.replica_slots,
             is_exact=config.online.replicate == "exact",
+        )  # fmt: skip
+
+    def is_captured(self, plan: ParallelPlan, micro_batch: int) -> bool:
+        """Whether the passes of a micro-batch are launched as one CUDA graph, so that its launches cost nothing: the rule of
+        smartmoe.graphs, which sees the layers."""
+        config, dispatcher = self.config, self.setting(plan, micro_batch).layer.dispatcher
+        return (
+            config.workload.cuda_graph == "auto" and self.cluster.device == "cuda" and plan.pp == 1
+            and dispatcher == "direct" and config.layer.experts == "grouped" and not config.online.return_early
         )  # fmt: skip
 
     def parameters(self, plan: ParallelPlan) -> list[Parameters]:
@@ -353,10 +362,11 @@ class CostModel:
         embedding, head = self._ends(plan, micro_batch)
         first, last = ([end.at(place, len(layers)) for end in ends] for place, ends in ((0, embedding), (-1, head)))
         message = self._message(plan)
-        return (
+        passes = (
             join([message, first[0], forward, last[0]]),
             join([message, last[1], backward, first[1], self._accumulate(plan)]),
         )
+        return tuple(Work.piece(way.device) for way in passes) if self.is_captured(plan, micro_batch) else passes
 
     def _parts(self, plan: ParallelPlan, micro_batch: int, mine: list[int]) -> dict[str, float]:
         """Mean ms of the device for one micro-batch of the chunks `mine`, by part."""
@@ -383,14 +393,13 @@ class CostModel:
         return Work.piece(0.0, self.primitives.host_ms("point_to_point", ranks=2, intra_bytes=0, inter_bytes=0))
 
     def _accumulate(self, plan: ParallelPlan) -> Work:
-        """[C] adding the gradients of a micro-batch up."""
+        """[C] adding the gradients of a micro-batch up, apart from those that the products of experts add themselves."""
         held = self.parameters(plan)
-        return self._once(
-            ("accumulate", len(held), plan.tp, plan.ep),
-            lambda: self._piece(
-                "accumulate", numel=np.array([p.total for p in held]), tensors=np.array([p.tensors for p in held])
-            ),
-        )
+        if self.config.layer.experts == "grouped":
+            held = [p.without_experts() for p in held]
+        numel, tensors = (np.array([getattr(p, key) for p in held]) for key in ("total", "tensors"))
+        key = ("accumulate", len(held), plan.tp, plan.ep)
+        return self._once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
 
     def _ends(self, plan: ParallelPlan, micro_batch: int) -> tuple[tuple[Work, Work], tuple[Work, Work]]:
         """(forward, backward) of the embedding, and of head and loss."""
@@ -407,9 +416,10 @@ class CostModel:
         ]
         return self._there_and_back(embedding), self._there_and_back(head)
 
-    def _state_ms(self, name: str, parameters: Parameters) -> float:
-        sizes = dict(numel=parameters.total, tensors=parameters.tensors)
-        return float(max(self.primitives.ms(name, **sizes), self.primitives.host_ms(name, **sizes)))
+    def _update_ms(self, parameters: Parameters) -> float:
+        """The optimizer's step: the device's work, or the launches for so many tensors where these take longer."""
+        launches = self.primitives.ms("optimizer_launches", tensors=parameters.tensors)
+        return float(max(self.primitives.ms("optimizer", numel=parameters.total), launches))
 
     def _hops(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[C - 1] ms from chunk to chunk: activations and the sum of balance losses."""
@@ -444,7 +454,7 @@ class CostModel:
                 if ranks > 1 and numel:
                     spread = group_bytes(width * numel, ranks, stride, rpn)
                     reduce += float(exchange_ms(self.primitives, "all_reduce", ranks, *spread))
-            update = self._state_ms("optimizer", mine.shared_out(plan) if zero else mine)
+            update = self._update_ms(mine.shared_out(plan) if zero else mine)
             if worst is None or reduce + update > sum(worst):
                 worst = (reduce, update)
         parts = {"gradient reduction": worst[0], "optimizer": worst[1]}

@@ -92,8 +92,9 @@ def describe(cluster: ClusterSpec, rates: Rates, dtype: str) -> Primitives:
     state_ms = 1 / rates.memory_gbytes_per_s  # 1e6 bytes
     device["accumulate"] = Curve(np.array([0.0, floor_ms, (8 + width) * state_ms]))
     host["accumulate"] = Curve(np.array([0.0, 3 * host_ms]))
-    device["optimizer"] = Curve(np.array([10 * floor_ms, 2 * floor_ms, (44 + width) * state_ms]))
-    host["optimizer"] = Curve(np.array([20 * host_ms, 4 * host_ms]))
+    device["optimizer"], host["optimizer"] = Curve(np.array([10 * floor_ms, (44 + width) * state_ms])), Curve(np.zeros(1))
+    device["optimizer_launches"] = Curve(np.array([20 * host_ms, 4 * host_ms]))
+    host["optimizer_launches"] = Curve(np.zeros(1))
     for way, passes in (("forward", (6, 5)), ("backward", (7, 6))):
         off_ms = 1 / (cluster.intra_node_gbytes_per_s * rates.link_efficiency)
         meetings = 2 * rates.intra_latency_us / 1e3

@@ -47,18 +47,24 @@ class Memory:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters on one rank: by who shares them, how many tensors, and what is float32 anyway."""
+    """Numbers of parameters on one rank: by who shares them, how many tensors, and what is float32 anyway. largest,
+    largest_expert: of one tensor, not of experts and of them."""
 
     dense: float = 0.0
     tensor: float = 0.0
     expert: float = 0.0
     router: float = 0.0  # part of dense
     largest: float = 0.0
+    largest_expert: float = 0.0
     tensors: int = 0
+    expert_tensors: int = 0  # part of tensors
 
     @property
     def total(self) -> float:
         return self.dense + self.tensor + self.expert
+
+    def without_experts(self) -> Parameters:
+        return replace(self, expert=0.0, tensors=self.tensors - self.expert_tensors, expert_tensors=0)
 
     def shared_out(self, plan: ParallelPlan) -> Parameters:
         """The part of a rank when those who share a parameter deal it out."""
@@ -67,7 +73,8 @@ class Parameters:
 
     def __add__(self, other: Parameters) -> Parameters:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Parameters(**{**sums, "largest": max(self.largest, other.largest)})
+        most = {key: max(getattr(self, key), getattr(other, key)) for key in ("largest", "largest_expert")}
+        return Parameters(**{**sums, **most})
 
 
 def chunk_layers(num_layers: int, num_chunks: int) -> list[range]:
@@ -113,10 +120,10 @@ def _block(model: ModelConfig, plan: ParallelPlan, with_experts: bool) -> Parame
         return total
     router = model.num_experts * (width + 1)
     wide = _hidden_width(model)
-    slots = model.num_experts // plan.ep
+    slots, num_expert = model.num_experts // plan.ep, 4 if model.expert_bias else 2
     return total + Parameters(
         dense=router, router=router, expert=slots * _expert_numel(model),
-        largest=slots * width * wide, tensors=2 + (4 if model.expert_bias else 2),
+        largest=router, largest_expert=slots * width * wide, tensors=2 + num_expert, expert_tensors=num_expert,
     )  # fmt: skip
 
 
@@ -172,11 +179,13 @@ def estimate(
                 saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
                 buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
             activations += flights * saved
+        # products of experts add gradients to their sums themselves, all others hand them over
+        largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
         # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes)
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
         copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
         buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
-        transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * mine.largest
+        transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * largest
         if plan.recompute:
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
         if plan.pp * plan.vpp - 1 in chunks:
@@ -188,7 +197,8 @@ def estimate(
             transient = max(transient, staged - activations)
         masters, moments = optimizer_bytes(mine, plan, bytes_, zero)
         # ZeRO-1 stages the largest parameter's gradient, when the activations are gone
-        transient = max(transient, (4 * mine.largest if zero and plan.stage_size > 1 else 0.0) - activations)
+        staged = 4 * max(mine.largest, mine.largest_expert) if zero and plan.stage_size > 1 else 0.0
+        transient = max(transient, staged - activations)
         memory = Memory(
             weights=bytes_ * (mine.total - mine.router) + 4 * mine.router,
             masters=masters,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-SCHEMA = 2
+SCHEMA = 3
 TILE_ROWS = 128  # rows of a tile of a grouped product: an expert's rows are computed in multiples of it
 _NEAR = 1e-6  # squared distance (of logarithms) below which a point is taken as the point itself
 _CHUNK = 4096  # sizes evaluated at once
@@ -116,7 +116,8 @@ _PARTS = {
 KINDS: dict[str, Kind] = {f"{name}_{way}": kind for name, kind in _PARTS.items() for way in ("forward", "backward")}
 KINDS |= {
     "accumulate": Kind(("numel", "tensors"), _update, _update_host),
-    "optimizer": Kind(("numel", "tensors"), _update, _update_host),
+    "optimizer": Kind(("numel",), lambda numel: (1.0, numel * _MEGA)),
+    "optimizer_launches": Kind(("tensors",), lambda tensors: (1.0, tensors)),
     "all_to_all": Kind(("ranks", "intra_bytes", "inter_bytes"), _exchange),
     "all_reduce": Kind(("ranks", "intra_bytes", "inter_bytes"), _exchange),
     "all_gather": Kind(("ranks", "intra_bytes", "inter_bytes"), _exchange),

@@ -1,0 +1,44 @@
+"""Work that keeps a GPU as busy as a training step does, to be put before what is timed.
+
+A GPU whose power is limited lowers its clock within some ten milliseconds of hard work, by a quarter on an H200: what is
+timed behind an idle GPU is faster than it ever is inside a step. Behind this work it runs at the clock that it has there,
+and the host gets ahead meanwhile, as it does in training.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from smartmoe.bench.measure import World, between, now
+
+_WIDTH = 4096
+_PASSES = 4  # over memory for each product: products take two thirds of the time, as in a step
+
+
+class BusyWork:
+    """Products of random matrices and passes over memory, in `dtype`; nothing on a CPU. Not collective."""
+
+    def __init__(self, world: World, dtype: torch.dtype):
+        self.unit_ms = 0.0
+        if world.device.type != "cuda":
+            return
+        self._tensors = [torch.randn(_WIDTH, _WIDTH, device=world.device, dtype=dtype) for _ in range(4)]
+        for _ in range(2):  # the first: kernels are chosen
+            start = now(world)
+            for _ in range(10):
+                self._unit()
+            end = now(world)
+            torch.cuda.synchronize()
+            self.unit_ms = between(start, end) / 10
+
+    def _unit(self) -> None:
+        a, b, product, total = self._tensors
+        torch.mm(a, b, out=product)
+        for _ in range(_PASSES):
+            torch.add(product, a, out=total)
+
+    def launch(self, ms: float) -> None:
+        """Keep the device busy for at least `ms`, on the current stream; the host does not wait."""
+        if self.unit_ms:
+            for _ in range(int(ms / self.unit_ms) + 1):
+                self._unit()
