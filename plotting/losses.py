@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from plotting import style
 from plotting.model import LossPanel, PanelFigure
@@ -21,6 +22,8 @@ def draw(data: PanelFigure, source: str) -> Figure:
         _draw_losses(mine[0], panel)
         if len(mine) > 1:
             _draw_apart(mine[1], panel)
+        for axes in mine:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         mine[-1].set_xlabel("iteration", labelpad=1)
     if data.marks:
         style.write_marks(rows[0], data.marks)
