@@ -33,7 +33,9 @@ LOOK = {
     "published deepspeed": ("DeepSpeed of 2021 on V100, published", "#F3D9A4", "...."),
     "published alpa": ("Alpa on V100, published", "#A9D9C8", "...."),
     "deepspeed": ("DeepSpeed, measured", style.colour("deepspeed"), None),
+    "deepspeed captured": ("DeepSpeed, blocks from CUDA graphs, measured", style.colour("deepspeed"), "////"),
     "smartmoe": ("DeepSpeed with SmartMoE's layer, measured", style.colour("smartmoe"), None),
+    "smartmoe captured": ("SmartMoE's layer, blocks from CUDA graphs, measured", style.colour("smartmoe"), "////"),
 }
 
 
@@ -87,18 +89,21 @@ def _read_result(file: Path, count: str) -> Bar:
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"{rate} TFLOP/s")
     note = f"{result['case']['model']['name']} on {result['device']}, ZeRO-{result['options']['zero']}"
-    return Bar(clean(str(result["backend"]), 40), num_gpus, num_gpus * rate / 1e3, clean(note, 60))
+    series = clean(str(result["backend"]), 40) + " captured" * (result.get("captured") is True)
+    return Bar(series, num_gpus, num_gpus * rate / 1e3, clean(note, 60))
 
 
 def draw(bars: list[Bar], count: str) -> Figure:
     """One group of bars for each number of GPUs: published bars hatched, measured ones filled, failed ones an X."""
     figure = style.new_figure(style.WIDE_INCH, 2.6)
-    axes, width = figure.subplots(), 0.8 / len(LOOK)
+    present = {bar.series for bar in bars}
+    look = {series: shown for series, shown in LOOK.items() if "captured" not in series or series in present}
+    axes, width = figure.subplots(), 0.8 / len(look)
     measured = [bar for bar in bars if not bar.series.startswith("published")]
     tallest = max((bar.pflops or 0.0 for bar in bars), default=1.0)
     for bar in bars:
-        x = NUM_GPUS.index(bar.num_gpus) + (list(LOOK).index(bar.series) - (len(LOOK) - 1) / 2) * width
-        _, colour, hatch = LOOK[bar.series]
+        x = NUM_GPUS.index(bar.num_gpus) + (list(look).index(bar.series) - (len(look) - 1) / 2) * width
+        _, colour, hatch = look[bar.series]
         if bar.pflops is None:
             axes.text(x, tallest * 0.01, "X", ha="center", va="bottom", color=style.MARK_COLOUR)
         else:
@@ -112,8 +117,8 @@ def draw(bars: list[Bar], count: str) -> Figure:
     axes.set_xlabel("GPUs, published model")
     axes.set_ylabel("PFLOP/s")
     style.light_grid(axes)
-    patches = [Patch(facecolor=c, edgecolor="black", linewidth=0.4, hatch=hatch) for _, c, hatch in LOOK.values()]
-    style.add_legend(figure, patches, [label for label, _, _ in LOOK.values()])
+    patches = [Patch(facecolor=c, edgecolor="black", linewidth=0.4, hatch=hatch) for _, c, hatch in look.values()]
+    style.add_legend(figure, patches, [label for label, _, _ in look.values()])
     lines = [
         f"Measured FLOPs: {COUNTS[count]}. Which group size the published bars used is not known; X: the run failed.",
         "Other hardware and models than published may stand beside the published bars: compare measured ones.",

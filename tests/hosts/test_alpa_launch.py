@@ -145,7 +145,7 @@ def make_result(num_gpus=8, backend="deepspeed", seconds=(3.0, 1.0, 2.0)):
     return {
         "backend": backend, "case": {"num_gpus": num_gpus, "ep": case.ep, "model": model}, "options": vars(args),
         "device": "a\tGPU", "summary": report.summarise(case, list(seconds)), "seconds": list(seconds),
-        "losses": [9.0, 8.0], "peak_memory_bytes": [1, 2**30], "versions": {"deepspeed": "0.19.8"},
+        "captured": False, "losses": [9.0, 8.0], "peak_memory_bytes": [1, 2**30], "versions": {"deepspeed": "0.19.8"},
     }  # fmt: skip
 
 

@@ -38,6 +38,14 @@ def test_the_best_of_equal_runs_counts_in_the_chosen_way(tmp_path):
         assert bars[0].pflops == pytest.approx(pflops) and not problems
 
 
+def test_captured_runs_have_bars_of_their_own(tmp_path):
+    write_result(tmp_path / "calls.json", rate=100.0, captured=False)
+    write_result(tmp_path / "graphs.json", rate=300.0, captured=True)
+    bars, problems = alpa.read_results([tmp_path], "artifact")
+    assert {bar.series: bar.pflops for bar in bars} == pytest.approx({"smartmoe": 0.2, "smartmoe captured": 0.6})
+    assert not problems and alpa.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_what_is_no_result_is_named_and_left_out(tmp_path):
     write_result(tmp_path / "three.json", num_gpus=3)
     write_result(tmp_path / "other.json", backend="tutel")

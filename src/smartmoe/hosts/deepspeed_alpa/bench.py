@@ -97,6 +97,7 @@ def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
     return {
         "backend": args.backend,
+        "captured": args.backend in options.captured_backends(args),
         "case": dataclasses.asdict(case),
         "options": {name: value for name, value in vars(args).items() if name != "hostfile"},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

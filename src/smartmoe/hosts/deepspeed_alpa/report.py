@@ -39,7 +39,7 @@ def tsv_row(result: dict, timestamp: float) -> str:
         "param_count": billions, "parameter_count": billions,
         "seconds": summary["seconds_per_iteration"], "tokens_per_s": summary["tokens_per_s"],
         "group_size": summary["group_size"], "zero": result["options"]["zero"], "ep": case["ep"],
-        "precision": result["options"]["precision"], "deepspeed": result["versions"].get("deepspeed", ""),
+        "precision": result["options"]["precision"], "captured": result["captured"], "deepspeed": result["versions"].get("deepspeed", ""),
     }  # fmt: skip
     instance = result["device"].replace("\t", " ")
     words = ("e2e", instance, case["num_gpus"] // per_host, per_host, "moe", result["backend"], value, timestamp)
@@ -64,7 +64,8 @@ def describe(result: dict) -> str:
     summary, memory = result["summary"], max(result["peak_memory_bytes"])
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in summary["tflops_per_gpu"].items())
     return (
-        f"{result['case']['model']['name']} on {result['case']['num_gpus']} x {result['device']}, {result['backend']}: "
+        f"{result['case']['model']['name']} on {result['case']['num_gpus']} x {result['device']}, {result['backend']}"
+        f"{', blocks from CUDA graphs' * result['captured']}: "
         f"{summary['seconds_per_iteration']:.4g} s an iteration (median of {len(result['seconds'])}), "
         f"{summary['tokens_per_s']:,.0f} tokens/s\n  TFLOP/s a GPU: {rates}; peak memory {memory / 2**30:.1f} GiB; "
         f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
