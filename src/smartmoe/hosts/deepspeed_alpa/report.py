@@ -39,7 +39,8 @@ def tsv_row(result: dict, timestamp: float) -> str:
         "param_count": billions, "parameter_count": billions,
         "seconds": summary["seconds_per_iteration"], "tokens_per_s": summary["tokens_per_s"],
         "group_size": summary["group_size"], "zero": result["options"]["zero"], "ep": case["ep"],
-        "precision": result["options"]["precision"], "captured": result["captured"], "deepspeed": result["versions"].get("deepspeed", ""),
+        "precision": result["options"]["precision"], "captured": result["captured"],
+        "deepspeed": result["versions"].get("deepspeed", ""),
     }  # fmt: skip
     instance = result["device"].replace("\t", " ")
     words = ("e2e", instance, case["num_gpus"] // per_host, per_host, "moe", result["backend"], value, timestamp)
