@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.func import functional_call
+
+from smartmoe.graphs import CudaTape, Tape
 
 WARMUP = 2
 
@@ -23,13 +26,14 @@ class CapturedBlock:
     CUDA graphs. On a CPU the same steps are called instead of replayed.
 
     Parameters must stay where they are in memory. All calls have the shapes of `x_BTD` and `token_id_BT`, on one stream, and
-    replays of several blocks that share `pool` never overlap. The block must not make the host wait (data-dependent sizes).
+    replays of several blocks that share `tape` never overlap. The block must not make the host wait (data-dependent sizes).
     Building it is collective where the block is, and runs it on x_BTD; random numbers are as if it had not. needs_loss: the
     balance loss is part of what is differentiated.
     """
 
-    def __init__(self, block: nn.Module, x_BTD: torch.Tensor, token_id_BT: torch.Tensor, *, needs_loss: bool, pool=None):
-        self._block, self._params = block, [param for param in block.parameters() if param.requires_grad]
+    def __init__(self, block: nn.Module, x_BTD: torch.Tensor, token_id_BT: torch.Tensor, tape: Tape, *, needs_loss: bool):
+        named = {name: param for name, param in block.named_parameters() if param.requires_grad}
+        self._block, self._names, self._params = block, list(named), list(named.values())
         self._x, self._token_id = x_BTD.detach().clone().requires_grad_(), token_id_BT.clone()
         self._noise = noise_of(x_BTD.device)
         before = self._noise.get()
@@ -38,8 +42,11 @@ class CapturedBlock:
         self._grad_y = torch.zeros_like(y_BTD)
         self._grad_loss = torch.ones_like(loss) if needs_loss else None
         _warm_up(self._run_backward, x_BTD.device)
-        self._replay_forward, (self._y, self._loss) = record(self._run_forward, x_BTD.device, pool)
-        self._replay_backward, self._grads = record(self._run_backward, x_BTD.device, pool)
+        # replays write where these results of the recorded calls are
+        self._results: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._grads: list[torch.Tensor | None] | None = None
+        self._replay_forward = tape.record(self._run_forward)
+        self._replay_backward = tape.record(self._run_backward)
         self._noise.set(before)
 
     def __call__(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +56,8 @@ class CapturedBlock:
         """Without a gradient. Results are copies: the next replay may use the memory of this one's."""
         self._x.data.copy_(x_BTD), self._token_id.copy_(token_id_BT)
         self._replay_forward()
-        return self._y.clone(), self._loss.clone()
+        y_BTD, loss = self._results
+        return y_BTD.clone(), loss.clone()
 
     def backward(self, x_BTD, token_id_BT, noise, grad_BTD, grad_loss) -> list[torch.Tensor | None]:
         """Gradients of x_BTD and of the parameters; noise: of the generator before the forward pass."""
@@ -63,16 +71,20 @@ class CapturedBlock:
         return [None if grad is None else grad.clone() for grad in self._grads]
 
     @torch.no_grad()
-    def _run_forward(self):
-        return self._block(self._x, self._token_id)
+    def _run_forward(self) -> None:
+        self._results = self._block(self._x, self._token_id)
 
     @torch.enable_grad()
-    def _run_backward(self):
-        y_BTD, loss = self._block(self._x, self._token_id)
+    def _run_backward(self) -> None:
+        # The engine keeps autograd's nodes of the parameters, which belong to another stream than the one that is captured:
+        # gradients are taken of other tensors in the same memory.
+        aliases = [param.detach().requires_grad_() for param in self._params]
+        named = dict(zip(self._names, aliases, strict=True))
+        y_BTD, loss = functional_call(self._block, named, (self._x, self._token_id))
         ends, grads = [y_BTD], [self._grad_y]
         if self._grad_loss is not None and loss.requires_grad:
             ends.append(loss), grads.append(self._grad_loss)
-        return torch.autograd.grad(ends, [self._x, *self._params], grads, allow_unused=True)
+        self._grads = torch.autograd.grad(ends, [self._x, *aliases], grads, allow_unused=True)
 
 
 class _Replay(torch.autograd.Function):
@@ -91,27 +103,20 @@ class _Replay(torch.autograd.Function):
 def capture_blocks(blocks: Sequence[nn.Module], x_BTD, token_id_BT, *, needs_loss: bool) -> list[CapturedBlock]:
     """Every block captured, on inputs like x_BTD: [B, T, D] in the blocks' dtype, and token_id_BT: [B, T] int64. Their graphs
     share memory. Collective where the blocks are."""
-    pool = torch.cuda.graph_pool_handle() if x_BTD.is_cuda else None
-    return [CapturedBlock(block, x_BTD, token_id_BT, needs_loss=needs_loss, pool=pool) for block in blocks]
+    tape = CudaTape(x_BTD.device) if x_BTD.is_cuda else _Calls()
+    return [CapturedBlock(block, x_BTD, token_id_BT, tape, needs_loss=needs_loss) for block in blocks]
 
 
-def record(call: Callable, device: torch.device, pool) -> tuple[Callable[[], None], Sequence[torch.Tensor | None]]:
-    """(replay, results): what repeats `call`, and where its results then lie. `call` must have run before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        # other threads (NCCL's watchdog) may ask the device meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            results = call()
-        return graph.replay, results
-    results = [None if result is None else result.detach().clone() for result in call()]
+class _Calls:
+    """A Tape for CPUs, which plays a call by calling again."""
 
-    def replay() -> None:
-        for kept, new in zip(results, call(), strict=True):
-            if kept is not None:
-                kept.copy_(new.detach())
+    num_bytes = 0
 
-    return replay, results
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        return call
+
+    def clear(self) -> None:
+        """Nothing is kept."""
 
 
 def _warm_up(call: Callable, device: torch.device) -> None:
