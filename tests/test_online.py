@@ -297,7 +297,7 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
         layer_ms=layer_ms,
         free_bytes=lambda: None if free_bytes is None else free_bytes + world_rank,
     )
-    log, loads, before = [], [], {}
+    log, loads, before, thought = [], [], {}, []
     for iteration in range(1, 21):
         expected = np.zeros((2, ep, num_experts), np.int64)
         for place, layer in enumerate(layers):
@@ -309,6 +309,10 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
                 if rank == world_rank:
                     layer.see(torch.from_numpy(idx), ids(iteration * 10_000 + world_rank * 2000, (4, 500)))
             seen[layer.layer_idx] = layer.replicas.host_load(expected[place]).max()
+        if iteration % 2:
+            placer.prepare(iteration)
+            placer.prepare(iteration)  # passes that are repeated ask twice
+            thought.append(placer._auto._prepared is not None)
         events = placer.after_step(iteration)
         assert bool(events) == on.is_due(OnlineConfig(policy="auto", interval=5), iteration)
         for layer in layers:
@@ -325,6 +329,7 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
         before = dict(seen)
         if iteration == 2:  # what came from iteration 1, which no rank knew whole when it ended
             assert np.array_equal(placer._auto.controller.history_YWE, first)
+    assert thought == [on.is_due(OnlineConfig(policy="auto", interval=5), i) for i in range(1, 21, 2)] and any(thought)
     assert placer.gather_counts().sum() == 2 * world_size * 4000
     saved = placer.saved_loads()
     assert sorted(saved) == [2, 4] and np.isclose(sum(saved[2]), world_size * 4000, rtol=0.01)

@@ -141,6 +141,12 @@ class OnlinePlacement:
         self._max_over_mean = float(np.mean(balance))
         return self._place(iteration, load_LE) if is_due(self._online, iteration) else []
 
+    def prepare(self, iteration: int) -> None:
+        """Think about what `after_step` of this iteration will do, as far as that is known: to be called while the device
+        works on the iteration, so that it does not wait for the host afterwards. May be left out. The same on every rank."""
+        if self._auto is not None:
+            self._auto.prepare(iteration)
+
     def load_max_over_mean(self) -> float:
         """Fullest rank's load over the mean rank's, mean of the layers, in the last iteration (with auto the one before,
         as the reduction is still under way); not collective."""
@@ -284,11 +290,20 @@ class _Auto:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._sent: _Sent | None = None
         self._move_ms, self._num_moved, self._has_room = 0.0, 0, False
+        self._prepared: list[Change] | None = None
+
+    def prepare(self, iteration: int) -> None:
+        """Decide what `after_step` of this iteration will carry out: the iterations before it are all that it knows."""
+        if self._prepared is None and is_due(self._config, iteration):
+            self._prepared = self._choose(iteration, self._read())
 
     def after_step(self, iteration: int) -> list[dict]:
-        no_room = self._read()
+        changes, self._prepared = self._prepared, None
+        if changes is None:
+            no_room = self._read()
+            changes = self._choose(iteration, no_room) if is_due(self._config, iteration) else None
         self._send(iteration)
-        return self._decide(iteration, no_room) if is_due(self._config, iteration) else []
+        return [] if changes is None else self._carry_out(iteration, changes)
 
     def forget_times(self) -> None:
         """The layers' times since the last iteration are those of passes that do not count."""
@@ -321,9 +336,11 @@ class _Auto:
         self._online._max_over_mean = self.controller.max_over_mean
         return "" if self._has_room else lack_of_room(-least_free)
 
-    def _decide(self, iteration: int, no_room: str) -> list[dict]:
+    def _choose(self, iteration: int, no_room: str) -> list[Change]:
         in_force = [(layer.placement, layer.replicas) for layer in self._layers]
-        changes = self.controller.decide(iteration, in_force, no_room)
+        return self.controller.decide(iteration, in_force, no_room)
+
+    def _carry_out(self, iteration: int, changes: list[Change]) -> list[dict]:
         moving = [
             (layer, change.placement)
             for layer, change in zip(self._layers, changes, strict=True)

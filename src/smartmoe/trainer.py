@@ -255,6 +255,8 @@ class Trainer:
             self._loss_scale.fill_(self.optimizer.loss_scale)
             losses = self.runner.run(*batch)
             replica_bytes += self._return_replica_grads()
+        with record_function("smartmoe placement"):
+            self.online.prepare(self.iteration + 1)
         with record_function("smartmoe optimizer"):
             return self.optimizer.step(self.iteration), losses, replica_bytes
 
