@@ -56,14 +56,16 @@ def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_cou
     trace = trace_of([1, 11, 21, 31])
     schedule = Schedule.of(trace, 2, None, None)  # times iterations 1 and 21
 
-    def seen(step, cost):
-        return {"step_ms": step, "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "late": [0.0, 0.5],
+    def seen(step, cost, control=0.0):
+        return {"step_ms": step, "control_ms": [[control], [control]], "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "late": [0.0, 0.5],
                 "difference": [None, 1e-7]}  # fmt: skip
 
     balanced = seen([[1.0, 1.0], [2.0, 2.0]], [[], []])
     static, mode = seen([[2.0, 2.0], [4.0, 4.0]], [[], []]), seen([[2.0, 1.0], [2.0, 2.0]], [[], [8.0]])
     fast = {"balanced": balanced, "static": static, "m": mode}
     slow = {**fast, "m": seen([[1.0, 3.0], [2.0, 2.0]], [[], [10.0]])}
+    rows = summarise([fast, {**slow, "static": seen([[2.0, 2.0], [4.0, 4.0]], [[], []], 48.0)}], schedule, trace)
+    assert rows["static"]["series"]["ms"] == [4.0, 6.0] and rows["static"]["control_ms"] == 48.0
     rows = summarise([fast, slow], schedule, trace)
     moved = rows["m"]
     assert moved["series"]["step_ms"] == [2.5, 2.0]  # median of max(2, 1) and max(1, 3)

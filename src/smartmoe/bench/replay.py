@@ -190,6 +190,7 @@ class LayerBench:
         for micro in range(self.config.num_micro_batches):
             self._replayed.work(self.x_BTD, self._token_id(step, micro), self.grad_BTD)
         self._replayed.end_step()
+        self._replayed.prepare(step + 1)
         events = self._replayed.after_step(step + 1)
         self._replayed.drop_gradients()
         return events

@@ -8,8 +8,9 @@ others those modes that decide do one step, untimed. A decision falls due after 
 it knows the iterations before, never the one it serves, except exact replication, which decides from each micro-batch's own
 counts.
 
-ms of an iteration = median of its steps without a decision + what the decisions since the iteration timed before took /
-the training iterations since then. Weight sends and gradient returns are inside every step. The slowest rank counts.
+ms of an iteration = median of its steps + what the decisions since the iteration timed before took / the training
+iterations since then + what placement does after every step ("control") / NUM_LAYERS, as it does that for all layers of a model
+at once. Weight sends and gradient returns are inside every step. The slowest rank counts.
 A GPU idles --lead-cycles before each step, so that the host is ahead of it as in training; "late" is the share of steps
 that began before the host had launched all of them, because they wait for the host or because it was too slow.
 """
@@ -43,6 +44,7 @@ from smartmoe.config import (
 from smartmoe.trace import ExpertTrace, read_trace
 
 NUM_LEAD_IN = 20  # recorded iterations before the first timed one, in which decisions are taken
+NUM_LAYERS = 24  # of the model of the published trace
 NUM_SYNTHETIC = 20  # timed iterations of the cases that need no trace
 
 
@@ -91,7 +93,7 @@ class Schedule:
 def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, args, say) -> dict:
     """Play the trace with all modes, this rank's times by mode. Collective."""
     tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
-    seen = {name: {"step_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
+    seen = {name: {"step_ms": [], "control_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
             for name in players}  # fmt: skip
     deciding: dict[str, list[Step]] = {name: [] for name in players}  # steps with events since the last timed iteration
     start, order = time.perf_counter(), np.random.default_rng(args.seed)
@@ -120,8 +122,8 @@ def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, arg
 
 
 def _note(series: dict, done: list[Step], deciding: list[Step], load: float) -> None:
-    quiet = [sum(step.parts_ms()) for step in done if not step.events]
-    series["step_ms"].append(quiet or [step.parts_ms()[0] for step in done])
+    series["step_ms"].append([step.parts_ms()[0] for step in done])
+    series["control_ms"].append([step.parts_ms()[1] for step in done if not step.events])
     series["decision_ms"].append([step.parts_ms()[1] for step in deciding])
     series["num_moved"].append(sum(event["num_moved"] for step in deciding for event in step.events))
     series["late"].append(float(np.mean([step.is_late for step in done])))
@@ -146,12 +148,15 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
         step_IR = [np.max([seen[name]["step_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
         cost_I = [np.max([seen[name]["decision_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
         step_ms = np.array([np.median(steps) for steps in step_IR])
-        charged_ms = step_ms + np.array([cost.sum() for cost in cost_I]) / gaps
+        control_IR = [np.max([seen[name]["control_ms"][i] for seen in seen_W], axis=0) for i in range(len(timed))]
+        control_ms = float(np.median(np.concatenate(control_IR))) if any(map(len, control_IR)) else 0.0
+        charged_ms = step_ms + np.array([cost.sum() for cost in cost_I]) / gaps + control_ms / NUM_LAYERS
         known = [d for seen in seen_W for d in seen[name]["difference"] if d is not None]
         rows[name] = {
             "ms": spread(charged_ms),
             "step_ms": spread(step_ms),
             "decision_ms": spread(np.concatenate(cost_I)) if any(map(len, cost_I)) else None,
+            "control_ms": round(control_ms, 5),
             "num_decisions": sum(map(len, cost_I)),
             "num_moved": sum(seen_W[0][name]["num_moved"]),
             "load_max_over_mean": spread(seen_W[0][name]["load"]),

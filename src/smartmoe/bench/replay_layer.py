@@ -38,7 +38,9 @@ class ReplayedLayer:
         return self.online_config.policy != "static"
 
     def start_deciding(self) -> None:
-        """From now on placement acts after steps. Before, steps warm up."""
+        """From now on placement acts after steps, where anything is decided then. Before, steps warm up."""
+        if not self.decides:
+            return  # it would only report the load, and make the host wait for it
         self._online = OnlinePlacement(
             [self.layer], self.online_config, ep_group=self._ep_group, stage_group=self._stage_group,
             state_of=lambda _: self.state,
@@ -55,6 +57,11 @@ class ReplayedLayer:
         y_BTD, _ = self.layer(x_BTD, token_id_BT)
         y_BTD.backward(grad_BTD)
         return y_BTD.detach(), x_BTD.grad
+
+    def prepare(self, number: int) -> None:
+        """What placement can think about while the device works on the step of this number."""
+        if self._online:
+            self._online.prepare(number)
 
     def end_step(self) -> None:
         """Return replicas' gradients. Collective over the expert group."""

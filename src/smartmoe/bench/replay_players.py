@@ -118,9 +118,10 @@ class Player:
             self.result = self.replayed.work(self.tokens.x_BTD, token_id_BT, self.tokens.grad_BTD)
         self.replayed.end_step()
         marks.append(_mark(self.world))
+        is_late = self.world.device.type == "cuda" and marks[0].query()  # what comes now waits for the device
+        self.replayed.prepare(number)
         events = self.replayed.after_step(number)
         marks.append(_mark(self.world))
-        is_late = self.world.device.type == "cuda" and marks[0].query()
         self.replayed.drop_gradients()
         self.tokens.weight_TK.grad = None
         return Step(marks, events, is_late)
