@@ -70,11 +70,23 @@ def test_both_entries_measure_and_predict(folder):
         "1",
         "--out",
         str(folder / "steps.json"),
+        "--runs",
+        str(folder / "runs"),
     ]
     (rows, own, points), (_, *others) = spawn(_run, 2, steps, run_dir)
     assert len(rows) == 3 and all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
     written = json.loads((folder / "steps.json").read_text())
     assert written["rows"] == rows and {"mape", "tau", "regret", "blind_mape"} <= set(written)
+    assert all(len(row["steps_ms"]) == len(row["losses"]) == 3 and row["num_measured"] == 2 for row in rows)
+    assert np.ptp([row["losses"] for row in rows], axis=0).max() < 1e-3  # every plan trains the same model
+    bars = to_dataset(Folder(folder / "runs", []), "set").figures["fig10"]
+    fields = {bar.series: bar for bar in bars.bars()}
+    assert set(fields) == {"fastmoe", "alpa", "smartmoe_static"} and {bar.group for bar in fields.values()} == {"2/+inf"}
+    fastest = min(rows, key=lambda row: row["predicted_ms"])
+    assert fields["smartmoe_static"].value == pytest.approx(fastest["measured_ms"]), fields["smartmoe_static"].unit
+    again = ["--out", str(folder / "again.json"), "--measured", str(folder / "steps.json")]
+    assert plan_accuracy.main([*common, "--batch", "8", *again]) == 0
+    assert json.loads((folder / "again.json").read_text())["rows"] == rows
     assert others == [[], []]  # rank 0 alone writes
     assert [(p["iteration"], p["layer"]) for p in points] == [(i, layer) for i in (1, 21, 41) for layer in (0, 1)]
     assert all(p["measured_ms"] > 0 for p in points)

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from smartmoe import record
+from smartmoe.bench import plan_figure
 from smartmoe.bench.measure import World, run_in_world
 from smartmoe.config import ParallelPlan, RunConfig
 from smartmoe.data import load_tokens
@@ -43,8 +44,8 @@ SETTLING = 2  # iterations that run as the first of a training run do
 
 @dataclasses.dataclass
 class Row:
-    """One plan: medians in ms, GB that tensors and graphs take of a GPU (0 on a CPU). blind_ms: predicted under uniform
-    loads; steps_ms: all iterations, warm-up first; parts: of predicted_ms."""
+    """One plan: medians in ms of its last num_measured steps, GB that tensors and graphs take of a GPU (0 on a CPU).
+    blind_ms: predicted under uniform loads; steps_ms, losses: of all iterations, warm-up first; parts: of predicted_ms."""
 
     name: str
     measured_ms: float
@@ -55,7 +56,9 @@ class Row:
     measured_gb: float = 0.0
     predicted_gb: float = 0.0
     is_captured: bool = False
+    num_measured: int = 0
     steps_ms: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -100,9 +103,13 @@ def measure(config: RunConfig, world: World, tokens, num_iterations: int) -> Row
         found.append(trainer.run_iteration())
     name = pool.name_of(config.plan, config.workload.micro_batch_size)
     times = [round(result.step_ms, 3) for result in found]
-    p10, median, p90 = np.percentile(times[config.workload.warmup_iterations :], (10, 50, 90)).tolist()
+    kept = times[config.workload.warmup_iterations :]
+    p10, median, p90 = np.percentile(kept, (10, 50, 90)).tolist()
     peak = max(result.peak_memory_bytes for result in found) / 1e9
-    row = Row(name, median, p10, p90, measured_gb=peak, is_captured=trainer.graphs.is_recorded, steps_ms=times)
+    row = Row(
+        name, median, p10, p90, measured_gb=peak, is_captured=trainer.graphs.is_recorded, num_measured=len(kept),
+        steps_ms=times, losses=[round(result.lm_loss, 5) for result in found],
+    )  # fmt: skip
     trainer.close()
     del trainer
     gc.collect()
@@ -160,25 +167,35 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     recorder = recorder_of(cost, world.num_ranks)
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed)
     num_iterations, rows = args.warmup + args.steps, []
-    for place, (plan, micro_batch) in enumerate([recorder, *plans]):
-        run_config = pool.config_of(config, cluster, plan, micro_batch)
+    link_rate = cluster.slow_links_gbytes_per_s
+
+    def prepared(run_config):
         work = dataclasses.replace(run_config.workload, iterations=1000, warmup_iterations=args.warmup)
-        run_config = dataclasses.replace(run_config, workload=work)
-        with slow_links(cluster.slow_links_gbytes_per_s):
-            if place == 0:
-                counts_IBLE = record_counts(run_config, world, tokens, num_iterations)[args.warmup :]
-                gc.collect()
-                continue
-            row = measure(run_config, world, tokens, num_iterations)
-        rows.append(row)
-        if world.ep_rank == 0:
-            print(f"{row.name:34s} {row.measured_ms:9.1f} ms ({row.p10_ms:.1f} - {row.p90_ms:.1f})", flush=True)
+        return dataclasses.replace(run_config, workload=work)
+
+    with slow_links(link_rate):
+        first = prepared(pool.config_of(config, cluster, *recorder))
+        counts_IBLE = record_counts(first, world, tokens, num_iterations)[args.warmup :]
+        gc.collect()
+        for plan, micro_batch in plans:
+            rows.append(measure(prepared(pool.config_of(config, cluster, plan, micro_batch)), world, tokens, num_iterations))
+            if world.ep_rank == 0:
+                print(format_row(rows[-1]), flush=True)
+        if args.runs:
+            fastmoe = plan_figure.fastmoe_of(cost, [micro_batch for _, micro_batch in plans])
+            bar = measure(prepared(fastmoe), world, tokens, num_iterations)
     if world.ep_rank == 0:
         predict(rows, cost, counts_IBLE)
         print(format_rows(rows))
+        name = torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
+        facts = record.provenance(device=name)
+        if args.runs:
+            print(f"FastMoE: {format_row(bar)}")
+            links = f", links slowed to {link_rate:g} GB/s" if link_rate else ""
+            panel = f"{world.num_ranks} {'GPUs' if world.device.type == 'cuda' else 'CPU ranks'}{links}"
+            plan_figure.write_runs(args.runs, cost, rows, (bar, fastmoe), facts, panel)
         if args.out:
-            name = torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
-            facts = {"provenance": record.provenance(device=name), "cluster": vars(cluster), "warmup": args.warmup}
+            facts = {"provenance": facts, "cluster": vars(cluster), "warmup": args.warmup}
             record.write_json(args.out, {**facts, "rows": [vars(row) for row in rows], **statistics(rows)})
             trace_of(counts_IBLE, args.warmup, config).save(args.out.with_suffix(".npz"))
     return rows
@@ -251,6 +268,11 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     return float((signs[0] * signs[1]).mean()) if len(a) > 1 else 1.0
 
 
+def format_row(row: Row) -> str:
+    """What was measured, in a line."""
+    return f"{row.name:34s} {row.measured_ms:9.1f} ms ({row.p10_ms:.1f} - {row.p90_ms:.1f})"
+
+
 def format_rows(rows: list[Row]) -> str:
     """The table and its statistics."""
     lines = [
@@ -283,6 +305,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="measured iterations of each plan; default: 8")
     parser.add_argument("--warmup", type=int, default=4, help="iterations before them; default: 4")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write rows, statistics and loads")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="measure FastMoE too, and write runs of figure 10")
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="predict what is in this file only")
     return parser.parse_args(argv)
 

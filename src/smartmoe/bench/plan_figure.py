@@ -1,0 +1,67 @@
+"""Figure 10 of what plan_accuracy measured: FastMoE, the plan that uniform loads choose (Alpa's assumption), and the planner's.
+
+Alpa's bar differs from the planner's in the plan alone, as in the paper; FastMoE has its own plan and mechanism, and of the
+micro-batches that were measured the one that the cost model takes for its fastest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from smartmoe import record, systems
+from smartmoe.config import RunConfig, to_dict
+from smartmoe.planner import pool
+from smartmoe.planner.cost_model import CostModel
+
+FIGURE = "fig10"
+
+
+def fastmoe_of(cost: CostModel, micro_batches: list[int]) -> RunConfig:
+    """FastMoE's run on the cost model's cluster, with the best of `micro_batches` that it can have.
+
+    Raises ValueError when it can have none of them.
+    """
+    config, found = cost.config, []
+    for micro_batch in sorted(set(micro_batches)):
+        work = dataclasses.replace(config.workload, micro_batch_size=micro_batch)
+        try:
+            run = systems.build("fastmoe", model=config.model, gate=config.gate, workload=work, cluster=cost.cluster)
+        except ValueError as error:
+            problem = error
+            continue
+        own = CostModel(run, cost.cluster, cost.primitives, cost.loads)
+        if pool.fits(own, run.plan, micro_batch):
+            found.append((own.estimate(run.plan, micro_batch).mean_ms, micro_batch, run))
+    if not found:
+        raise ValueError(f"figure 10: FastMoE can have none of the micro-batches {micro_batches}: {problem}")
+    return min(found, key=lambda item: item[:2])[2]
+
+
+def write_runs(folder: Path, cost: CostModel, rows: list, fastmoe: tuple, provenance: dict, panel: str) -> None:
+    """Run directories of the three bars under folder/fig10, as logs/README.md describes them.
+
+    rows: of plan_accuracy, predicted; fastmoe: (its row, its config).
+    """
+    config, capacity = cost.config, cost.config.gate.capacity
+    group = f"{cost.cluster.num_ranks}/{'+inf' if capacity is None else format(capacity, 'g')}"
+    bars = {"fastmoe": fastmoe}
+    for series, value in (("alpa", "blind_ms"), ("smartmoe_static", "predicted_ms")):
+        row = min(rows, key=lambda row, value=value: getattr(row, value))
+        run = pool.config_of(config, cost.cluster, *pool.parse_name(row.name))
+        bars[series] = (row, dataclasses.replace(run, system=series))
+    for series, (row, run) in bars.items():
+        num_warm = len(row.steps_ms) - row.num_measured
+        work = dataclasses.replace(run.workload, iterations=len(row.steps_ms), warmup_iterations=num_warm)
+        run_id = record.safe_run_id(series, row.name)
+        run_dir = folder / FIGURE / series / run_id
+        bar = {"figure": FIGURE, "panel": panel, "group": group, "series": series}
+        facts = {**provenance, "num_ranks": cost.cluster.num_ranks, "entry": "plan_accuracy"}
+        run = dataclasses.replace(run, workload=work)
+        record.create_run(run_dir, run_id, to_dict(run), [bar], provenance=facts)
+        record.set_status(run_dir, "running")
+        writer = record.RunWriter(run_dir)
+        for number, (step_ms, loss) in enumerate(zip(row.steps_ms, row.losses, strict=True), 1):
+            writer.metric({"iteration": number, "step_ms": step_ms, "lm_loss": loss, "skipped": False})
+        writer.close()
+        record.set_status(run_dir, "ok")
