@@ -38,7 +38,7 @@ def train(device, is_captured: bool, needs_loss: bool):
         y = x
         for block in called:
             y, loss = block(y, token_id_BT + step)
-            total = total + loss if needs_loss else total
+            total = total + 0.3 * loss if needs_loss else total
         total = total + y.float().square().mean()
         total.backward()
         losses += [total.item(), x.grad.float().norm().item()]
