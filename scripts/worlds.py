@@ -24,6 +24,7 @@ class World:
     """Runs of one size that one set of processes does one after another; `runs[0]` is in progress once it is started."""
 
     runs: list[Run]
+    num_ranks: int
     child: subprocess.Popen | None = None
     gpus: list[str] = field(default_factory=list)
     log: Path | None = None  # what torchrun itself says, where runs share the world
@@ -31,13 +32,9 @@ class World:
     is_first: bool = True  # whether runs[0] is the first of its processes
 
     @property
-    def num_ranks(self) -> int:
-        return self.runs[0].config.plan.world_size
-
-    @property
     def estimate_s(self) -> float:
         steps_s = sum(run.step_s * run.config.workload.iterations for run in self.runs)
-        return self.runs[0].start_s + NEXT_START_S * (len(self.runs) - 1) + steps_s
+        return (self.runs[0].start_s + NEXT_START_S * (len(self.runs) - 1) + steps_s) if self.runs else 0.0
 
 
 def into_worlds(runs: list[Run], runs_per_world: int) -> list[World]:
@@ -50,7 +47,7 @@ def into_worlds(runs: list[Run], runs_per_world: int) -> list[World]:
         kind = (program, run.config.plan.world_size)
         world = open_worlds.get(kind) if program else None
         if world is None or len(world.runs) >= runs_per_world:
-            world = World([])
+            world = World([], run.config.plan.world_size)
             worlds.append(world)
             open_worlds[kind] = world
         world.runs.append(run)
@@ -225,7 +222,7 @@ class Worlds:
         if world.runs:
             for run in world.runs:
                 record.set_status(self.launcher.root / run.folder, "pending")
-            self.waiting.insert(0, World(world.runs))
+            self.waiting.insert(0, World(world.runs, world.num_ranks))
 
     def _stop_all(self, message: str) -> None:
         stop(*(world.child for world in self.active))

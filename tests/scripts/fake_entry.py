@@ -53,3 +53,5 @@ for run_dir in map(Path, sys.argv[1:]):
         time.sleep(600)
     if len(sys.argv) > 2:  # as smartmoe.sequence
         (run_dir / "finished.json").write_text("{}")
+if len(sys.argv) > 2:
+    time.sleep(0.5)  # processes take a moment to leave
