@@ -75,5 +75,6 @@ def _draw_panel(axes: Axes, panel: LayerPanel) -> None:
     axes.tick_params(axis="x", length=0, pad=2)
     axes.set_xlabel("layer", labelpad=1)
     axes.set_ylabel("speed-up over static")
-    axes.set_title(f"{style.shown(panel.name)}  mean {mean:.3f}  ({panel.source})".strip(), pad=3)
+    whole = f", whole iterations {panel.step_speedup:.3f}" if panel.step_speedup else ""
+    axes.set_title(f"{style.shown(panel.name)}  mean {mean:.3f}{whole}  ({panel.source})".strip(), pad=3)
     style.light_grid(axes)

@@ -138,7 +138,8 @@ class LoadMap:
 
 @dataclass
 class LayerPanel:
-    """One panel of figure 12; `headline` says which speed-up the wide bars show: "backward" or "total"."""
+    """One panel of figure 12; `headline` says which speed-up the wide bars show: "backward" or "total". step_speedup: of whole
+    iterations, with all that placement costs; None where it is not known."""
 
     name: str
     rows: list[LayerRow]
@@ -147,6 +148,7 @@ class LayerPanel:
     source: str
     files: list[str]
     maps: list[LoadMap] = field(default_factory=list)
+    step_speedup: float | None = None
 
 
 @dataclass

@@ -132,6 +132,7 @@ def _layer_values(panel: LayerPanel) -> list[dict]:
         shared = {
             "unit": panel.unit,
             "plotted": panel.headline,
+            "step_speedup": panel.step_speedup,
             "status": "ok",
             "source": panel.source,
             "file": ", ".join(panel.files),

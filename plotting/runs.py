@@ -261,6 +261,16 @@ def read_events(run: Run) -> list[tuple[int, str, int | None]]:
     return found
 
 
+def read_move_costs(run: Run) -> dict[tuple[int, int], float]:
+    """(layer, iteration) -> ms that moving experts took after that iteration, from events.jsonl (absent: none moved)."""
+    path, costs = run.file("events.jsonl"), {}
+    for _, row in run.folder.read_json_lines(path) if path.exists() and path.stat().st_size else []:
+        key, cost_ms = (whole(row.get("layer")), whole(row.get("iteration"))), positive(row.get("cost_ms"))
+        if None not in key and cost_ms is not None:
+            costs[key] = costs.get(key, 0.0) + cost_ms
+    return costs
+
+
 @dataclass
 class Predictions:
     """Points of figure 11, ms."""

@@ -28,7 +28,18 @@ from plotting.model import (
     ScatterPanel,
     StatusMark,
 )
-from plotting.runs import Metrics, Run, Slot, Spans, read_events, read_metrics, read_predictions, read_runs, read_spans
+from plotting.runs import (
+    Metrics,
+    Run,
+    Slot,
+    Spans,
+    read_events,
+    read_metrics,
+    read_move_costs,
+    read_predictions,
+    read_runs,
+    read_spans,
+)
 from plotting.stats import by_group, finish_bars
 
 # figure 12: what stands beside the static run
@@ -327,9 +338,28 @@ def _layer_panel(name: str, static: tuple[Run, Spans], other: tuple[Run, Spans])
         message = f"figure 12 {name}: the runs hold different layers; common ones are drawn"
         run.folder.report("incomplete", message, before.where, after.where, figures=("fig12",))
     layers = sorted(before.layers.keys() & after.layers.keys())
-    rows = [_layer_row(k, before.layers[k], after.layers[k]) for k in layers]
+    costs = read_move_costs(other_run)
+    rows = [_layer_row(k, before.layers[k], _with_moves(after.layers[k], k, costs)) for k in layers]
     source = run.source if run.source == other_run.source else "simulated"
-    return LayerPanel(name, rows, "total", "ms", source, [before.where, after.where])
+    steps = [_mean_step_ms(each) for each in (run, other_run)]
+    step_speedup = steps[0] / steps[1] if None not in steps else None
+    return LayerPanel(name, rows, "total", "ms", source, [before.where, after.where], step_speedup=step_speedup)
+
+
+def _with_moves(by_iteration: dict, layer: int, costs: dict[tuple[int, int], float]) -> dict:
+    """The times of a layer with what moving its experts took, in the forward pass of the iteration that it followed: there
+    the paper's runs paid for it."""
+    return {
+        iteration: [(forward + costs.get((layer, iteration), 0.0), backward) for forward, backward in ranks]
+        for iteration, ranks in by_iteration.items()
+    }
+
+
+def _mean_step_ms(run: Run) -> float | None:
+    """Mean ms of an iteration after warm-up: the iterations that pay for migration count."""
+    metrics = read_metrics(run)
+    times = list(metrics.times_ms.values())[run.warmup :] if metrics else []
+    return sum(times) / len(times) if times else None
 
 
 def _busiest_layer(sides: list[list[LoadMap]]) -> list[LoadMap]:

@@ -184,6 +184,17 @@ def test_figure_12_is_forward_and_backward_over_all_ranks(run_set):
     assert panel.rows[0].speedup_low == pytest.approx(2)
 
 
+def test_figure_12_pays_for_moves(run_set):
+    for series, scale, ms in (("static", 2.0, 30), ("dynamic", 1.0, 20)):
+        path = run_set.add(series, [run_set.bar(series, "", "fig12")], ms=ms)
+        run_set.lines(path / "spans.jsonl", spans(scale))
+    run_set.lines(path / "events.jsonl", [{"iteration": 4, "layer": 1, "kind": "migrate", "cost_ms": 8.0}])
+    (panel,) = read(run_set).figures["fig12"].panels
+    assert [row.dynamic_forward for row in panel.rows] == [1.0, 3.0], "8 ms in one of the four iterations that count"
+    assert panel.rows[1].total_speedup == pytest.approx(14 / 9) and panel.rows[1].backward_speedup == pytest.approx(2)
+    assert panel.step_speedup == pytest.approx(1.5, rel=0.05)
+
+
 def test_figure_12_needs_both_placements(run_set):
     path = run_set.add("static", [run_set.bar("static", "", "fig12")])
     run_set.lines(path / "spans.jsonl", spans(2.0))
