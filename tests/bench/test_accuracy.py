@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from plotting.runset import to_dataset
 from smartmoe import config, record
 from smartmoe.bench import layer_accuracy, measure, plan_accuracy, profile_layer
 from smartmoe.bench.plan_accuracy import Row
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.planner.primitives import Profile
 from smartmoe.trace import ExpertTrace
 from tests.dist import spawn
@@ -162,3 +164,32 @@ def test_statistics_by_hand():
     found = layer_accuracy.statistics(points)
     assert found["r2"] == pytest.approx(1 - 0.01 / 2) and found["naive_r2"] == 0.0
     assert found["naive_mape"] == pytest.approx((1 + 0 + 1 / 3) / 3)
+
+
+def test_every_micro_batch_of_every_plan_has_its_own_loads():
+    model = config.ModelConfig(num_layers=3, seq_len=2, num_experts=4, hidden_size=16)
+    run = config.RunConfig(model=model, workload=config.Workload(global_batch_size=8))
+    world = measure.World(torch.device("cpu"))
+    seen = plan_accuracy.SampleCounts(run, [0, 1, 2], world)
+    # samples 9 and 8 of the second global batch, two tokens each; the last copy was dropped
+    routing = SimpleNamespace(expert_idx_TK=torch.tensor([[0, 1], [0, 3], [2, 1], [2, -1]]))
+    seen(1, routing, torch.tensor([[18, 19], [16, 17]]))
+    counts_BLE = seen.take()
+    assert counts_BLE[1, 1].tolist() == [2, 1, 0, 1] and counts_BLE[0, 1].tolist() == [0, 1, 2, 0]
+    assert counts_BLE.sum() == 7 and not seen.take().any()
+    counts_IBLE = np.random.default_rng(0).integers(0, 9, (2, 12, 3, 4))
+    plan, micro_batch = config.ParallelPlan(dp=2, tp=2), 3
+    share = plan_accuracy.loads_of(counts_IBLE, run, plan, micro_batch).share
+    assert share.shape == (2, 2, 4, 3, 4)
+    for micro, dp_rank, tp_rank in np.ndindex(2, 2, 2):
+        first = (micro * plan.dp + dp_rank) * micro_batch  # as Trainer.batch deals samples out
+        want = counts_IBLE[:, first : first + 3].sum(1) / (micro_batch * 2 * model.top_k)
+        assert share[:, micro, dp_rank * 2 + tp_rank] == pytest.approx(want)
+
+
+def test_settled_dispatchers_do_not_wait():
+    dispatcher = DirectDispatcher(None, 4)
+    dispatcher.row_factor, dispatcher.transport = 0.5, object()  # as with several ranks: there is not room for anything
+    assert not dispatcher.is_settled
+    plan_accuracy.settle(SimpleNamespace(layers={3: SimpleNamespace(dispatcher=dispatcher)}))
+    assert dispatcher.is_settled

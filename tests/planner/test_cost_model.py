@@ -16,6 +16,7 @@ from smartmoe.config import (
 from smartmoe.planner import described, layer_cost, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
+from smartmoe.planner.memory import Parameters
 from smartmoe.trace import ExpertTrace
 
 MODEL = ModelConfig(
@@ -226,3 +227,23 @@ def test_a_captured_pass_has_no_launches():
     assert find(ParallelPlan(pp=2, dp=4, ep=4)).parts[waits] > 0
     early = OnlineConfig(replicate="history", replica_slots=1, return_early=True)
     assert find(flat, online=early).parts[waits] > 0
+
+
+def test_an_update_takes_as_long_as_its_work_or_its_launches():
+    cost = _cost()
+    work_ms = float(PRIMITIVES.ms("optimizer", numel=1e9))
+    assert cost._update_ms(Parameters(dense=1e9, tensors=4)) == work_ms
+    many = cost._update_ms(Parameters(dense=1e3, tensors=10_000))
+    assert many == float(PRIMITIVES.ms("optimizer_launches", tensors=10_000)) and many > work_ms
+
+
+def test_products_add_the_gradients_of_experts_up():
+    plan = ParallelPlan(dp=8, ep=2)
+    grouped, loop = (
+        _cost(config=dataclasses.replace(CONFIG, layer=LayerConfig(experts=way))) for way in ("grouped", "loop")
+    )
+    held = grouped.parameters(plan)[0]
+    assert held.without_experts().total == held.dense and held.without_experts().tensors == held.tensors - 8 * 4
+    without, with_them = (each.estimate(plan, 2).parts["accumulate"] for each in (grouped, loop))
+    assert without < 0.4 * with_them
+    assert grouped.memory(plan, 2).transient < loop.memory(plan, 2).transient  # no such gradient is made
