@@ -93,8 +93,8 @@ class Schedule:
 def play(players: dict[str, Player], schedule: Schedule, trace: ExpertTrace, args, say) -> dict:
     """Play the trace with all modes, this rank's times by mode. Collective."""
     tokens, world = next(iter(players.values())).tokens, next(iter(players.values())).world
-    seen = {name: {"step_ms": [], "control_ms": [], "decision_ms": [], "late": [], "load": [], "num_moved": [], "difference": []}
-            for name in players}  # fmt: skip
+    kept = ("step_ms", "control_ms", "decision_ms", "late", "load", "num_moved", "difference")
+    seen = {name: {key: [] for key in kept} for name in players}
     deciding: dict[str, list[Step]] = {name: [] for name in players}  # steps with events since the last timed iteration
     start, order = time.perf_counter(), np.random.default_rng(args.seed)
     for row in schedule.rows:
