@@ -170,7 +170,7 @@ class PassGraphs:
         self._num_plain = 0  # iterations that ran as they are, since the start or since a recording was dropped
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._plays: list[_Play] = []
-        self._facts: tuple = ()
+        self._recorded_places: list[int] = []
         self._num_rows: list[int] = []
         self._filled: list[int] = []
 
@@ -193,10 +193,9 @@ class PassGraphs:
         Collective over the run's ranks where it records."""
         if self.reason:
             return
-        for layer in self._layers:
-            if isinstance(layer.replication, HistoryReplication):
-                layer.replication.wait_weights()  # no pass that is replayed does
-        if self._plays and self._facts != self._read_facts():
+        for replication in self._history():
+            replication.wait_weights()  # no pass that is replayed does
+        if self._plays and self._is_stale():
             self.drop(num_plain=WARM_UP)  # kernels are there
         if self._plays:
             return
@@ -242,17 +241,24 @@ class PassGraphs:
 
     def _forget(self) -> None:
         self._plays, self._inputs, self._filled = [], (), []
+        for replication in self._history():
+            replication.adds_always = False
         self._tape.clear()
         self._buffers.reduce_late(False)
 
     def _dispatchers(self) -> list[DirectDispatcher]:
         return [layer.dispatcher for layer in self._layers]
 
-    def _read_facts(self) -> tuple:
-        """What a recording holds as it was then, beside the room of dispatchers."""
-        history = [layer.replication for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
-        places = [ref.param.data_ptr() for ref in self._buffers.refs]
-        return places, [replication.has_copies for replication in history]
+    def _history(self) -> list[HistoryReplication]:
+        return [layer.replication for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
+
+    def _places(self) -> list[int]:
+        return [ref.param.data_ptr() for ref in self._buffers.refs]
+
+    def _is_stale(self) -> bool:
+        """Whether something that a recording holds as it was then has changed, beside the room of dispatchers."""
+        adds = all(replication.adds_always or not replication.has_copies for replication in self._history())
+        return not adds or self._recorded_places != self._places()
 
     def _strangers(self) -> str:
         for layer in self._layers:
@@ -265,7 +271,9 @@ class PassGraphs:
         start, failed = time.perf_counter(), self._strangers()
         before = self.peak_bytes()
         if not failed:
-            self._inputs, self._facts = tuple(torch.empty_like(t).copy_(t) for t in sample), self._read_facts()
+            self._inputs, self._recorded_places = tuple(torch.empty_like(t).copy_(t) for t in sample), self._places()
+            for replication in self._history():  # so that copies that come later need no other recording
+                replication.adds_always = any(each.has_copies for each in self._history())
             self._buffers.reduce_late(True)
             transports = {id(each.transport): each.transport for each in self._dispatchers()}.values()
             are_open = [transport.is_open for transport in transports]
@@ -274,7 +282,7 @@ class PassGraphs:
                     self._plays.append(self._record_pass())
                     self._filled = self._filled or self._buffers.filled()
             except Exception as error:
-                _log.debug("the capture of a micro-batch failed", exc_info=True)
+                _log.warning("the capture of a micro-batch failed here", exc_info=True)
                 failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 for transport, is_open in zip(transports, are_open, strict=True):
                     transport.is_open = is_open  # what was captured is not sent

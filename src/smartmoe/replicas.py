@@ -241,9 +241,11 @@ class HistoryReplication(CollectiveReplication):
 
     Decided elsewhere and set between iterations. `send_all` starts to fill the slots of all layers before the first pass
     after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
-    each storage, until `return_all`; on_pass is told when those of one more backward pass are in them.
+    each storage, until `return_all`; on_pass is told when those of one more backward pass are in them. adds_always: also
+    where there are no copies, so that a pass does the same whatever is decided.
     """
 
+    adds_always = False
     on_pass: Callable[[HistoryReplication], None] | None = None
     _table_EB: torch.Tensor | None = None
 
@@ -287,7 +289,7 @@ class HistoryReplication(CollectiveReplication):
     restore_weights = send_weights
 
     def return_grads(self, plan, grads) -> None:
-        if any(plan.transfers.num_sent_W):
+        if self.adds_always or any(plan.transfers.num_sent_W):
             for total, grad in zip(self.grads, grads, strict=True):
                 total.add_(grad[self.num_owned :])
         if self.on_pass is not None:
