@@ -13,6 +13,7 @@ the capture and not again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import time
@@ -59,11 +60,17 @@ class Tape(Protocol):
         """Let go of all recordings and their memory."""
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream for captures: one for all, as cuBLAS keeps memory for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaTape:
     """A Tape of CUDA graphs. They share one pool of memory, so they must be replayed one after the other."""
 
     def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, _stream_of(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool = None
         self.num_bytes = 0
