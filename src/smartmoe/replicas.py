@@ -7,7 +7,8 @@ gradients; the two here do it by collectives, with a plan that the host knows. S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from smartmoe.config import RunConfig
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
+from smartmoe.ops.grad_sink import GradSink, sink_of
+from smartmoe.ops.late_slots import LateSlots
 from smartmoe.ops.plan import count_slots, slots_of
 from smartmoe.ops.replica_exchange import (
     Swap,
@@ -38,7 +41,10 @@ class Replication(Protocol):
 
     In a forward pass: plan, send_weights, then wait_weights before each use of the storages. In its backward pass:
     restore_weights, wait_weights before each use, return_grads, wait_grads. Passes of several micro-batches interleave.
+    is_early: whether gradients shall be returned one by one, beside the rest of the backward pass.
     """
+
+    is_early: bool
 
     def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
         """Zeroed memory for the [L + G, ...] storage of one weight."""
@@ -51,8 +57,8 @@ class Replication(Protocol):
 
     def plan(self, expert_idx_TK: torch.Tensor, token_id_T: torch.Tensor) -> Any:
         """Decide for one micro-batch: an object whose `slot_TK` [T, K] int64 is the physical slot of each copy of this
-        rank, ep_rank * (L + G) + index, -1 = dropped. Passed to the calls below; deterministic, as a recomputed pass asks
-        again."""
+        rank, ep_rank * (L + G) + index, -1 = dropped, and whose `held_G` [G] int32 is not negative for the replica slots of
+        this rank that are in use, or None. Passed to the calls below; deterministic, as a recomputed pass asks again."""
 
     def send_weights(self, plan: Any) -> None:
         """Start to fill the replica slots with the current weights of their owners."""
@@ -63,10 +69,16 @@ class Replication(Protocol):
     def wait_weights(self) -> None:
         """Whatever is launched from now on reads filled slots."""
 
-    def return_grads(self, plan: Any, grads: Sequence[torch.Tensor]) -> None:
-        """Start to add, in place, what the replicas hold of grads [L + G, ...] to the owners' parts, in ascending order of
-        ranks; those, [:L], become the gradients of the parameters. Once in a backward pass, for all storages together,
-        before the gradients of the dispatch return: the two may overlap."""
+    def late_slots(self) -> LateSlots | None:
+        """How to use the owned slots of the first storage before replica slots are filled, instead of `wait_weights`; None =
+        there is no other way."""
+
+    def return_grads(self, plan: Any, grads: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Start to add, in place, the gradients of replicas to those of their owners, in ascending order of ranks.
+
+        grads: number of a storage -> (gradient of the owned slots [L, ...], of the replica slots [G, ...]); the former may
+        be a sum in float32. In a backward pass each storage comes once: all of them in one call or, where `is_early`, each
+        as soon as it is known, in the same order on every rank. What slots without an expert hold is not read."""
 
     def wait_grads(self) -> None:
         """Whatever is launched from now on reads whole gradients."""
@@ -114,14 +126,23 @@ class HeldExperts:
         self._experts, self._replication, self._plan = experts, replication, plan
         replication.send_weights(plan)
         params = [param for param in experts.weights() if param is not None]
-        self._owned, self._weights = _Owned.apply(replication, *params), None
+        self._gradients = _Gradients(replication, plan, params)
+        self._owned, self._weights = _Owned.apply(self._gradients, *params), None
 
     def __call__(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
         """As Experts.forward, with counts of L + G slots."""
         if self._weights is None:  # made behind the dispatch, so that in backward gradients leave before it
-            taken = iter(_Storages.apply(self._replication, self._plan, self._experts.storages, *self._owned))
+            whole = _Storages.apply(self._gradients, self._experts.storages, *self._owned)
+            for weight, sink in zip(whole, self._gradients.sinks, strict=True):
+                weight.grad_sink = sink
+            taken = iter(whole)
             self._weights = tuple(None if param is None else next(taken) for param in self._experts.weights())
-        self._replication.wait_weights()
+        late = self._replication.late_slots() if rows_RD.is_cuda and self.impl == "grouped" else None
+        if late is None or torch.compiler.is_compiling():
+            self._replication.wait_weights()
+        else:
+            self._weights[0].late_slots = late
+        self._gradients.num_uses += 1
         out_RD = self._experts.compute(rows_RD, count_L, self._weights)
         return _OnBackward.apply(out_RD, self._plan.slot_TK, self._replication.wait_weights)
 
@@ -130,17 +151,97 @@ class HeldExperts:
         return _OnBackward.apply(y_TD, self._plan.slot_TK, partial(self._replication.restore_weights, self._plan))
 
 
+class _Gradients:
+    """The gradients of all storages in one pass: sinks that operations may fill, and what autograd brings."""
+
+    def __init__(self, replication: Replication, plan: Any, params: Sequence[torch.Tensor]):
+        self._replication, self._plan, self.num_uses = replication, plan, 0
+        self.num_owned = params[0].shape[0]
+        traits = {"is_urgent": replication.is_early, "held_G": plan.held_G}
+        self.sinks = [_Sink(self, number, sink_of(param), **traits) for number, param in enumerate(params)]
+
+    def returns_early(self, number: int, sink: _Sink) -> bool:
+        """Return the gradient of one storage now, where that pays."""
+        if self._replication.is_early:
+            self._replication.return_grads(self._plan, {number: sink.pair(self.num_owned)})
+        return self._replication.is_early
+
+    def complete(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return what has not been; grads are autograd's. Gives the gradients of the parameters that are in no sink."""
+        late, owned = {}, []
+        for number, (sink, grad) in enumerate(zip(self.sinks, grads, strict=True)):
+            pair = sink.settle(grad, self.num_owned)
+            if pair is not None and not sink.is_returned:
+                late[number] = pair
+            owned.append(None if pair is None or sink.total is not None else pair[0])
+        if late:
+            self._replication.return_grads(self._plan, late)
+        return owned
+
+    def wait(self) -> None:
+        """What is launched from now on reads whole gradients; those of replicas are no longer needed."""
+        self._replication.wait_grads()
+        for sink in self.sinks:
+            sink.forget()
+
+
+class _Sink:
+    """Takes the gradient of one storage from operations (ops.grad_sink): that of owned slots goes into the parameter's own
+    sink, where it has one, and that of replicas leaves as soon as the last use of the storage has given it."""
+
+    def __init__(
+        self,
+        gradients: _Gradients,
+        number: int,
+        owners_sink: GradSink | None,
+        *,
+        is_urgent: bool,
+        held_G: torch.Tensor | None,
+    ):
+        self._gradients, self._number, self._owners_sink = weakref.proxy(gradients), number, owners_sink
+        self.is_urgent, self.held_G = is_urgent, held_G
+        self.forget()
+
+    def forget(self) -> None:
+        self.total, self._kept, self._num_given, self.is_returned = None, None, 0, False
+
+    def take(self) -> tuple[torch.Tensor | None, bool]:
+        if self._owners_sink is None:
+            return None, False
+        self.total, is_first = self._owners_sink.take()
+        return self.total, is_first
+
+    def keep(self, rest: torch.Tensor) -> None:
+        self._kept = rest if self._kept is None else self._kept.add_(rest)
+        self._num_given += 1
+        if self._num_given == self._gradients.num_uses:
+            self.is_returned = self._gradients.returns_early(self._number, self)
+
+    def pair(self, num_owned: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As Replication.return_grads takes it; None = there is no gradient."""
+        if self._kept is None:
+            return None
+        return (self._kept[:num_owned], self._kept[num_owned:]) if self.total is None else (self.total, self._kept)
+
+    def settle(self, grad: torch.Tensor | None, num_owned: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same, when autograd has brought `grad` [L + G, ...], or nothing."""
+        if grad is not None:
+            self._kept = grad.contiguous()  # nobody else sees it: it is summed here, over all uses in the pass
+        return self.pair(num_owned)
+
+
 class _Owned(torch.autograd.Function):
     """The identity on the parameters; its backward pass waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, replication, *params):
-        ctx.replication = replication
+    def forward(ctx, gradients, *params):
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
         return tuple(param.view_as(param) for param in params)
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.replication.wait_grads()
+        ctx.gradients.wait()
         return None, *grads
 
 
@@ -152,16 +253,14 @@ class _Storages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, replication, plan, storages, *params):
-        ctx.replication, ctx.plan, ctx.num_owned = replication, plan, params[0].shape[0]
+    def forward(ctx, gradients, storages, *params):
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
         return tuple(storage.data for storage in storages)
 
     @staticmethod
     def backward(ctx, *grads):
-        # nobody else sees these gradients: they are summed here, over all uses in the pass
-        grads = [grad.contiguous() for grad in grads]
-        ctx.replication.return_grads(ctx.plan, grads)
-        return None, None, None, *(grad[: ctx.num_owned] for grad in grads)
+        return None, None, *ctx.gradients.complete(grads)
 
 
 class _OnBackward(torch.autograd.Function):
@@ -190,11 +289,14 @@ class Plan:
     replicas: Replicas
     transfers: Transfers
     slot_TK: torch.Tensor
+    held_G = None
 
 
 class CollectiveReplication:
     """What both modes share: memory from torch, the placement, plans from `Replicas`. num_bytes: sent by this rank for
     weights and gradients since somebody set it to 0."""
+
+    is_early = False
 
     def __init__(self, ep_group, num_replicas: int):
         self.ep_group, self.num_replicas = ep_group, num_replicas
@@ -216,6 +318,9 @@ class CollectiveReplication:
         for swap in self.swaps:
             fill(swap)
         self.swaps = ()
+
+    def late_slots(self) -> None:
+        return None
 
     def wait_grads(self) -> None:
         """Nothing to wait for: return_grads is ordered with what follows on the stream."""
@@ -290,8 +395,8 @@ class HistoryReplication(CollectiveReplication):
 
     def return_grads(self, plan, grads) -> None:
         if self.adds_always or any(plan.transfers.num_sent_W):
-            for total, grad in zip(self.grads, grads, strict=True):
-                total.add_(grad[self.num_owned :])
+            for number, (_, replicas) in grads.items():
+                self.grads[number].add_(replicas)
         if self.on_pass is not None:
             self.on_pass(self)
 
@@ -330,14 +435,8 @@ class ExactReplication(CollectiveReplication):
         self._held = replicas.expert_of_replica
 
     def return_grads(self, plan, grads) -> None:
-        owned, replicas = ([part(grad) for grad in grads] for part in (self._owned, self._replicas))
+        owned, replicas = zip(*grads.values(), strict=True)
         self.num_bytes += return_grads([(owned, replicas, plan.transfers)], self.ep_group)
-
-    def _owned(self, tensor):
-        return tensor[: self.num_owned]
-
-    def _replicas(self, tensor):
-        return tensor[self.num_owned :]
 
 
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:

@@ -35,7 +35,7 @@ class PlainProducts:
         return ffn.activate_rows_backward(hidden, bias, grad_act, end_L, activation, False)
 
     @classmethod
-    def multiply_slots(cls, rows, grad, end_L, total, is_first):
+    def multiply_slots(cls, rows, grad, end_L, total, is_first, held_G):
         part = torch.stack([rows[a:b].t() @ grad[a:b] for _, a, b in cls._bounds(end_L)])
         if total is None:
             return part
@@ -133,6 +133,8 @@ def test_who_asks_for_gradients_of_a_frozen_or_compiled_weight_gets_none_in_the_
     _, (w1, *_), _ = buffers_of("cpu", torch.float32, 8, with_sink=True)
     assert sink_of(w1) is w1.grad_sink and sink_of(None) is None
     assert sink_of(w1.detach()) is None and sink_of(torch.nn.Parameter(w1.detach())) is None
+    assert sink_of(w1.requires_grad_(False)) is None
+    w1.requires_grad_()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert sink_of(w1) is None
 

@@ -208,6 +208,12 @@ def test_products_end_and_are_right(sizes, activation, bias):
         plain = kernels.multiply_rows(rows, first, None, end, False)
         product, act = kernels.multiply_activate(rows, first, b1, end, activation)
         assert torch.equal(product[:num_rows], plain[:num_rows])
+        halves = torch.full_like(product, torch.nan), torch.full_like(act, torch.nan)
+        for slots in ((2, num_slots), (0, 2)):
+            kernels.multiply_activate_into(rows, first, b1, end, activation, *slots, *halves)
+            known = slice(int(end[1]) if slots[0] else 0, num_rows)
+            assert torch.equal(halves[0][known], product[known]) and torch.equal(halves[1][known], act[known])
+            assert halves[0][: known.start].isnan().all() and halves[0][num_rows:].isnan().all()
         assert torch.equal(kernels.multiply_rows(rows, turned, None, end, True)[:num_rows], plain[:num_rows])
         place = hidden.clone()
         grad, again, grad_b1 = kernels.multiply_slope(rows, second, b1, end, place, activation, True)
@@ -263,6 +269,11 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
         assert torch.equal(*seen)
         want = sum(part[:num_totals].double() for part in parts)
         assert (total.double() - want).norm() <= 1e-4 * want.norm() and not total[1:2].any()
+    count[-2] = 0
+    args = *inputs[0], count.cumsum(0).int().cuda(), None, False
+    held = torch.tensor([-1, 3], device="cuda", dtype=torch.int32)  # of the last two slots the first is not in use
+    every, some = extension._C.multiply_slots(*args), extension._C.multiply_slots(*args, held)
+    assert torch.equal(every[:-2], some[:-2]) and torch.equal(every[-1], some[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -45,8 +45,13 @@ std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor
 std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
                                                   const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
                                                   const std::string& activation, bool reuse);
+// The same for slots first_slot .. last_slot - 1 alone, into given tensors of all rows.
+void multiply_activate_into(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
+                            const Tensor& end_L, const std::string& activation, int64_t first_slot, int64_t last_slot,
+                            const Tensor& hidden_RF, const Tensor& act_RF);
 // The sums of the first slots go into total (float32, may be absent), written if is_first, else added; returns the others'.
+// held: [G] int32, of the last slots those that are in use are not negative; the others' results are not written.
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,
-                      bool is_first);
+                      bool is_first, const OptionalTensor& held_G);
 
 }  // namespace smartmoe::bindings

@@ -39,28 +39,43 @@ Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Opti
   const c10::cuda::CUDAGuard guard(rows_RX.device());
   Tensor out = at::empty({rows_RX.size(0), width}, rows_RX.options());
   checked(smartmoe::multiply_rows(rows_RX.const_data_ptr(), weight_LXY.const_data_ptr(), data_or_null(bias_LY),
-                                  end_L.const_data_ptr<int>(), num_slots, out.mutable_data_ptr(), nullptr, nullptr, nullptr,
-                                  empty_counter(rows_RX).mutable_data_ptr<int>(), rows_RX.size(0), rows_RX.size(1), width,
-                                  transposed, kIdentity, stream()),
+                                  end_L.const_data_ptr<int>(), 0, num_slots, out.mutable_data_ptr(), nullptr, nullptr,
+                                  nullptr, empty_counter(rows_RX).mutable_data_ptr<int>(), rows_RX.size(0), rows_RX.size(1),
+                                  width, transposed, kIdentity, stream()),
           "multiply_rows");
   return out;
 }
 
-std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
-                                             const Tensor& end_L, const std::string& activation) {
+void multiply_activate_into(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
+                            const Tensor& end_L, const std::string& activation, int64_t first_slot, int64_t last_slot,
+                            const Tensor& hidden_RF, const Tensor& act_RF) {
   check_products(rows_RD, weight_LDF, end_L, 1);
   const int kind = activation_of(activation);
   const int64_t num_slots = end_L.size(0), wide = weight_LDF.size(2), width = kind == kSwiglu ? wide / 2 : wide;
   TORCH_CHECK(width % 8 == 0, "weight_LDF: expected a multiple of 8 columns for each half, got ", width);
   check_bias(bias_LF, num_slots, wide);
+  TORCH_CHECK(0 <= first_slot && first_slot <= last_slot && last_slot <= num_slots, "slots ", first_slot, " .. ",
+              last_slot - 1, ": there are ", num_slots);
+  for (const auto& [out, columns] : {std::pair(&hidden_RF, wide), std::pair(&act_RF, width)}) {
+    check(*out, "hidden_RF and act_RF", 2, at::kBFloat16);
+    check_size(*out, "hidden_RF and act_RF", {rows_RD.size(0), columns});
+  }
   const c10::cuda::CUDAGuard guard(rows_RD.device());
+  checked(smartmoe::multiply_rows(rows_RD.const_data_ptr(), weight_LDF.const_data_ptr(), data_or_null(bias_LF),
+                                  end_L.const_data_ptr<int>(), first_slot, last_slot, hidden_RF.mutable_data_ptr(),
+                                  act_RF.mutable_data_ptr(), nullptr, nullptr,
+                                  empty_counter(rows_RD).mutable_data_ptr<int>(), rows_RD.size(0), rows_RD.size(1), width,
+                                  false, kind, stream()),
+          "multiply_activate");
+}
+
+std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
+                                             const Tensor& end_L, const std::string& activation) {
+  check_products(rows_RD, weight_LDF, end_L, 1);
+  const int64_t wide = weight_LDF.size(2), width = activation_of(activation) == kSwiglu ? wide / 2 : wide;
   Tensor hidden = at::empty({rows_RD.size(0), wide}, rows_RD.options());
   Tensor act = at::empty({rows_RD.size(0), width}, rows_RD.options());
-  checked(smartmoe::multiply_rows(rows_RD.const_data_ptr(), weight_LDF.const_data_ptr(), data_or_null(bias_LF),
-                                  end_L.const_data_ptr<int>(), num_slots, hidden.mutable_data_ptr(), act.mutable_data_ptr(),
-                                  nullptr, nullptr, empty_counter(rows_RD).mutable_data_ptr<int>(), rows_RD.size(0),
-                                  rows_RD.size(1), width, false, kind, stream()),
-          "multiply_activate");
+  multiply_activate_into(rows_RD, weight_LDF, bias_LF, end_L, activation, 0, end_L.size(0), hidden, act);
   return {hidden, act};
 }
 
@@ -79,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const T
   Tensor act = at::empty({num_rows, width}, hidden_RF.options());
   Tensor partial = bias_LF ? empty_pieces(hidden_RF, end_L) : at::empty({0}, hidden_RF.options().dtype(at::kFloat));
   checked(smartmoe::multiply_rows(grad_RD.const_data_ptr(), weight_LFD.const_data_ptr(), data_or_null(bias_LF),
-                                  end_L.const_data_ptr<int>(), num_slots, grad_hidden.mutable_data_ptr(),
+                                  end_L.const_data_ptr<int>(), 0, num_slots, grad_hidden.mutable_data_ptr(),
                                   act.mutable_data_ptr(), hidden_RF.const_data_ptr(),
                                   bias_LF ? partial.mutable_data_ptr<float>() : nullptr,
                                   empty_counter(grad_RD).mutable_data_ptr<int>(), num_rows, grad_RD.size(1), width,
@@ -89,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const T
 }
 
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,
-                      bool is_first) {
+                      bool is_first, const OptionalTensor& held_G) {
   check(rows_RX, "rows_RX", 2, at::kBFloat16);
   check(grad_RY, "grad_RY", 2, at::kBFloat16);
   check(end_L, "end_L", 1, at::kInt);
@@ -101,11 +116,16 @@ Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor
     check_size(*total_LXY, "total_LXY", {num_totals, rows_RX.size(1), grad_RY.size(1)});
     TORCH_CHECK(reinterpret_cast<uintptr_t>(total_LXY->const_data_ptr()) % 16 == 0, "total_LXY: expected 16-byte alignment");
   }
+  if (held_G) {
+    check(*held_G, "held_G", 1, at::kInt);
+    TORCH_CHECK(held_G->size(0) <= num_slots, "held_G: expected at most ", num_slots, " slots, got ", held_G->size(0));
+  }
   const c10::cuda::CUDAGuard guard(rows_RX.device());
   Tensor out = at::empty({num_slots - num_totals, rows_RX.size(1), grad_RY.size(1)}, rows_RX.options());
   checked(smartmoe::multiply_slots(rows_RX.const_data_ptr(), grad_RY.const_data_ptr(), end_L.const_data_ptr<int>(),
                                    num_slots, out.mutable_data_ptr(),
                                    total_LXY ? total_LXY->mutable_data_ptr<float>() : nullptr, num_totals, is_first,
+                                   held_G ? held_G->const_data_ptr<int>() : nullptr, held_G ? held_G->size(0) : 0,
                                    empty_counter(rows_RX).mutable_data_ptr<int>(), rows_RX.size(0), rows_RX.size(1),
                                    grad_RY.size(1), stream()),
           "multiply_slots");

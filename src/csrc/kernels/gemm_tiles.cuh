@@ -27,6 +27,8 @@ enum Kind { kRows, kRowsTransposed, kWeights };
 struct Sizes {
   int num_slots, rows, columns, depth;  // of a slot's result and matrix; rows counts for Weights, depth for the others
   int num_totals, num_added;            // Weights: the first slots that go into totals, and those of them that are added
+  int first_slot;                       // Rows: the slots before are left alone
+  int num_sure;                         // Weights: the slots behind are in use where `held` says so
 };
 
 struct Pointers {
@@ -36,6 +38,7 @@ struct Pointers {
   const __nv_bfloat16* hidden;  // what out is the gradient of; may be out itself
   float* partial;               // sums of those gradients over each piece, or null
   float* total;                 // Weights: of the first slots, out has those behind
+  const int* held;              // Weights: negative for slots behind num_sure that are not in use; or null
   int* counter;                 // tiles given away, 0 at first
 };
 
@@ -58,10 +61,11 @@ struct Walk {
   Sizes size;
   int tile_columns;
   uint32_t order;  // in shared memory, or 0
-  int place = -1, slot = 0, first = 0, num_tiles = 0, begin = 0, end = 0, down = 0;
+  const int* held;
+  int place, slot = 0, first = 0, num_tiles = 0, begin = 0, end = 0, down = 0;
 
-  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, int tile_columns, uint32_t order)
-      : end_L(end_L), size(size), tile_columns(tile_columns), order(order) {}
+  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, int tile_columns, uint32_t order, const int* held)
+      : end_L(end_L), size(size), tile_columns(tile_columns), order(order), held(held), place(size.first_slot - 1) {}
 
   __device__ __forceinline__ bool seek(int index, Tile& tile) {
     while (index >= first + num_tiles) {
@@ -72,6 +76,7 @@ struct Walk {
       end = end_L[slot];
       down = ((KIND == kWeights ? size.rows : end - begin) + kTileRows - 1) / kTileRows;
       if (KIND == kWeights && begin == end && slot < size.num_added) down = 0;  // nothing to add
+      if (KIND == kWeights && held && slot >= size.num_sure && held[slot - size.num_sure] < 0) down = 0;
       num_tiles = down * ((size.columns + tile_columns - 1) / tile_columns);
     }
     const int local = index - first;

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (sorted) sort_slots(end_L, size.num_slots, at.order, at.result);
   __syncthreads();
   const Walk<KIND> walk(end_L, size, KIND == kRows && ACT == kSwiglu ? kTileColumns / 2 : kTileColumns,
-                        sorted ? at.order : 0);
+                        sorted ? at.order : 0, pointers.held);
   constexpr int kMultiply = 128 * kWarpgroups, kWrite = kMultiply + 32 * kWriters;
   if (threadIdx.x < kMultiply) {
     take_registers<176>();
@@ -250,20 +250,20 @@ bool can_multiply() {
   return attributes.numRegs > 100 && encoder();
 }
 
-cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int num_slots,
-                          void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
+cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int first_slot,
+                          int num_slots, void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
                           int64_t num_rows, int depth, int columns, bool transposed, int activation, cudaStream_t stream) {
-  if (num_rows == 0 || num_slots == 0) return cudaSuccess;
+  if (num_rows == 0 || num_slots <= first_slot) return cudaSuccess;
   const int width = activation == kSwiglu && !transposed ? 2 * columns : columns;  // of the product
   CUtensorMap map_a, map_b;
   const bool made = make_map(&map_a, rows_RX, depth, num_rows, 1, kTileRows) &&
                     (transposed ? make_map(&map_b, weight_LXY, depth, width, num_slots, kTileColumns)
                                 : make_map(&map_b, weight_LXY, width, depth, num_slots, kDepth));
   if (!made) return cudaErrorInvalidValue;
-  const Sizes size{num_slots, 0, columns, depth, 0, 0};
+  const Sizes size{num_slots, 0, columns, depth, 0, 0, first_slot, 0};
   const Pointers pointers{static_cast<__nv_bfloat16*>(out_RY), static_cast<const __nv_bfloat16*>(bias_LY),
                           static_cast<__nv_bfloat16*>(act_RY), static_cast<const __nv_bfloat16*>(hidden_RY), partial_PY,
-                          nullptr, counter};
+                          nullptr, nullptr, counter};
   const auto run = [&](auto kernel) { return kernel(map_a, map_b, end_L, pointers, size, stream); };
   switch (activation) {
     case kIdentity:
@@ -279,8 +279,8 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
 }
 
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
-                           float* total_LXY, int num_totals, bool is_first, int* counter, int64_t num_rows, int rows,
-                           int columns, cudaStream_t stream) {
+                           float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
+                           int64_t num_rows, int rows, int columns, cudaStream_t stream) {
   if (num_slots == 0) return cudaSuccess;
   CUtensorMap map_a, map_b;
   if (!make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) || !make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth)) {
@@ -289,8 +289,9 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
   Pointers pointers{};
   pointers.out = static_cast<__nv_bfloat16*>(out_LXY);
   pointers.total = total_LXY;
+  pointers.held = held_G;
   pointers.counter = counter;
-  const Sizes size{num_slots, rows, columns, 0, num_totals, is_first ? 0 : num_totals};
+  const Sizes size{num_slots, rows, columns, 0, num_totals, is_first ? 0 : num_totals, 0, num_slots - num_held};
   return launch<kWeights, kIdentity>(map_a, map_b, end_L, pointers, size, stream);
 }
 

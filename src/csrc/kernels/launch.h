@@ -86,15 +86,16 @@ bool can_multiply();
 // [R, columns] the activation of out + bias; width is twice columns for swiglu. Transposed with an activation: the products
 // [R, columns] are gradients of activation(hidden + bias); out becomes that of hidden (and may be hidden itself), act the
 // activation, partial (null = not wanted) the sums of out over each piece, [pieces, width of hidden] float32.
-// counter: one int32 of workspace.
-cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int num_slots,
-                          void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
+// counter: one int32 of workspace. Rows of slots before first_slot are left alone.
+cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const void* bias_LY, const int* end_L, int first_slot,
+                          int num_slots, void* out_RY, void* act_RY, const void* hidden_RY, float* partial_PY, int* counter,
                           int64_t num_rows, int depth, int columns, bool transposed, int activation, cudaStream_t stream);
 
 // The sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot, [rows, columns]; as above. Of the first num_totals
 // slots it becomes total[l] (float32, 16-byte aligned) or, unless is_first, is added to it; of the others out[l - num_totals].
+// held_G: where it is negative, the slot, one of the last num_held, is empty and nothing is written for it; null for 0.
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
-                           float* total_LXY, int num_totals, bool is_first, int* counter, int64_t num_rows, int rows,
-                           int columns, cudaStream_t stream);
+                           float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
+                           int64_t num_rows, int rows, int columns, cudaStream_t stream);
 
 }  // namespace smartmoe

@@ -73,7 +73,8 @@ class Bench:
         weight_TK = torch.rand(shape.num_tokens, shape.top_k, generator=generator, device=device).softmax(1)
         self.weight_TK = weight_TK.requires_grad_()
         self.token_id_T = torch.arange(shape.num_tokens, device=device) + world.ep_rank * shape.num_tokens
-        self.grads = [torch.zeros_like(storage) for storage in self.experts.storages]
+        grads = [torch.zeros_like(storage).tensor_split([num_owned]) for storage in self.experts.storages]
+        self.grads = dict(enumerate(grads))
         build = partial(DirectDispatcher, world.group, row_factor=float(world.num_ranks))
         self.plain, self.replicated = build(num_owned), build(num_owned + self.num_replicas)
         self.slot_E = torch.from_numpy(self.placement.primary_slot_E).to(device)[:, None]

@@ -170,21 +170,22 @@ def pull_kernel(replica_N, primary_E, addresses_SW, words_S, first, last, me, L,
 
 
 @triton.jit
-def _stage(grad, replica_N, peers_W, stage_offset, size, me, L, G, BLOCK: tl.constexpr):
+def _stage(copies, replica_N, peers_W, stage_offset, size, me, G, BLOCK: tl.constexpr):
     """Copy the gradients of this rank's replicas to where the owners can read them."""
-    stage = _peer(peers_W, me, stage_offset, grad.dtype.element_ty)
+    stage = _peer(peers_W, me, stage_offset, copies.dtype.element_ty)
     for index in range(G):
         if tl.load(replica_N + me * G + index) >= 0:
             for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
                 i = start + tl.arange(0, BLOCK)
-                row = tl.load(grad + (L + index) * size + i, mask=i < size)
+                row = tl.load(copies + index * size + i, mask=i < size)
                 tl.store(stage + index * size + i, row, mask=i < size)
 
 
 @triton.jit
-def _add(grad, replica_N, primary_E, peers_W, stage_offset, size, me, L, G, num_replicas, N_PAD: tl.constexpr,
+def _add(owned_grad, like, replica_N, primary_E, peers_W, stage_offset, size, me, L, G, num_replicas, N_PAD: tl.constexpr,
          BLOCK: tl.constexpr):  # fmt: skip
-    """Add to the gradients of owned experts those of their replicas, ranks ascending, in float32 and rounded once."""
+    """Add to the gradients of owned experts those of their replicas, ranks ascending, in float32 and rounded once. like: of
+    the type of the replicas' gradients."""
     n = tl.arange(0, N_PAD)
     everywhere = tl.load(replica_N + n, mask=n < num_replicas, other=-1)
     for replica in range(num_replicas):
@@ -194,14 +195,14 @@ def _add(grad, replica_N, primary_E, peers_W, stage_offset, size, me, L, G, num_
         if (expert >= 0) & is_first & (owned >= 0) & (owned < L):
             for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
                 i = start + tl.arange(0, BLOCK)
-                at = grad + owned * size + i
+                at = owned_grad + owned * size + i
                 total = tl.load(at, mask=i < size, other=0.0).to(tl.float32)
                 for other in range(replica, num_replicas):
                     if tl.load(replica_N + other) == expert:
-                        stage = _peer(peers_W, other // G, stage_offset, grad.dtype.element_ty)
+                        stage = _peer(peers_W, other // G, stage_offset, like.dtype.element_ty)
                         at_peer = stage + other % G * size + i
                         total += tl.load(at_peer, mask=i < size, other=0.0).to(tl.float32)
-                tl.store(at, total.to(grad.dtype.element_ty), mask=i < size)
+                tl.store(at, total.to(owned_grad.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -212,34 +213,34 @@ def _await(flag, call):
 
 
 @triton.jit
-def return_kernel(grad_a, grad_b, replica_N, primary_E, sizes_S, peers_W, state, first, stage_a, stage_b, staged_offset,
-                  added_offset, me, L, G, num_replicas, W: tl.constexpr, HAS_B: tl.constexpr, N_PAD: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
-    """Add the gradients of replicas to those of their owners, for storage `first` and, if HAS_B, the one behind it.
+def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, sizes_S, peers_W, state, index_a, index_b,
+                  stage_a, stage_b, staged_offset, added_offset, me, L, G, num_replicas, W: tl.constexpr,
+                  HAS_B: tl.constexpr, N_PAD: tl.constexpr, MOST_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Add the gradients of replicas, copies [G, ...], to those of their owners, owned [L, ...], for storage a and, if HAS_B, b.
 
-    grad_a, grad_b: [L + G, ...]; sizes_S: [S] int64 elements of a slot. Block p of every rank has the same elements, so it
-    waits for the blocks p alone: flags [W, blocks] at staged_offset. state: [2] int32, of the additions, with flags [W] at
-    added_offset: a rank stages again only after all have added what was staged.
+    sizes_S: [S] int64 elements of a slot. Block p of every rank has the same elements, so it waits for the blocks p alone:
+    flags [W, MOST_BLOCKS] at staged_offset. state: [2] int32, of the additions, with flags [W] at added_offset: a rank
+    stages again only after all have added what was staged.
     """
     n = tl.arange(0, N_PAD)
     if tl.max(tl.load(replica_N + n, mask=n < num_replicas, other=-1), 0) >= 0:
-        per_16_bytes: tl.constexpr = 128 // grad_a.dtype.element_ty.primitive_bitwidth
-        size_a = tl.multiple_of(tl.load(sizes_S + first), per_16_bytes)
-        size_b = tl.multiple_of(tl.load(sizes_S + first + HAS_B), per_16_bytes)
+        per_16_bytes: tl.constexpr = 128 // copies_a.dtype.element_ty.primitive_bitwidth
+        size_a = tl.multiple_of(tl.load(sizes_S + index_a), per_16_bytes)
+        size_b = tl.multiple_of(tl.load(sizes_S + index_b), per_16_bytes)
         _wait(peers_W, state, added_offset, me, W)
         call = tl.load(state + 1) + 1  # the last block to finish counts it up
-        _stage(grad_a, replica_N, peers_W, stage_a, size_a, me, L, G, BLOCK)
+        _stage(copies_a, replica_N, peers_W, stage_a, size_a, me, G, BLOCK)
         if HAS_B:
-            _stage(grad_b, replica_N, peers_W, stage_b, size_b, me, L, G, BLOCK)
+            _stage(copies_b, replica_N, peers_W, stage_b, size_b, me, G, BLOCK)
         tl.debug_barrier()
-        block, num_blocks = tl.program_id(0), tl.num_programs(0)
+        block = tl.program_id(0)
         for peer in tl.static_range(W):
-            flag = _peer(peers_W, peer, staged_offset, tl.int32) + me * num_blocks + block
+            flag = _peer(peers_W, peer, staged_offset, tl.int32) + me * MOST_BLOCKS + block
             tl.atomic_xchg(flag, call, sem="release", scope="sys")
         for peer in tl.static_range(W):
-            _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * num_blocks + block, call)
+            _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * MOST_BLOCKS + block, call)
         tl.debug_barrier()
-        _add(grad_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
+        _add(owned_a, copies_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
         if HAS_B:
-            _add(grad_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
-        _signal(peers_W, state, added_offset, me, num_blocks, W)
+            _add(owned_b, copies_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
+        _signal(peers_W, state, added_offset, me, tl.num_programs(0), W)

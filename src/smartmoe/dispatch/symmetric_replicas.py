@@ -7,13 +7,14 @@ slots of a rank, N = W * G replica slots of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from smartmoe.dispatch.symmetric import _allocate, _power_of_two
 from smartmoe.ops.all_to_all import group_rank, group_size
+from smartmoe.ops.late_slots import LateSlots
 from smartmoe.placement import BUCKETS, Placement
 from smartmoe.solvers.exact_step import NEAR
 
@@ -26,7 +27,8 @@ _COPY_ALIGNMENT = 16
 _COUNT_BLOCK = 4096
 _MAX_COUNT_BLOCKS = 64
 _NUM_PULL_BLOCKS, _PULL_WORDS = 32, 8192
-_NUM_RETURN_BLOCKS, _RETURN_ELEMENTS = 128, 8192
+_MOST_RETURN_BLOCKS = 128  # that there are flags for
+_NUM_RETURN_BLOCKS, _RETURN_ELEMENTS = 64, 8192
 _WARPS = 8
 _BOARDS: dict[tuple, _Board] = {}
 
@@ -34,10 +36,11 @@ _BOARDS: dict[tuple, _Board] = {}
 @dataclass(frozen=True)
 class StepPlan:
     """What one micro-batch decided, on the device. slot_TK: [T, K] int64 physical slot of each copy, -1 = dropped;
-    replica_N: [N] int32 expert in each replica slot of all ranks, -1 = empty."""
+    replica_N: [N] int32 expert in each replica slot of all ranks, -1 = empty; held_G: [G] those of this rank."""
 
     slot_TK: torch.Tensor
     replica_N: torch.Tensor
+    held_G: torch.Tensor
 
 
 class SymmetricReplication:
@@ -51,6 +54,8 @@ class SymmetricReplication:
     Between the filling of replica slots and the next change of any owner's weights there must be an exchange of the whole
     group on the stream of the layer, as the combine of the direct dispatcher is: it tells owners that all have read.
     """
+
+    is_early = True
 
     def __init__(self, ep_group, num_replicas: int, copy_cost: int = COPY_COST):
         self.group, self.num_replicas, self.copy_cost = ep_group, num_replicas, copy_cost
@@ -124,7 +129,7 @@ class SymmetricReplication:
                 expert_idx_TK, token_id_T, board.bound_EW, board.slot_EW, slot_TK, num_copies, top_k, self.num_ranks,
                 BUCKETS=BUCKETS, BLOCK=512,
             )  # fmt: skip
-        return StepPlan(slot_TK, replica_N)
+        return StepPlan(slot_TK, replica_N, replica_N.view(self.num_ranks, self.num_replicas)[self.ep_rank])
 
     def send_weights(self, plan: StepPlan) -> None:
         """Start to fill this rank's replica slots from the owners' memory."""
@@ -144,24 +149,30 @@ class SymmetricReplication:
         """What is launched from now on reads filled slots."""
         self._board.join()
 
-    def return_grads(self, plan: StepPlan, grads: Sequence[torch.Tensor]) -> None:
-        """Start to add what replicas hold of grads [L + G, ...], in the order of the storages, to the owners' parts, in
-        place. Collective; finished after `wait_grads`."""
+    def late_slots(self) -> LateSlots:
+        """For those who need not wait for all weights."""
+        return LateSlots(self.num_owned, self._board.beside, self._board.join)
+
+    def return_grads(self, plan: StepPlan, grads: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Start to add the gradients of replicas, [G, ...], to those of their owners, [L, ...], in place: number of a storage
+        -> (owners', replicas'), contiguous. Collective; finished after `wait_grads`."""
+        items = sorted(grads.items())
         with self._board.beside():
-            for first in range(0, len(grads), 2):
-                self._return(plan, first, grads[first : first + 2])
+            for first in range(0, len(items), 2):
+                self._return(plan, items[first : first + 2])
 
     def wait_grads(self) -> None:
         """What is launched from now on reads whole gradients."""
         self._board.join()
 
-    def _return(self, plan, first, grads):
-        board, last = self._board, first + len(grads) - 1
+    def _return(self, plan, items):
+        board, (first, (owned_a, copies_a)), (last, (owned_b, copies_b)) = self._board, items[0], items[-1]
         self._kernels.return_kernel[(_NUM_RETURN_BLOCKS,)](
-            grads[0], grads[-1], plan.replica_N, self._primary_E, self._sizes_S, board.peers_W, board.state[4:], first,
-            board.offset[f"stage{first}"], board.offset[f"stage{last}"], board.offset["staged"], board.offset["added"],
-            self.ep_rank, self.num_owned, self.num_replicas, plan.replica_N.shape[0], W=self.num_ranks,
-            HAS_B=len(grads) > 1, N_PAD=_power_of_two(plan.replica_N.shape[0]), BLOCK=_RETURN_ELEMENTS, num_warps=_WARPS,
+            owned_a, copies_a, owned_b, copies_b, plan.replica_N, self._primary_E, self._sizes_S, board.peers_W,
+            board.state[4:], first, last, board.offset[f"stage{first}"], board.offset[f"stage{last}"],
+            board.offset["staged"], board.offset["added"], self.ep_rank, self.num_owned, self.num_replicas,
+            plan.replica_N.shape[0], W=self.num_ranks, HAS_B=len(items) > 1, N_PAD=_power_of_two(plan.replica_N.shape[0]),
+            MOST_BLOCKS=_MOST_RETURN_BLOCKS, BLOCK=_RETURN_ELEMENTS, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -173,7 +184,7 @@ class _Board:
         num_ranks, device = group_size(group), like.device
         self.num_experts, self.experts_pad = num_experts, max(_power_of_two(num_experts), 32)
         regions = {"counts": 2 * num_ranks * self.experts_pad * 4}
-        regions |= {"counted": num_ranks * 4, "staged": num_ranks * _NUM_RETURN_BLOCKS * 4, "added": num_ranks * 4}
+        regions |= {"counted": num_ranks * 4, "staged": num_ranks * _MOST_RETURN_BLOCKS * 4, "added": num_ranks * 4}
         regions |= {f"stage{i}": num_replicas * size * like.element_size() for i, size in enumerate(sizes)}
         self.offset, total = {}, 0
         for name, num_bytes in regions.items():

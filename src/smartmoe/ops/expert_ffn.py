@@ -27,6 +27,7 @@ from smartmoe.ops.activation import (
 )
 from smartmoe.ops.extension import path_for, products_for
 from smartmoe.ops.grad_sink import add_to_sink, sink_of
+from smartmoe.ops.late_slots import late_slots_of
 from smartmoe.ops.library import register
 
 _ONES_WIDTH = 8
@@ -104,7 +105,7 @@ def _weight_gradient(rows, grad, end_L, sink=None):
     kernels = products_for(rows, grad) if rows.shape[0] else None
     if kernels:
         total, is_first = (None, False) if sink is None else sink.take()
-        out = kernels.multiply_slots(rows, grad, end_L, total, is_first)
+        out = kernels.multiply_slots(rows, grad, end_L, total, is_first, None if sink is None else sink.held_G)
         if sink is None:
             return out
         if out.shape[0]:
@@ -127,20 +128,31 @@ def _plain_weight_gradient(rows, grad, end_L):
 
 
 def _run_matmul_activate(rows, end_L, weight, b1, activation):
-    rows = rows.contiguous()
+    rows, late = rows.contiguous(), late_slots_of(weight)
     kernels = products_for(rows, weight, b1) if rows.shape[0] else None
-    if kernels:
+    if kernels and late is None:
         return kernels.multiply_activate(rows, weight, b1, end_L, activation)
+    if kernels:
+        hidden = rows.new_empty(rows.shape[0], weight.shape[2])
+        act = rows.new_empty(rows.shape[0], weight.shape[2] // widening(activation))
+        with late.beside():
+            kernels.multiply_activate_into(rows, weight, b1, end_L, activation, late.first, weight.shape[0], hidden, act)
+        kernels.multiply_activate_into(rows, weight, b1, end_L, activation, 0, late.first, hidden, act)
+        late.wait()
+        return hidden, act
+    if late is not None:
+        late.wait()
     hidden = _times_weights(rows, weight, end_L)
     return hidden, activate_rows(hidden, b1, end_L, activation)
 
 
 def _run_matmul_backward(grad, rows, end_L, weight, sink=None):
     grad, rows = grad.contiguous(), rows.contiguous()
-    if sink is not None and sink.is_urgent:
-        grad_weight = _weight_gradient(rows, grad, end_L, sink)
-        return _times_weights(grad, weight, end_L, transposed=True), grad_weight
-    return _times_weights(grad, weight, end_L, transposed=True), _weight_gradient(rows, grad, end_L, sink)
+    is_urgent = sink is not None and sink.is_urgent
+    if is_urgent:
+        _weight_gradient(rows, grad, end_L, sink)
+    grad_rows = _times_weights(grad, weight, end_L, transposed=True)
+    return grad_rows, None if is_urgent else _weight_gradient(rows, grad, end_L, sink)
 
 
 def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):

@@ -77,9 +77,10 @@ def fill(swap: Swap) -> None:
 def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> int:
     """Add the gradients of replicas to those of the owners, in one exchange as long as that is balanced.
 
-    entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; all of one
-    dtype. An owner sums its own gradient and those of the replicas, by ascending rank, in float32 at least, and rounds
-    once: the same bits in every run. Returns the bytes that this rank sent. Collective as `start_weights`.
+    entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; the replicas all
+    of one dtype, in which they travel. An owner sums its own gradient and those of the replicas, by ascending rank, in
+    float32 at least, and rounds once: the same bits in every run. Returns the bytes that this rank sent. Collective as
+    `start_weights`.
     """
     num_bytes = 0
     for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
@@ -95,7 +96,7 @@ def start_return(batch: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Te
     least one; those of the owners are not touched before `finish_return`. Collective over ep_group."""
     leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
     arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
-    return Swap(leaving, arriving, batch[0][0][0], ep_group)
+    return Swap(leaving, arriving, batch[0][1][0], ep_group)
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ class GradientBuffers:
 class _BufferSink:
     """A parameter's `grad_sink`: its place in the buffers."""
 
-    is_urgent = False
+    is_urgent, held_G = False, None
 
     def __init__(self, buffers: GradientBuffers, ref_idx: int):
         self._buffers, self._ref_idx = buffers, ref_idx

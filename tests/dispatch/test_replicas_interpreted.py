@@ -1,0 +1,51 @@
+"""The kernels of exact replication on a CPU: Triton's interpreter, ranks that reach each other's memory through files.
+
+Slow, and without the memory model of a GPU; what it holds is the arithmetic of several ranks, without any GPU.
+"""
+
+import contextlib
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smartmoe.dispatch import direct, symmetric, symmetric_replicas
+from tests.dispatch import cases, test_symmetric_replicas
+from tests.dispatch.test_kernels_interpreted import _in_files, _let_scalars_be_indices, _Transport
+from tests.dist import spawn
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels are written in Triton")
+
+
+def _interpreted(world_rank, num_ranks, folder):
+    _let_scalars_be_indices()
+    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda stream: None, device=None)
+    torch.cuda.current_stream = lambda device=None: stream
+    torch.cuda.Stream = lambda device, priority: stream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.is_current_stream_capturing = lambda: False
+    symmetric.why_unavailable = lambda group: None
+    symmetric._allocate = symmetric_replicas._allocate = _in_files(folder)
+    test_symmetric_replicas.gpu_of = lambda rank: torch.device("cpu")
+    transports = {}
+
+    def shared_transport(group, slots_per_rank, capacity, x_TD, top_k):
+        key = slots_per_rank, capacity, x_TD.shape[1], top_k
+        if key not in transports:
+            transports[key] = _Transport(group, slots_per_rank, capacity, x_TD, top_k)
+        return transports[key]
+
+    direct._shared_transport = shared_transport
+    cases.cases = lambda num_ranks: [cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")]
+    return test_symmetric_replicas._carry_table(world_rank, num_ranks, torch.float32, ("grouped",))
+
+
+@pytest.mark.parametrize("num_ranks", [2])
+def test_layers_with_replicas_give_the_oracles_answer_in_the_interpreter(num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+    tables_W = spawn(_interpreted, num_ranks, num_ranks, str(tmp_path), fresh=True)
+    case = cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")
+    answers = [table["one hot expert", "grouped"] for table in tables_W]
+    cases.compare(case, answers, "replicas", torch.float32)
+    assert max(answers[0]["replicas"]) >= 0 and all(answer["replicas"] == answers[0]["replicas"] for answer in answers)
