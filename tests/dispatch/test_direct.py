@@ -15,7 +15,7 @@ from smartmoe.bench.shapes import parse_shape
 from smartmoe.config import LayerConfig, ModelConfig, RunConfig, check
 from smartmoe.dispatch.basic import BasicDispatcher
 from smartmoe.dispatch.direct import DirectDispatcher, same_room
-from smartmoe.dispatch.transport import Arrivals, CollectiveTransport, make_local_plan
+from smartmoe.dispatch.transport import CollectiveTransport, make_local_plan
 from smartmoe.gpt import GPT
 from smartmoe.layer import MoELayer
 from smartmoe.ops.plan import slots_of
@@ -318,13 +318,13 @@ def test_the_plan_keeps_what_fits_and_counts_what_does_not():
     local = torch.tensor([[1, -1], [0, 1], [1, 0], [-1, -1]])
     weight = torch.rand(4, 2)
     transport = CollectiveTransport(None, slots_per_rank=3, capacity=4)
-    plan = make_local_plan(transport, Arrivals(torch.zeros(4, 1), local, weight), row_bound=3)
+    plan = make_local_plan(transport, local, weight, row_bound=3)
     assert plan.copy_R.tolist() == [2, 5, 0]
     assert plan.row_NK.clamp(max=3).tolist() == [[2, 3], [0, 3], [3, 1], [3, 3]]
     assert int(plan.row_NK[0, 1]) >= 3
     assert plan.count_L.tolist() == [2, 1, 0] and int(plan.num_rows) == 3 and int(plan.num_needed) == 5
     weight[3, 1] = torch.nan
-    odd = make_local_plan(transport, Arrivals(torch.zeros(4, 1), local, weight), row_bound=3)
+    odd = make_local_plan(transport, local, weight, row_bound=3)
     assert torch.equal(odd.copy_R, plan.copy_R) and int(odd.num_needed) == -5
 
 
@@ -405,7 +405,7 @@ def test_gloo_layers_interleave():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_layers_interleave_on_gpus(num_ranks):
     backend = _gpus(num_ranks)
     spawn(_interleave, num_ranks, num_ranks, "cuda", backend=backend, timeout_s=120)
@@ -433,7 +433,7 @@ def _peaks(world_rank, num_ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_peak_memory_is_that_of_the_rows_in_use(num_ranks):
     shape = parse_shape("4096,512,1024,16,4")
     rows, weights = shape.num_tokens * shape.top_k, 2 * 16 // num_ranks * 2 * 512 * 1024  # bytes
@@ -499,7 +499,7 @@ def _captured(world_rank, num_ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
     backend = _gpus(num_ranks)
     if torch.cuda.get_device_capability()[0] < 9:

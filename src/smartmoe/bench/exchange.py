@@ -38,7 +38,7 @@ MECHANISMS = {
     "overlapped": "all-to-all-v in steps; only the round trip can be timed",
     "padded": "equal buffers as large as the fullest needs",
     "direct": "stores into the peers' memory; dispatch also routes, plans and gathers rows into expert order",
-    "direct-link": "of direct, what crosses the link: send with its wait, weighted sums with their wait; the plan is made",
+    "direct-link": "of direct, what crosses the link: tokens into rows, weighted sums back; the plan is made",
 }
 IN_A_GRAPH = ("collective", "direct", "direct-link")  # those that never wait for the host
 
@@ -146,9 +146,9 @@ class Bench:
             return lambda: dispatcher.dispatch(x_TD, slot_TK, weight_TK), lambda sent: dispatcher.combine(*sent)
         rows_RD, handle = dispatcher.dispatch(x_TD, slot_TK, weight_TK)
         dispatcher.combine(rows_RD, handle)
-        send, sum_back = handle.transport.send, handle.transport.sum_back
+        bring, sum_back = handle.transport.bring, handle.transport.sum_back
         return (
-            lambda: send(x_TD, slot_TK, weight_TK),
+            lambda: bring(x_TD, slot_TK, handle.plan),
             lambda _: sum_back(rows_RD, handle.plan, slot_TK, handle.told),
         )
 

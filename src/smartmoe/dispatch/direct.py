@@ -291,11 +291,12 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_TK, handle, row_bound):
         transport = handle.transport
-        arrivals = transport.send(x_TD.contiguous(), handle.slot_TK, weight_TK.detach().contiguous())
-        handle.plan = make_local_plan(transport, arrivals, row_bound)
+        x_TD = x_TD.contiguous()
+        announced = transport.announce(handle.slot_TK, weight_TK.detach().contiguous())
+        handle.plan = make_local_plan(transport, *announced, row_bound)
         ctx.transport = transport
         ctx.save_for_backward(handle.slot_TK, *handle.plan.tensors())
-        return transport.gather(arrivals.tokens_ND, handle.plan), weight_TK.view_as(weight_TK)
+        return transport.bring(x_TD, handle.slot_TK, handle.plan), weight_TK.view_as(weight_TK)
 
     @staticmethod
     def backward(ctx, grad_RD, _):
@@ -317,7 +318,6 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD):
         rows_RD, weight_TK, slot_TK, *tensors = ctx.saved_tensors
-        grad_ND = ctx.transport.push(grad_TD.contiguous(), slot_TK)
-        grad_RD = ctx.transport.weigh(grad_ND, rows_RD, LocalPlan(*tensors), ctx.reuse)
+        grad_RD = ctx.transport.weigh(grad_TD.contiguous(), slot_TK, rows_RD, LocalPlan(*tensors), ctx.reuse)
         # The weights' gradients are on their way: _Dispatch.backward returns them, what stands here is not read.
         return grad_RD, weight_TK.detach() if ctx.needs_input_grad[1] else None, None, None

@@ -1,10 +1,16 @@
 """Triton kernels of the direct exchange: stores into peers' memory, and the row movements on either side of them.
 
 Addresses: peers_W [W] int64 holds the address of every rank's copy of one symmetric buffer; a kernel adds the byte offset
-of a region, a multiple of 16. A call of the exchange ends in `_signal` (the last block to finish writes the number of the
-call into every peer's flags, with release order over the system) and its result is read after `_wait` (acquire). Flags
-count up and never are reset, so graph replays and plain calls mix. state: [2] int32, blocks done in this call and number of
-calls. Everything is summed in float32 in a fixed order; nothing is added atomically.
+of a region, a multiple of 16. Flags hold the number of the call that last raised them, are raised with release order over
+the system and read with acquire order; they are never reset, so graph replays and plain calls mix. Everything is summed in
+float32 in a fixed order; nothing is added atomically.
+
+The kernels that move rows are one launch for both ends of the link. Their work is divided into pieces: a push stores the
+rows of a few tokens into a peer's memory and raises the flag of these tokens there; a read waits for such a flag and uses
+what came. Blocks take pieces by a counter, in an order in which the pushes are `lag` ahead of the reads. So the link is busy
+from the first to the last moment, what arrives is used while the rest is on its way, and a block that waits for a peer never
+keeps a push of this rank from being done: whatever number of blocks runs, no two ranks can wait for each other.
+state: [3] int32, blocks done in this call, number of calls, pieces taken.
 """
 
 from __future__ import annotations
@@ -49,17 +55,62 @@ def _wait(peers_W, state, flag_offset, me, W: tl.constexpr):
 
 
 @triton.jit
-def _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W: tl.constexpr):
-    """Rows of tokens n = (source rank, t): of this rank from its own tensor, of the others from the shared buffer."""
-    source = token // capacity
-    t = token - source * capacity
-    is_own = (source == me)[:, None]
-    row = tl.load(own_TD + t[:, None] * D + d[None, :], mask=live & is_own, other=0.0)
-    if W > 1:
-        at = (source - (source > me).to(tl.int64)) * capacity + t
-        theirs = tl.load(others_ND + at[:, None] * D + d[None, :], mask=live & (is_own == 0), other=0.0)
-        row = tl.where(is_own, row, theirs)
-    return row
+def _raise(peers_W, rank, flag_offset, at, call, W: tl.constexpr, W_PAD: tl.constexpr):
+    """Raise flag `at` of rank `rank`, or of all others than -1 - rank, behind all stores of this block so far."""
+    tl.debug_barrier()
+    w = tl.arange(0, W_PAD)
+    raised = (w < W) & tl.where(rank >= 0, w == rank, w != -1 - rank)
+    address = tl.load(peers_W + w, mask=raised, other=0) + flag_offset
+    tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)) + at, call, mask=raised, sem="release", scope="sys")
+
+
+@triton.jit
+def _await(flag, call):
+    """Wait until a flag of this rank is raised. What is polled is read without order, so that many blocks can wait."""
+    seen = tl.load(flag, volatile=True)
+    while seen - call < 0:
+        seen = tl.load(flag, volatile=True)
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while seen - call < 0:
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _await_all(peers_W, flag_offset, at, num_flags, me, call, W: tl.constexpr):
+    """Wait for flag `at` of every other rank; flags are [W, num_flags]."""
+    flags = _peer(peers_W, me, flag_offset, tl.int32) + at
+    for step in tl.static_range(W - 1):
+        _await(flags + (me + 1 + step) % W * num_flags, call)
+
+
+@triton.jit
+def _piece(taken, num_turns, lag, PUSHES: tl.constexpr, READS: tl.constexpr):
+    """Piece number `taken`: (is it a push, its turn, its part of the turn). A turn has so many pushes and reads; its reads
+    come together with the pushes of the turn that is `lag` later."""
+    ahead = lag * PUSHES
+    rest = taken - ahead
+    both: tl.constexpr = PUSHES + READS
+    tail = rest - (num_turns - lag) * both
+    is_first, is_last = rest < 0, tail >= 0
+    part = tl.where(is_last, tail % READS, rest % both)
+    turn = tl.where(is_last, num_turns - lag + tail // READS, rest // both)
+    is_push = is_first
+    if PUSHES > 0:
+        is_push = is_first | ((is_last == 0) & (part < PUSHES))
+        turn = tl.where(is_first, taken // PUSHES, tl.where(is_push, turn + lag, turn))
+        part = tl.where(is_first, taken % PUSHES, tl.where(is_push | is_last, part, part - PUSHES))
+    return is_push, turn, part
+
+
+@triton.jit
+def _finish(state, call):
+    """The last block of a call counts it."""
+    tl.debug_barrier()
+    if tl.atomic_add(state, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(state, 0)
+        tl.store(state + 1, call)
+        tl.store(state + 2, 0)
 
 
 @triton.jit
@@ -71,50 +122,38 @@ def meet_kernel(peers_W, state, me, flag_offset, W: tl.constexpr):
 
 
 @triton.jit
-def push_kernel(x_TD, slot_TK, weight_TK, peers_W, state, me, num_tokens, capacity, slots_per_rank, D, token_offset,
-                slot_offset, weight_offset, flag_offset, K: tl.constexpr, W: tl.constexpr, WITH_META: tl.constexpr,
-                K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Store each token into the memory of every other rank that one of its copies goes to; slots and weights to all."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = tl.arange(0, K_PAD)
-    copy = t[:, None] * K + k[None, :]
-    is_copy = (t < num_tokens)[:, None] & (k < K)[None, :]
-    slot = tl.load(slot_TK + copy, mask=is_copy, other=-1).to(tl.int32)
-    owner = tl.where(slot >= 0, slot // slots_per_rank, -1)
-    if WITH_META:
-        weight = tl.load(weight_TK + copy, mask=is_copy, other=0.0)
-        in_buffer = (t < capacity)[:, None] & (k < K)[None, :]
-        for target in tl.static_range(W):
-            tl.store(_peer(peers_W, target, slot_offset, tl.int32) + me * capacity * K + copy, slot, mask=in_buffer)
-            tl.store(_peer(peers_W, target, weight_offset, tl.float32) + me * capacity * K + copy, weight, mask=in_buffer)
-    goes = tl.max(owner, 1) >= 0
-    read_at = t.to(tl.int64) * D
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        row = tl.load(x_TD + read_at[:, None] + d[None, :], mask=goes[:, None] & (d < D)[None, :], other=0.0)
-        for step in tl.static_range(W - 1):
-            peer = (me + 1 + step) % W
-            wanted = tl.max((owner == peer).to(tl.int32), 1) > 0
-            out = _peer(peers_W, peer, token_offset, x_TD.dtype.element_ty)
-            write_at = (_place(me, peer) * capacity + t).to(tl.int64) * D
-            tl.store(out + write_at[:, None] + d[None, :], row, mask=wanted[:, None] & (d < D)[None, :])
-    _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
+def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state, me, num_copies, room, slots_per_rank,
+                    slot_offset, weight_offset, flag_offset, W: tl.constexpr, W_PAD: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """Tell all ranks the slots and weights of this one's copies, and lay out those of all: local_N [W * room], slots of this
+    rank or -1, and weight_out_N. odd: [1] int32, takes the number of the call when some weight is not a number.
 
-
-@triton.jit
-def receive_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state, me, num_copies, slots_per_rank,
-                   flag_offset, W: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Wait for the tokens of all ranks; copy slots, as slots of this rank or -1, and weights out of the shared buffer. odd:
-    [1] int32, takes the number of the call when some weight is not a number."""
-    _wait(peers_W, state, flag_offset, me, W)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    local = tl.load(slot_N + n, mask=n < num_copies, other=-1) - me * slots_per_rank
-    local = tl.where((local >= 0) & (local < slots_per_rank), local, -1)
-    tl.store(local_N + n, local.to(tl.int64), mask=n < num_copies)
-    weight = tl.load(weight_N + n, mask=n < num_copies, other=0.0)
-    tl.store(weight_out_N + n, weight, mask=n < num_copies)
-    if tl.max((weight != weight).to(tl.int32), 0) > 0:
-        tl.store(odd, tl.load(state + 1))
+    Block b of every rank has the same places, so it waits for the blocks b alone."""
+    call = tl.load(state + 1) + 1
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    inside = i < room
+    slot = tl.load(slot_N + i, mask=i < num_copies, other=-1).to(tl.int32)
+    weight = tl.load(weight_N + i, mask=i < num_copies, other=0.0)
+    for step in tl.static_range(W - 1):
+        peer = (me + 1 + step) % W
+        tl.store(_peer(peers_W, peer, slot_offset, tl.int32) + me * room + i, slot, mask=inside)
+        tl.store(_peer(peers_W, peer, weight_offset, tl.float32) + me * room + i, weight, mask=inside)
+    if W > 1:
+        _raise(peers_W, -1 - me, flag_offset, me * num_blocks + block, call, W, W_PAD)
+        _await_all(peers_W, flag_offset, block, num_blocks, me, call, W)
+    for step in tl.static_range(W):
+        source = (me + step) % W
+        if step > 0:
+            slot = tl.load(_peer(peers_W, me, slot_offset, tl.int32) + source * room + i, mask=inside, other=-1)
+            weight = tl.load(_peer(peers_W, me, weight_offset, tl.float32) + source * room + i, mask=inside, other=0.0)
+        local = slot - me * slots_per_rank
+        local = tl.where((local >= 0) & (local < slots_per_rank), local, -1)
+        tl.store(local_N + source * room + i, local.to(tl.int64), mask=inside)
+        tl.store(weight_out_N + source * room + i, weight, mask=inside)
+        if tl.max((weight != weight).to(tl.int32), 0) > 0:
+            tl.store(odd, call)
+    _finish(state, call)
 
 
 @triton.jit
@@ -131,137 +170,214 @@ def bound_kernel(wanted_L, count_L, num_rows, num_needed, odd, state, L, R, L_PA
 
 
 @triton.jit
-def gather_kernel(own_TD, others_ND, rows_RD, copy_R, num_rows, me, capacity, D, K: tl.constexpr, W: tl.constexpr,
-                  BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Copy each row's token into the row; rows that are not in use stay unwritten."""
-    used = tl.load(num_rows)
-    if tl.program_id(0) * BLOCK_R < used:
-        r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        token = tl.load(copy_R + r, mask=r < used, other=0) // K
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            live = (r < used)[:, None] & (d < D)[None, :]
-            row = _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W)
-            tl.store(rows_RD + r.to(tl.int64)[:, None] * D + d[None, :], row, mask=live)
-
-
-@triton.jit
-def weigh_kernel(own_TD, others_ND, rows_RD, grad_RD, copy_R, weight_N, num_rows, peers_W, state, me, capacity, D, grad_offset,
-                 flag_offset, K: tl.constexpr, W: tl.constexpr, WAIT: tl.constexpr, BLOCK_R: tl.constexpr,
-                 BLOCK_D: tl.constexpr):  # fmt: skip
-    """Wait for the gradients of the output; each row's gradient is its token's times its weight, and the product of row
-    and token's gradient goes to the token's rank as the gradient of the weight."""
-    if WAIT:
-        _wait(peers_W, state, flag_offset, me, W)
-    used = tl.load(num_rows)
-    if tl.program_id(0) * BLOCK_R < used:
-        r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        copy = tl.load(copy_R + r, mask=r < used, other=0)
-        weight = tl.load(weight_N + copy, mask=r < used, other=0.0)
-        token = copy // K
-        dot = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            live = (r < used)[:, None] & (d < D)[None, :]
-            at = r.to(tl.int64)[:, None] * D + d[None, :]
-            grad = _load_tokens(own_TD, others_ND, token, live, d, D, me, capacity, W).to(tl.float32)
-            row = tl.load(rows_RD + at, mask=live, other=0.0).to(tl.float32)
-            tl.store(grad_RD + at, (grad * weight[:, None]).to(grad_RD.dtype.element_ty), mask=live)
-            dot += tl.sum(grad * row, 1)
-        address = tl.load(peers_W + token // capacity, mask=r < used, other=0) + grad_offset
-        out = address.to(tl.pointer_type(tl.float32)) + copy % (capacity * K)
-        tl.store(out, dot, mask=r < used)
-
-
-@triton.jit
-def sum_back_kernel(rows_RD, row_N, weight_N, y_TD, num_rows, num_needed, peers_W, state, me, capacity, num_tokens, R, D,
-                    part_offset, needed_offset, flag_offset, K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr,
-                    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Sum the rows of each token over k and store the sum into the memory of the token's rank; in y_TD for own tokens.
-
-    With weights, every rank is also told how many rows this one needed: n, -n when that is more than R; of an odd routing
-    0, or -1 when it is more than R."""
-    # blocks for the other ranks and for this one alternate: rows wait for the link while others go to local memory
-    source = (me + 1 + tl.program_id(0) % W) % W
-    t = tl.program_id(0) // W * BLOCK_T + tl.arange(0, BLOCK_T)
-    here = t < capacity
-    copy = (source * capacity + t).to(tl.int64) * K
-    used = tl.load(num_rows)
-    some = t < 0
-    for k in tl.static_range(K):
-        some = some | (tl.load(row_N + copy + k, mask=here, other=used) < used)
-    out, at, write = y_TD, t.to(tl.int64) * D, t < num_tokens
-    if W > 1:
-        is_own = source == me
-        address = tl.where(is_own, y_TD.to(tl.int64), tl.load(peers_W + source) + part_offset)
-        address = tl.multiple_of(address, 16).to(tl.pointer_type(rows_RD.dtype.element_ty))
-        out = tl.multiple_of(address, 16)
-        at = (tl.where(is_own, 0, _place(me, source) * capacity) + t).to(tl.int64) * D
-        write = some & ((source != me) | write)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for k in tl.static_range(K):
-            row = tl.load(row_N + copy + k, mask=here, other=used)
-            live = (row < used)[:, None] & (d < D)[None, :]
-            picked = tl.load(rows_RD + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
-            if WEIGHTED:
-                weight = tl.load(weight_N + copy + k, mask=here, other=0.0)
-                total += picked * weight[:, None]
-            else:
-                total += picked
-        tl.store(out + at[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=write[:, None] & (d < D)[None, :])
-    if W > 1:
-        if WEIGHTED:
-            if tl.program_id(0) == 0:
-                needed = tl.load(num_needed)
-                fits = tl.abs(needed) <= R
-                if needed < 0:
-                    needed = tl.where(fits, 0, 1)
-                needed = tl.where(fits, needed, -needed)
-                for peer in tl.static_range(W):
-                    tl.store(_peer(peers_W, peer, needed_offset, tl.int32) + me, needed)
-        _signal(peers_W, state, flag_offset, me, tl.num_programs(0), W)
-
-
-@triton.jit
-def collect_kernel(part_ND, slot_TK, y_TD, needed_W, told, most, peers_W, state, me, num_tokens, capacity, slots_per_rank,
-                   D, flag_offset, K: tl.constexpr, W: tl.constexpr, CHECK: tl.constexpr, K_PAD: tl.constexpr,
-                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """Wait for the sums of all ranks and add them, ranks ascending, this one's from y_TD; NaN when some rank ran out of rows.
-
-    CHECK: the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which
-    `most` [1] int32 keeps."""
-    _wait(peers_W, state, flag_offset, me, W)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+def _push_tokens(x_TD, slot_TK, peers_W, turn, me, num_tokens, capacity, slots_per_rank, D, token_offset, K: tl.constexpr,
+                 W: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Store tokens into the memory of every other rank that one of their copies goes to."""
+    t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, K_PAD)
     is_copy = (t < num_tokens)[:, None] & (k < K)[None, :]
     slot = tl.load(slot_TK + t[:, None] * K + k[None, :], mask=is_copy, other=-1).to(tl.int32)
-    owner = tl.where(slot >= 0, slot // slots_per_rank, -1)
-    poison = 0.0
-    if CHECK:
-        lacking = 0
-        if tl.program_id(0) == 0:
-            largest = tl.load(most)
-            for source in tl.static_range(W):
-                largest = tl.maximum(largest, tl.abs(tl.load(needed_W + source)))
-            tl.store(most, largest)
-            tl.store(told + 1, largest)
-        for source in tl.static_range(W):
-            lacking = tl.minimum(lacking, tl.load(needed_W + source))
-        tl.store(told, -lacking, mask=lacking < -1)
-        poison = tl.where(lacking < 0, float("nan"), 0.0)
+    owner = tl.where(slot >= 0, slot // slots_per_rank, me)
+    goes = tl.max((owner != me).to(tl.int32), 1) > 0
+    read_at = t.to(tl.int64) * D
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for source in tl.static_range(W):
-            sent = tl.max((owner == source).to(tl.int32), 1) > 0
-            live = sent[:, None] & (d < D)[None, :]
-            is_own = ((t * 0 + source) == me)[:, None]
-            mine = tl.load(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], mask=live & is_own, other=0.0)
-            at = (_place(source, me) * capacity + t).to(tl.int64) * D
-            theirs = tl.load(part_ND + at[:, None] + d[None, :], mask=live & (is_own == 0), other=0.0)
-            total += tl.where(is_own, mine, theirs).to(tl.float32)
-        total = total + poison
-        tl.store(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], total.to(y_TD.dtype.element_ty),
-                 mask=(t < num_tokens)[:, None] & (d < D)[None, :])  # fmt: skip
+        row = tl.load(x_TD + read_at[:, None] + d[None, :], mask=goes[:, None] & (d < D)[None, :], other=0.0)
+        for step in tl.static_range(W - 1):
+            peer = (me + 1 + step) % W
+            wanted = tl.max((owner == peer).to(tl.int32), 1) > 0
+            out = _peer(peers_W, peer, token_offset, x_TD.dtype.element_ty)
+            write_at = (_place(me, peer) * capacity + t).to(tl.int64) * D
+            tl.store(out + write_at[:, None] + d[None, :], row, mask=wanted[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _tokens_of(own_TD, peers_W, source, me, capacity, D, token_offset, W: tl.constexpr):
+    """Where the tokens of a rank lie: this rank's in its own tensor, those of others in the shared buffer."""
+    if W > 1:
+        theirs = tl.load(peers_W + me) + token_offset + _place(source, me).to(tl.int64) * capacity * D * (
+            own_TD.dtype.element_ty.primitive_bitwidth // 8
+        )
+        address = tl.multiple_of(tl.where(source == me, own_TD.to(tl.int64), theirs), 16)
+        return tl.multiple_of(address.to(tl.pointer_type(own_TD.dtype.element_ty)), 16)
+    else:
+        return own_TD
+
+
+@triton.jit
+def _lay_out(tokens_TD, rows_RD, row_N, used, first, t, here, D, K: tl.constexpr, BLOCK_T: tl.constexpr,
+             BLOCK_D: tl.constexpr):  # fmt: skip
+    """Copy tokens into the rows of their copies. first: the first copy of the rank that they are from."""
+    copy = first + t.to(tl.int64) * K
+    some = t < 0
+    for k in tl.static_range(K):
+        some = some | (tl.load(row_N + copy + k, mask=here, other=used) < used)
+    if tl.max(some.to(tl.int32), 0) > 0:
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            is_column = (d < D)[None, :]
+            tile = tl.load(tokens_TD + t.to(tl.int64)[:, None] * D + d[None, :], mask=some[:, None] & is_column, other=0.0)
+            for k in tl.static_range(K):
+                row = tl.load(row_N + copy + k, mask=here, other=used)
+                tl.store(rows_RD + row[:, None] * D + d[None, :], tile, mask=(row < used)[:, None] & is_column)
+
+
+@triton.jit
+def _weigh(grads_TD, rows_RD, grad_RD, out_TK, row_N, weight_N, used, first, t, here, D, K: tl.constexpr,
+           BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """The gradient of each row is its token's times its weight; the product of row and token's gradient is that of the
+    weight, for the token's rank. grad_RD may be rows_RD."""
+    copy = first + t.to(tl.int64) * K
+    for k in tl.static_range(K):
+        row = tl.load(row_N + copy + k, mask=here, other=used)
+        live = row < used
+        if tl.max(live.to(tl.int32), 0) > 0:
+            weight = tl.load(weight_N + copy + k, mask=live, other=0.0)
+            dot = tl.zeros((BLOCK_T,), tl.float32)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                mask = live[:, None] & (d < D)[None, :]
+                at = row[:, None] * D + d[None, :]
+                grad = tl.load(grads_TD + t.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+                answer = tl.load(rows_RD + at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(grad_RD + at, (grad * weight[:, None]).to(grad_RD.dtype.element_ty), mask=mask)
+                dot += tl.sum(grad * answer, 1)
+            tl.store(out_TK + t * K + k, dot, mask=live)
+
+
+@triton.jit
+def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, num_rows, peers_W, state, me, num_tokens, capacity,
+                  slots_per_rank, D, lag, token_offset, grad_offset, flag_offset, K: tl.constexpr, W: tl.constexpr,
+                  WEIGH: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr):  # fmt: skip
+    """Bring each token to the ranks of its copies, and there into their rows. Rows that are not in use stay unwritten.
+
+    WEIGH: the tokens are gradients of the output, and the rows get theirs in grad_RD: see `_weigh`. Otherwise rows_RD gets
+    the tokens."""
+    call = tl.load(state + 1) + 1
+    used = tl.load(num_rows)
+    num_turns = tl.cdiv(capacity, BLOCK_T)
+    PUSHES: tl.constexpr = 1 if W > 1 else 0
+    taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    while taken < num_turns * (PUSHES + W):
+        is_push, turn, part = _piece(taken, num_turns, lag, PUSHES, W)
+        if is_push:
+            _push_tokens(own_TD, slot_TK, peers_W, turn, me, num_tokens, capacity, slots_per_rank, D, token_offset, K, W,
+                         K_PAD, BLOCK_T, BLOCK_D)  # fmt: skip
+            _raise(peers_W, -1 - me, flag_offset, me * num_turns + turn, call, W, W_PAD)
+        else:
+            source = (me + part) % W
+            if part > 0:
+                _await(_peer(peers_W, me, flag_offset, tl.int32) + source * num_turns + turn, call)
+            tokens_TD = _tokens_of(own_TD, peers_W, source, me, capacity, D, token_offset, W)
+            t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
+            first = source.to(tl.int64) * capacity * K
+            if WEIGH:
+                out_TK = _peer(peers_W, source, grad_offset, tl.float32)
+                _weigh(tokens_TD, rows_RD, grad_RD, out_TK, row_N, weight_N, used, first, t, t < capacity, D, K, BLOCK_T,
+                       BLOCK_D)  # fmt: skip
+            else:
+                _lay_out(tokens_TD, rows_RD, row_N, used, first, t, t < capacity, D, K, BLOCK_T, BLOCK_D)
+        taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    _finish(state, call)
+
+
+@triton.jit
+def _sum(rows_RD, row_N, weight_N, used, copy, here, d, D, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr,
+         BLOCK_D: tl.constexpr):  # fmt: skip
+    """The sum over k of the rows of tokens, with WEIGHTED times their weights: [BLOCK_T, BLOCK_D] float32."""
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(row_N + copy + k, mask=here, other=used)
+        live = (row < used)[:, None] & (d < D)[None, :]
+        picked = tl.load(rows_RD + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            total += picked * tl.load(weight_N + copy + k, mask=here, other=0.0)[:, None]
+        else:
+            total += picked
+    return total
+
+
+@triton.jit
+def _word(num_needed, R):
+    """What a rank tells of the rows that it needed: n, -n when that is more than R; of an odd routing 0, or -1 when it is
+    more than R."""
+    needed = tl.load(num_needed)
+    fits = tl.abs(needed) <= R
+    needed = tl.where(needed < 0, tl.where(fits, 0, 1), needed)
+    return tl.where(fits, needed, -needed)
+
+
+@triton.jit
+def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, told, most, peers_W, state, me, capacity,
+               num_tokens, slots_per_rank, R, D, lag, part_offset, needed_offset, flag_offset, K: tl.constexpr, W: tl.constexpr,
+               WEIGHTED: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
+    """Sum the rows of each token over k, bring the sum to the token's rank and sum there over ranks, in ascending order.
+
+    With weights, all ranks tell each other how many rows they needed (`_word`): y is NaN when some rank ran out of rows,
+    and the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which `most`
+    [1] int32 keeps."""
+    call = tl.load(state + 1) + 1
+    used = tl.load(num_rows)
+    num_turns = tl.cdiv(capacity, BLOCK_T)
+    taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    while taken < num_turns * W:
+        is_push, turn, part = _piece(taken, num_turns, lag, W - 1, 1)
+        t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
+        here = t < capacity
+        if is_push:
+            peer = (me + 1 + part) % W
+            copy = (peer * capacity + t).to(tl.int64) * K
+            some = t < 0
+            for k in tl.static_range(K):
+                some = some | (tl.load(row_N + copy + k, mask=here, other=used) < used)
+            out = _peer(peers_W, peer, part_offset, rows_RD.dtype.element_ty)
+            at = (_place(me, peer) * capacity + t).to(tl.int64) * D
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                total = _sum(rows_RD, row_N, weight_N, used, copy, here, d, D, K, WEIGHTED, BLOCK_T, BLOCK_D)
+                mask = some[:, None] & (d < D)[None, :]
+                tl.store(out + at[:, None] + d[None, :], total.to(out.dtype.element_ty), mask=mask)
+            if WEIGHTED:
+                if turn == 0:
+                    tl.store(_peer(peers_W, peer, needed_offset, tl.int32) + me, _word(num_needed, R))
+            _raise(peers_W, peer, flag_offset, me * num_turns + turn, call, W, W_PAD)
+        else:
+            poison = 0.0
+            if W > 1:
+                _await_all(peers_W, flag_offset, turn, num_turns, me, call, W)
+                if WEIGHTED:
+                    _await_all(peers_W, flag_offset, 0, num_turns, me, call, W)  # with these the words came
+                    w = tl.arange(0, W_PAD)
+                    word = tl.load(_peer(peers_W, me, needed_offset, tl.int32) + w, mask=(w < W) & (w != me), other=0)
+                    word = tl.where(w == me, _word(num_needed, R), word)
+                    lacking = tl.min(word, 0)
+                    if turn == 0:
+                        largest = tl.maximum(tl.load(most), tl.max(tl.abs(word), 0))
+                        tl.store(most, largest)
+                        tl.store(told + 1, largest)
+                        tl.store(told, -lacking, mask=lacking < -1)
+                    poison = tl.where(lacking < 0, float("nan"), 0.0)
+            k = tl.arange(0, K_PAD)
+            is_copy = (t < num_tokens)[:, None] & (k < K)[None, :]
+            slot = tl.load(slot_TK + t[:, None] * K + k[None, :], mask=is_copy, other=-1).to(tl.int32)
+            owner = tl.where(slot >= 0, slot // slots_per_rank, -1)
+            copy = (me * capacity + t).to(tl.int64) * K
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                # rounded as the sums of the others are: where an expert lives changes no bit
+                mine = _sum(rows_RD, row_N, weight_N, used, copy, here, d, D, K, WEIGHTED, BLOCK_T, BLOCK_D)
+                mine = mine.to(y_TD.dtype.element_ty).to(tl.float32)
+                total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+                for source in tl.static_range(W):
+                    sent = (tl.max((owner == source).to(tl.int32), 1) > 0) & (source != me)
+                    at = (_place(source, me) * capacity + t).to(tl.int64) * D
+                    part_ND = _peer(peers_W, me, part_offset, y_TD.dtype.element_ty)
+                    theirs = tl.load(part_ND + at[:, None] + d[None, :], mask=sent[:, None] & (d < D)[None, :], other=0.0)
+                    total += tl.where(source == me, mine, theirs.to(tl.float32))
+                total = total + poison
+                tl.store(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], total.to(y_TD.dtype.element_ty),
+                         mask=(t < num_tokens)[:, None] & (d < D)[None, :])  # fmt: skip
+        taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    _finish(state, call)

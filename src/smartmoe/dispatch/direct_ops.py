@@ -38,11 +38,11 @@ def _sender(dispatcher, x_TD):
 
 
 def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
-    transport = _sender(dispatcher, x_TD)
-    arrivals = transport.send(x_TD.contiguous(), slot_TK, weight_TK.contiguous())
-    plan = make_local_plan(transport, arrivals, row_bound)
+    transport, x_TD = _sender(dispatcher, x_TD), x_TD.contiguous()
+    plan = make_local_plan(transport, *transport.announce(slot_TK, weight_TK.contiguous()), row_bound)
     row_NK, copy_R, weight_NK, count_L, num_rows, num_needed = plan.tensors()
-    return transport.gather(arrivals.tokens_ND, plan), row_NK, copy_R, weight_NK, count_L, torch.cat([num_rows, num_needed])
+    rows_RD = transport.bring(x_TD, slot_TK, plan)
+    return rows_RD, row_NK, copy_R, weight_NK, count_L, torch.cat([num_rows, num_needed])
 
 
 def _fake_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
@@ -92,8 +92,8 @@ def _combine_gradients(ctx, grad_TD):
 
 def _run_weigh(grad_TD, rows_RD, slot_TK, row_NK, copy_R, weight_NK, count_L, sizes, dispatcher):
     transport = _DISPATCHERS[dispatcher].transport
-    grad_ND = transport.push(grad_TD.contiguous(), slot_TK)
-    return transport.weigh(grad_ND, rows_RD.contiguous(), _plan(row_NK, copy_R, weight_NK, count_L, sizes))
+    plan = _plan(row_NK, copy_R, weight_NK, count_L, sizes)
+    return transport.weigh(grad_TD.contiguous(), slot_TK, rows_RD.contiguous(), plan)
 
 
 def _fake_sum(rows_RD, slot_TK):

@@ -13,12 +13,15 @@ import socket
 import torch
 import torch.distributed as dist
 
-from smartmoe.dispatch.transport import Arrivals, LocalPlan, Told
+from smartmoe.dispatch.transport import LocalPlan, Told
 from smartmoe.ops.all_to_all import group_rank, group_size
 
 _ALIGNMENT = 256
 _TILE_ELEMENTS = 4096
 _NUM_WARPS = 4
+_BLOCKS_PER_PROCESSOR = 16  # as many as can run at once
+_LAG_BYTES = 6 << 20  # of tokens, by which pushes are ahead of reads: they keep the link busy and stay in the cache
+_ANNOUNCED = 512  # copies whose slots a block announces
 _REASONS: dict[tuple, str | None] = {}
 _log = logging.getLogger(__name__)
 
@@ -99,12 +102,15 @@ class SymmetricTransport:
     """As CollectiveTransport, without the host, and collective over the group by flags in the peers' memory.
 
     One buffer for each rank, the same layout everywhere: tokens and sums [N - C, D] of the other ranks, slots and
-    weights [N, K], gradients of weights [C, K], rows needed [W], flags [W]. Each call that moves something ends when
-    all peers' stores of that call arrived. A peer starts to fill a region again only after it saw our next call,
-    which this stream launches after its reads of the region, as long as calls alternate between tokens (`send`,
-    `push`) and sums (`sum_back`). Where they do not, an extra meeting of all ranks stands between them. All calls
-    must be made in the same order on all ranks and on one stream at a time. Building it is collective and must not be
-    captured in a CUDA graph.
+    weights [N, K], gradients of weights [C, K], rows needed [W], and flags. Each call that moves something ends when
+    all that this rank uses of it has arrived, and something of every peer. A peer starts to fill a region again only
+    after it saw our next call, which this stream launches after its reads of the region, as long as calls alternate
+    between tokens (`bring`, `weigh`) and sums (`sum_back`). Where they do not, an extra meeting of all ranks stands
+    between them. All calls must be made in the same order on all ranks and on one stream at a time. Building it is
+    collective and must not be captured in a CUDA graph.
+
+    max_blocks: thread blocks of a call that moves rows, by default enough to fill the GPU: fewer leave room for what
+    runs beside it.
     """
 
     def __init__(self, group, slots_per_rank: int, capacity: int, x_TD: torch.Tensor, top_k: int):
@@ -119,10 +125,16 @@ class SymmetricTransport:
         self.group, self.slots_per_rank, self.capacity, self.top_k = group, slots_per_rank, capacity, top_k
         self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
         self.width, self.dtype, self.device = x_TD.shape[1], x_TD.dtype, x_TD.device
-        self._layout()
-        self.state, self.odd = torch.zeros(3, dtype=torch.int32, device=self.device).split([2, 1])
         self.block_d = _column_block(self.width)
-        self.block_rows = max(1, _TILE_ELEMENTS // self.block_d)
+        self.block_tokens = max(1, _TILE_ELEMENTS // self.block_d)
+        self._num_turns = -(-capacity // self.block_tokens)
+        lag = _LAG_BYTES // (self.block_tokens * self.width * self.dtype.itemsize)
+        self._lag = min(max(lag, 1), self._num_turns) if self.num_ranks > 1 else 0
+        self.max_blocks = _BLOCKS_PER_PROCESSOR * _num_processors(self.device)
+        self._layout()
+        # triples for _finish: calls that move rows, announcements; a pair for meetings
+        states = torch.zeros(9, dtype=torch.int32, device=self.device).split([3, 3, 2, 1])
+        self._calls, self._told, self._met, self.odd = states
         self.is_open = False  # tokens were sent last, not sums
         self._stream = None
 
@@ -142,7 +154,9 @@ class SymmetricTransport:
             "weights": (num_copies, torch.float32),
             "grads": (self.capacity * self.top_k, torch.float32),
             "needed": (self.num_ranks, torch.int32),
-            "flags": (self.num_ranks, torch.int32),
+            "flags": (self.num_ranks * self._num_turns, torch.int32),
+            "announced": (self.num_ranks * self._num_announcers, torch.int32),
+            "met": (self.num_ranks, torch.int32),
         }
         self.offset, total = {}, 0
         for name, (numel, dtype) in regions.items():
@@ -151,30 +165,25 @@ class SymmetricTransport:
         self._buffer, addresses = _allocate(total, self.device, self.group)
         self.shared_bytes = total if self.num_ranks > 1 else 0
         self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        self.view = {
-            name: self._buffer[self.offset[name] : self.offset[name] + numel * dtype.itemsize].view(dtype)
-            for name, (numel, dtype) in regions.items()
-        }
+        start, (numel, dtype) = self.offset["grads"], regions["grads"]
+        self._grads_TK = self._buffer[start : start + numel * dtype.itemsize].view(dtype).view(self.capacity, self.top_k)
 
-    def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
-        """As CollectiveTransport.send, where tokens_ND is x_TD: `gather` and `weigh` find the others' in the buffer."""
-        num_copies = self.num_ranks * self.capacity * self.top_k
-        self._begin(opens=True)
-        local_NK = torch.empty(num_copies // self.top_k, self.top_k, dtype=torch.int64, device=self.device)
-        weight_NK = torch.empty(local_NK.shape, dtype=torch.float32, device=self.device)
-        self._push(x_TD, slot_TK, weight_TK)
-        self._kernels.receive_kernel[(-(-num_copies // 1024),)](
-            self.view["slots"], self.view["weights"], local_NK, weight_NK, self.odd, self.peers_W, self.state,
-            self.ep_rank, num_copies, self.slots_per_rank, self.offset["flags"], W=self.num_ranks, BLOCK=1024,
+    @property
+    def _num_announcers(self) -> int:
+        return -(-self.capacity * self.top_k // _ANNOUNCED)
+
+    def announce(self, slot_TK, weight_TK) -> tuple[torch.Tensor, torch.Tensor]:
+        """As CollectiveTransport.announce."""
+        self._follow()
+        shape = self.num_ranks * self.capacity, self.top_k
+        local_NK = torch.empty(shape, dtype=torch.int64, device=self.device)
+        weight_NK = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self._kernels.announce_kernel[(self._num_announcers,)](
+            slot_TK, weight_TK, local_NK, weight_NK, self.odd, self.peers_W, self._told, self.ep_rank, slot_TK.numel(),
+            self.capacity * self.top_k, self.slots_per_rank, self.offset["slots"], self.offset["weights"],
+            self.offset["announced"], W=self.num_ranks, W_PAD=_power_of_two(self.num_ranks), BLOCK=_ANNOUNCED,
         )  # fmt: skip
-        return Arrivals(x_TD, local_NK, weight_NK)
-
-    def push(self, x_TD, slot_TK) -> torch.Tensor:
-        """As CollectiveTransport.push; the next call must be `weigh`, which waits."""
-        self._begin(opens=True)
-        if self.num_ranks > 1:
-            self._push(x_TD, slot_TK, None)
-        return x_TD
+        return local_NK, weight_NK
 
     def bound(self, wanted_L, weight_NK, row_bound: int):
         """As CollectiveTransport.bound."""
@@ -182,44 +191,36 @@ class SymmetricTransport:
         sizes = torch.empty(2, dtype=torch.int32, device=self.device)
         num_rows, num_needed = sizes[:1], sizes[1:]
         self._kernels.bound_kernel[(1,)](
-            wanted_L, count_L, num_rows, num_needed, self.odd, self.state, wanted_L.shape[0], row_bound,
+            wanted_L, count_L, num_rows, num_needed, self.odd, self._told, wanted_L.shape[0], row_bound,
             L_PAD=_power_of_two(wanted_L.shape[0]),
         )  # fmt: skip
         return count_L, num_rows, num_needed
 
-    def gather(self, x_TD, plan: LocalPlan) -> torch.Tensor:
-        """As CollectiveTransport.gather; rows that are not in use are not written."""
+    def bring(self, x_TD, slot_TK, plan: LocalPlan) -> torch.Tensor:
+        """As CollectiveTransport.bring; rows that are not in use are not written."""
         rows_RD = torch.empty(plan.row_bound, self.width, dtype=self.dtype, device=self.device)
-        self._kernels.gather_kernel[self._grid(plan.row_bound)](
-            x_TD, self.view["tokens"], rows_RD, plan.copy_R, plan.num_rows, self.ep_rank, self.capacity, self.width,
-            K=self.top_k, W=self.num_ranks, **self._tile("R"),
-        )  # fmt: skip
+        self._spread(x_TD, slot_TK, rows_RD, rows_RD, plan, weigh=False)
         return rows_RD
 
-    def weigh(self, grad_TD, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
+    def weigh(self, grad_TD, slot_TK, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
         """As CollectiveTransport.weigh; rows that are not in use are not written."""
         grad_RD = rows_RD if reuse else torch.empty_like(rows_RD)
         if reuse:
             torch.autograd.graph.increment_version(rows_RD)
-        self._kernels.weigh_kernel[self._grid(max(rows_RD.shape[0], 1))](
-            grad_TD, self.view["tokens"], rows_RD, grad_RD, plan.copy_R, plan.weight_NK, plan.num_rows, self.peers_W,
-            self.state, self.ep_rank, self.capacity, self.width, self.offset["grads"], self.offset["flags"], K=self.top_k,
-            W=self.num_ranks, WAIT=self.num_ranks > 1, **self._tile("R"),
-        )  # fmt: skip
+        self._spread(grad_TD, slot_TK, rows_RD, grad_RD, plan, weigh=True)
         return grad_RD
 
     def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None) -> torch.Tensor:
         """As CollectiveTransport.sum_back."""
         y_TD = torch.empty(slot_TK.shape[0], self.width, dtype=self.dtype, device=self.device)
+        on_host, most = (self.odd, self.odd) if told is None else (told.on_host, told.most)
         self._begin(opens=False)
-        self._kernels.sum_back_kernel[(self._grid(self.capacity)[0] * self.num_ranks,)](
-            rows_RD, plan.row_NK, plan.weight_NK, y_TD, plan.num_rows, plan.num_needed, self.peers_W, self.state,
-            self.ep_rank, self.capacity, slot_TK.shape[0], plan.row_bound, self.width, self.offset["sums"],
-            self.offset["needed"], self.offset["flags"], K=self.top_k, W=self.num_ranks, WEIGHTED=told is not None,
-            **self._tile("T"),
+        self._kernels.sum_kernel[self._grid(self.num_ranks)](
+            rows_RD, plan.row_NK, plan.weight_NK, y_TD, slot_TK, plan.num_rows, plan.num_needed, on_host, most, self.peers_W,
+            self._calls, self.ep_rank, self.capacity, slot_TK.shape[0], self.slots_per_rank, plan.row_bound, self.width,
+            self._lag, self.offset["sums"], self.offset["needed"], self.offset["flags"], WEIGHTED=told is not None,
+            **self._sizes(),
         )  # fmt: skip
-        if self.num_ranks > 1:
-            self._collect(y_TD, slot_TK, told)
         return y_TD
 
     def wait(self) -> None:
@@ -228,42 +229,39 @@ class SymmetricTransport:
 
     def weight_grad(self, slot_TK) -> torch.Tensor:
         """As CollectiveTransport.weight_grad."""
-        grads_TK = self.view["grads"].view(self.capacity, self.top_k)[: slot_TK.shape[0]]
-        return grads_TK.masked_fill(slot_TK < 0, 0)
+        return self._grads_TK[: slot_TK.shape[0]].masked_fill(slot_TK < 0, 0)
 
-    def _push(self, x_TD, slot_TK, weight_TK):
-        with_meta = weight_TK is not None
-        self._kernels.push_kernel[self._grid(self.capacity)](
-            x_TD, slot_TK, weight_TK if with_meta else slot_TK, self.peers_W, self.state, self.ep_rank, x_TD.shape[0],
-            self.capacity, self.slots_per_rank, self.width if self.num_ranks > 1 else 0, self.offset["tokens"],
-            self.offset["slots"], self.offset["weights"], self.offset["flags"], K=self.top_k, W=self.num_ranks,
-            WITH_META=with_meta, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
+    def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, weigh):
+        self._begin(opens=True)
+        self._kernels.spread_kernel[self._grid(self.num_ranks + 1)](
+            own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.num_rows, self.peers_W, self._calls,
+            self.ep_rank, own_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self._lag, self.offset["tokens"],
+            self.offset["grads"], self.offset["flags"], WEIGH=weigh, **self._sizes(),
         )  # fmt: skip
 
-    def _collect(self, y_TD, slot_TK, told):
-        on_host, most = (self.odd, self.odd) if told is None else (told.on_host, told.most)
-        self._kernels.collect_kernel[self._grid(max(y_TD.shape[0], 1))](
-            self.view["sums"], slot_TK, y_TD, self.view["needed"], on_host, most, self.peers_W, self.state, self.ep_rank,
-            y_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self.offset["flags"], K=self.top_k,
-            W=self.num_ranks, CHECK=told is not None, K_PAD=_power_of_two(self.top_k), **self._tile("T"),
-        )  # fmt: skip
+    def _grid(self, pieces_of_turn: int) -> tuple[int]:
+        return (min(self._num_turns * pieces_of_turn, self.max_blocks),)
 
-    def _grid(self, num_rows: int) -> tuple[int]:
-        return (-(-num_rows // self.block_rows),)
+    def _sizes(self) -> dict:
+        return {
+            "K": self.top_k, "K_PAD": _power_of_two(self.top_k), "W": self.num_ranks, "W_PAD": _power_of_two(self.num_ranks),
+            "BLOCK_T": self.block_tokens, "BLOCK_D": self.block_d, "num_warps": _NUM_WARPS,
+        }  # fmt: skip
 
-    def _tile(self, letter: str) -> dict:
-        return {f"BLOCK_{letter}": self.block_rows, "BLOCK_D": self.block_d, "num_warps": _NUM_WARPS}
-
-    def _begin(self, opens: bool) -> None:
-        """Before a call that fills tokens (`opens`) or sums: see that the two alternate, and follow the last stream."""
+    def _follow(self) -> None:
+        """Go on behind the last call, whatever stream it was on."""
         stream = torch.cuda.current_stream(self.device)
         if self._stream not in (None, stream) and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(self._stream)
         self._stream = stream
+
+    def _begin(self, opens: bool) -> None:
+        """Before a call that fills tokens (`opens`) or sums: see that the two alternate."""
+        self._follow()
         if self.is_open == opens and self.num_ranks > 1:
             # a call was left without its answer: peers may still read the region that this one fills
             self._kernels.meet_kernel[(1,)](
-                self.peers_W, self.state, self.ep_rank, self.offset["flags"], W=self.num_ranks
+                self.peers_W, self._met, self.ep_rank, self.offset["met"], W=self.num_ranks
             )
         self.is_open = opens
 
@@ -292,6 +290,10 @@ def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
     torch.cuda.synchronize(device)
     dist.barrier(group)
     return buffer, [base + shift for base in bases]
+
+
+def _num_processors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _power_of_two(number: int) -> int:

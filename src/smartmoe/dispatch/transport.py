@@ -17,17 +17,6 @@ from smartmoe.ops.plan import make_plan
 
 
 @dataclass(frozen=True)
-class Arrivals:
-    """What `send` brought. tokens_ND: [N, D], a row is filled only when a copy of its token is for this rank, and valid
-    until the next call of the transport. local_NK: [N, K] int64 local slot of each copy, -1 = none here; weight_NK:
-    [N, K] float32; both private copies."""
-
-    tokens_ND: torch.Tensor
-    local_NK: torch.Tensor
-    weight_NK: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Told:
     """What the calls of one layer tell the host without its waiting. on_host: [2] int32, rows that a routing needed on the
     fullest rank and did not find, 0 = all found theirs; the most rows that any routing needed. most: [1] int32, that number
@@ -62,18 +51,18 @@ class LocalPlan:
         return self.row_NK, self.copy_R, self.weight_NK, self.count_L, self.num_rows, self.num_needed
 
 
-def make_local_plan(transport, arrivals: Arrivals, row_bound: int) -> LocalPlan:
-    """Lay the copies of `arrivals` out as at most `row_bound` rows. No host synchronisation."""
-    plan = make_plan(arrivals.local_NK, transport.slots_per_rank, row_bound)
-    sizes = transport.bound(plan.count_S, arrivals.weight_NK, row_bound)
-    return LocalPlan(plan.row_of_copy_TK, plan.copy_of_row_R, arrivals.weight_NK, *sizes)
+def make_local_plan(transport, local_NK: torch.Tensor, weight_NK: torch.Tensor, row_bound: int) -> LocalPlan:
+    """Lay the copies that `announce` told of out as at most `row_bound` rows. No host synchronisation."""
+    plan = make_plan(local_NK, transport.slots_per_rank, row_bound)
+    sizes = transport.bound(plan.count_S, weight_NK, row_bound)
+    return LocalPlan(plan.row_of_copy_TK, plan.copy_of_row_R, weight_NK, *sizes)
 
 
 class CollectiveTransport:
     """The transport over all-gathers and all-to-alls of whole buffers, in plain torch on any device and backend.
 
     It moves what the kernels move and W times more; rows that the kernels would leave unwritten are NaN here, so that a
-    reader of too much shows. Collective over the group in every call but `bound`, `gather`, `wait` and `weight_grad`.
+    reader of too much shows. Collective over the group in every call but `bound`, `wait` and `weight_grad`.
     Reads sizes on the host.
     """
 
@@ -89,15 +78,12 @@ class CollectiveTransport:
         """What `sum_back` is to tell the host of one layer: nothing yet."""
         return Told(torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
 
-    def send(self, x_TD, slot_TK, weight_TK) -> Arrivals:
-        """Bring x_TD [T, D] of every rank to the ranks of slot_TK [T, K] int64 (-1 = dropped), and the slots and
-        weights [T, K] float32 to all."""
-        local_NK = self._local(slot_TK)
-        return Arrivals(self._tokens(x_TD, local_NK), local_NK, gather_all(self._padded(weight_TK, 0.0), self.group))
-
-    def push(self, x_TD, slot_TK) -> torch.Tensor:
-        """As `send`, without slots and weights: returns tokens_ND."""
-        return self._tokens(x_TD, self._local(slot_TK))
+    def announce(self, slot_TK, weight_TK) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell all ranks the slots [T, K] int64 (-1 = dropped) and weights [T, K] float32 of this one's copies. Returns
+        local_NK [N, K] int64, the local slot of each copy, -1 = none here, and weight_NK [N, K] float32."""
+        local_NK = gather_all(self._padded(slot_TK, -1), self.group) - self.ep_rank * self.slots_per_rank
+        local_NK = torch.where((local_NK >= 0) & (local_NK < self.slots_per_rank), local_NK, -1)
+        return local_NK, gather_all(self._padded(weight_TK, 0.0), self.group)
 
     def bound(self, wanted_L, weight_NK, row_bound: int):
         """Cut counts where their running sum passes row_bound: (count_L, num_rows [1] int32, num_needed [1] int32)."""
@@ -107,13 +93,15 @@ class CollectiveTransport:
         sign = torch.where(weight_NK.isnan().any(), -1, 1)
         return count_L, kept_L[-1:].to(torch.int32), (sign * end_L[-1:]).to(torch.int32)
 
-    def gather(self, tokens_ND, plan: LocalPlan) -> torch.Tensor:
-        """The rows of the plan: [R, D], NaN beyond the rows in use."""
+    def bring(self, x_TD, slot_TK, plan: LocalPlan) -> torch.Tensor:
+        """The rows of the plan: [R, D], tokens of x_TD [T, D] of all ranks; NaN beyond the rows in use."""
+        tokens_ND = gather_all(self._padded(x_TD, torch.nan), self.group)
         return self._poison_tail(tokens_ND[plan.copy_R // plan.weight_NK.shape[1]], plan)
 
-    def weigh(self, grad_ND, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
+    def weigh(self, grad_TD, slot_TK, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
         """The gradient of `sum_back` with weights, of the shape of rows_RD; the weights' gradients go to their source.
         reuse: it may take the place of rows_RD."""
+        grad_ND = gather_all(self._padded(grad_TD, torch.nan), self.group)
         copy_R = plan.copy_R[: rows_RD.shape[0]]
         grad_RD = grad_ND[copy_R // plan.weight_NK.shape[1]].float()
         dot_R = (rows_RD.float() * grad_RD).sum(1)
@@ -164,14 +152,6 @@ class CollectiveTransport:
         out = tensor.new_full((self.capacity, tensor.shape[1]), value)
         out[: tensor.shape[0]] = tensor
         return out
-
-    def _local(self, slot_TK):
-        local_NK = gather_all(self._padded(slot_TK, -1), self.group) - self.ep_rank * self.slots_per_rank
-        return torch.where((local_NK >= 0) & (local_NK < self.slots_per_rank), local_NK, -1)
-
-    def _tokens(self, x_TD, local_NK):
-        tokens_ND = gather_all(self._padded(x_TD, torch.nan), self.group)
-        return tokens_ND.masked_fill((local_NK < 0).all(1, keepdim=True), torch.nan)
 
     def _poison_tail(self, rows_RD, plan):
         tail_R = torch.arange(rows_RD.shape[0], device=rows_RD.device) >= plan.num_rows
