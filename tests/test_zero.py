@@ -18,6 +18,7 @@ from smartmoe.parallel.zero import ShardedBuffers, cut_rows
 from smartmoe.placement import Placement
 from smartmoe.planner.memory import Parameters, optimizer_bytes
 
+SHALLOW = dataclasses.replace(MODEL, num_layers=2)  # where no pipeline cuts it, two layers show what four do
 # Nothing divides: rows are dealt out unevenly, and of the 6 experts' router rows the last of 4 ranks gets none.
 ODD_MODEL = dataclasses.replace(
     MODEL, num_layers=2, hidden_size=37, ffn_size=61, num_heads=1, vocab_size=331, num_experts=6
@@ -57,10 +58,10 @@ HALF = dataclasses.replace(WORKLOAD, dtype="bfloat16")
 FEW = dataclasses.replace(MODEL, num_layers=2, moe_every=2)
 CASES = {
     "pair": (config_of, PAIR, {}),
-    "slices": (config_of, ParallelPlan(dp=2, tp=2, ep=2), {}),
+    "slices": (config_of, ParallelPlan(dp=2, tp=2, ep=2), {"model": SHALLOW}),
     "odd": (odd, SPLIT, {}),
-    "split": (config_of, SPLIT, {}),
-    "bfloat16": (config_of, SPLIT, {"workload": HALF}),
+    "split": (config_of, SPLIT, {"model": SHALLOW}),
+    "bfloat16": (config_of, SPLIT, {"workload": HALF, "model": SHALLOW}),
     # a stage without experts must agree with the other on the entries of the gradient norm
     "no experts": (config_of, dataclasses.replace(PAIR, vpp=1), {"model": FEW}),
 }
@@ -68,7 +69,7 @@ CASES = {
 
 def with_replicas(mode):
     config = replica_config(SPLIT, mode)
-    return dataclasses.replace(config, workload=config_of(SPLIT, 1).workload)
+    return dataclasses.replace(config, workload=config_of(SPLIT, 1).workload, model=SHALLOW)
 
 
 def run_all(world_rank, folder):
