@@ -13,7 +13,6 @@ from plotting.runset import to_dataset
 from smartmoe import config, record
 from smartmoe.bench import layer_accuracy, measure, plan_accuracy, profile_layer
 from smartmoe.bench.plan_accuracy import Row
-from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.planner.primitives import Profile
 from smartmoe.trace import ExpertTrace
 from tests.dist import spawn
@@ -73,7 +72,7 @@ def test_both_entries_measure_and_predict(folder):
         "--out",
         str(folder / "steps.json"),
         "--runs",
-        str(folder / "runs"),
+        str(folder / "runs" / "fig10"),
     ]
     (rows, own, points), (_, *others) = spawn(_run, 2, steps, run_dir)
     assert len(rows) == 3 and all(row["predicted_ms"] > 0 and row["measured_ms"] > 0 for row in rows)
@@ -185,11 +184,3 @@ def test_every_micro_batch_of_every_plan_has_its_own_loads():
         first = (micro * plan.dp + dp_rank) * micro_batch  # as Trainer.batch deals samples out
         want = counts_IBLE[:, first : first + 3].sum(1) / (micro_batch * 2 * model.top_k)
         assert share[:, micro, dp_rank * 2 + tp_rank] == pytest.approx(want)
-
-
-def test_settled_dispatchers_do_not_wait():
-    dispatcher = DirectDispatcher(None, 4)
-    dispatcher.row_factor, dispatcher.transport = 0.5, object()  # as with several ranks: there is not room for anything
-    assert not dispatcher.is_settled
-    plan_accuracy.settle(SimpleNamespace(layers={3: SimpleNamespace(dispatcher=dispatcher)}))
-    assert dispatcher.is_settled

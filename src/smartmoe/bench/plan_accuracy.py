@@ -3,8 +3,9 @@
     torchrun --nproc-per-node N -m smartmoe.bench.plan_accuracy --model M --cluster C --profile P.json [--plans NAME ...]
 
 All plans train the same model on the same text; routing does not depend on the plan, so what the first plan records, sample
-by sample, are the loads of every micro-batch of every plan. Step times are medians after warm-up, of the slowest rank; the
-first iterations are short of what training comes to only behind many (`settle`). The row "regret" says how much slower than
+by sample, are the loads of every micro-batch of every plan. (Where losses of plans differ, training has blown up and they
+do not route alike: lower the learning rate.) Step times are medians after warm-up, of the slowest rank; the direct dispatcher
+has room for any routing, as otherwise it makes the host wait in its first 256 calls. The row "regret" says how much slower than
 the best measured plan the planner's choice is, and that of uniform loads.
 
 --out FILE.json gets rows, every step's time and the parts of the predictions, FILE.npz the loads, sample by sample. --measured
@@ -29,7 +30,6 @@ from smartmoe.bench import plan_figure
 from smartmoe.bench.measure import World, run_in_world
 from smartmoe.config import ParallelPlan, RunConfig
 from smartmoe.data import load_tokens
-from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.mesh import build_mesh
 from smartmoe.planner import loads, pool, search
 from smartmoe.planner.commands import add_setting, setting_of
@@ -38,8 +38,6 @@ from smartmoe.planner.loads import Loads
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import Trainer
-
-SETTLING = 2  # iterations that run as the first of a training run do
 
 
 @dataclasses.dataclass
@@ -96,11 +94,7 @@ def measure(config: RunConfig, world: World, tokens, num_iterations: int) -> Row
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config, build_mesh(config.plan, world.device), tokens)
-    found = []
-    for number in range(num_iterations):
-        if number == SETTLING:
-            settle(trainer)
-        found.append(trainer.run_iteration())
+    found = [trainer.run_iteration() for _ in range(num_iterations)]
     name = pool.name_of(config.plan, config.workload.micro_batch_size)
     times = [round(result.step_ms, 3) for result in found]
     kept = times[config.workload.warmup_iterations :]
@@ -116,13 +110,6 @@ def measure(config: RunConfig, world: World, tokens, num_iterations: int) -> Row
     if world.group is not None:
         dist.barrier()
     return row
-
-
-def settle(trainer: Trainer) -> None:
-    """Go on as after many iterations: the direct dispatcher, careful for its first 256 calls, is so no longer."""
-    for layer in trainer.layers.values():
-        if isinstance(layer.dispatcher, DirectDispatcher):
-            layer.dispatcher.num_careful = 0
 
 
 def record_counts(config: RunConfig, world: World, tokens, num_iterations: int) -> np.ndarray:
@@ -160,9 +147,8 @@ def recorder_of(cost: CostModel, num_ranks: int) -> tuple[ParallelPlan, int]:
 
 def run(args: argparse.Namespace, world: World) -> list[Row]:
     """Measure all plans, predict them, print and write. Collective."""
-    config, cost = setting_of(args)
-    cluster = pool.cluster_of(cost.cluster, world.num_ranks)
-    cost.cluster = cluster
+    cost = cost_of(args, world.num_ranks)
+    config, cluster = cost.config, cost.cluster
     plans = [pool.parse_name(name) for name in args.plans] if args.plans else choose(cost, world.num_ranks, args.choose)
     recorder = recorder_of(cost, world.num_ranks)
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed)
@@ -201,12 +187,20 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     return rows
 
 
+def cost_of(args: argparse.Namespace, num_ranks: int) -> CostModel:
+    """The cost model of the plans that are compared, on `num_ranks` of the cluster's ranks."""
+    _, cost = setting_of(args)
+    cost.cluster = pool.cluster_of(cost.cluster, num_ranks)
+    layer = dataclasses.replace(cost.config.layer, row_factor=float(num_ranks))
+    cost.config = dataclasses.replace(cost.config, layer=layer)
+    return cost
+
+
 def predict_measured(args: argparse.Namespace) -> list[Row]:
     """Predict what --measured has, without measuring anything."""
     data = json.loads(args.measured.read_text(encoding="utf-8"))
     rows = [Row(**row) for row in data["rows"]]
-    _, cost = setting_of(args)
-    cost.cluster = pool.cluster_of(cost.cluster, pool.parse_name(rows[0].name)[0].world_size)
+    cost = cost_of(args, pool.parse_name(rows[0].name)[0].world_size)
     predict(rows, cost, ExpertTrace.load(args.measured.with_suffix(".npz")).counts[:, 0].transpose(0, 2, 1, 3))
     print(format_rows(rows))
     if args.out:
@@ -285,6 +279,9 @@ def format_rows(rows: list[Row]) -> str:
     s = statistics(rows)
     lines.append(f"step time: MAPE {s['mape']:.1%}, Kendall tau {s['tau']:.2f}, regret {s['regret']:.1%}; "
                  f"uniform loads: {s['blind_mape']:.1%}, {s['blind_tau']:.2f}, {s['blind_regret']:.1%}")  # fmt: skip
+    losses = np.array([row.losses for row in rows])
+    if losses.size:
+        lines.append(f"losses of plans differ by up to {(np.ptp(losses, axis=0) / losses.mean(0)).max():.2%}")
     if "memory_mape" in s:
         lines.append(f"memory: MAPE {s['memory_mape']:.1%}")
     return "\n".join(lines)
@@ -305,7 +302,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="measured iterations of each plan; default: 8")
     parser.add_argument("--warmup", type=int, default=4, help="iterations before them; default: 4")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write rows, statistics and loads")
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="measure FastMoE too, and write runs of figure 10")
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", help="measure FastMoE too, and write runs for the figure that DIR is named after"
+    )
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="predict what is in this file only")
     return parser.parse_args(argv)
 

@@ -1,4 +1,5 @@
-"""Figure 10 of what plan_accuracy measured: FastMoE, the plan that uniform loads choose (Alpa's assumption), and the planner's.
+"""Runs of a figure from what plan_accuracy measured: FastMoE, the plan that uniform loads choose (Alpa's assumption), and the
+planner's.
 
 Alpa's bar differs from the planner's in the plan alone, as in the paper; FastMoE has its own plan and mechanism, and of the
 micro-batches that were measured the one that the cost model takes for its fastest.
@@ -13,8 +14,6 @@ from smartmoe import record, systems
 from smartmoe.config import RunConfig, to_dict
 from smartmoe.planner import pool
 from smartmoe.planner.cost_model import CostModel
-
-FIGURE = "fig10"
 
 
 def fastmoe_of(cost: CostModel, micro_batches: list[int]) -> RunConfig:
@@ -34,12 +33,12 @@ def fastmoe_of(cost: CostModel, micro_batches: list[int]) -> RunConfig:
         if pool.fits(own, run.plan, micro_batch):
             found.append((own.estimate(run.plan, micro_batch).mean_ms, micro_batch, run))
     if not found:
-        raise ValueError(f"figure 10: FastMoE can have none of the micro-batches {micro_batches}: {problem}")
+        raise ValueError(f"--runs: FastMoE can have none of the micro-batches {micro_batches}: {problem}")
     return min(found, key=lambda item: item[:2])[2]
 
 
 def write_runs(folder: Path, cost: CostModel, rows: list, fastmoe: tuple, provenance: dict, panel: str) -> None:
-    """Run directories of the three bars under folder/fig10, as logs/README.md describes them.
+    """Run directories of the three bars under `folder`, as logs/README.md describes them; its name is that of the figure.
 
     rows: of plan_accuracy, predicted; fastmoe: (its row, its config).
     """
@@ -54,8 +53,8 @@ def write_runs(folder: Path, cost: CostModel, rows: list, fastmoe: tuple, proven
         num_warm = len(row.steps_ms) - row.num_measured
         work = dataclasses.replace(run.workload, iterations=len(row.steps_ms), warmup_iterations=num_warm)
         run_id = record.safe_run_id(series, row.name)
-        run_dir = folder / FIGURE / series / run_id
-        bar = {"figure": FIGURE, "panel": panel, "group": group, "series": series}
+        run_dir = folder / series / run_id
+        bar = {"figure": folder.name, "panel": panel, "group": group, "series": series}
         facts = {**provenance, "num_ranks": cost.cluster.num_ranks, "entry": "plan_accuracy"}
         run = dataclasses.replace(run, workload=work)
         record.create_run(run_dir, run_id, to_dict(run), [bar], provenance=facts)

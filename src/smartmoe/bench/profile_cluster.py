@@ -202,6 +202,9 @@ def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Ca
             sizes = dict(samples=samples, heads=shape.heads, tokens=shape.seq_len, head_dim=shape.width // shape.heads)
             cases.append(both_ways("attention", sizes, held, lambda s=sizes: parts.attention(site, **s)))
         cases += _expert_cases(site, shape, tokens)
+        whole = dict(tokens=tokens[0], width=shape.width, ffn=shape.ffn, heads=shape.heads, experts=shape.experts,
+                     top_k=shape.top_k, seq_len=shape.seq_len)  # fmt: skip
+        cases.append(both_ways("block", whole, False, functools.partial(parts.block, site, **whole)))
     matrix = shapes[-1].width * shapes[-1].ffn
     for factor, tensors, held in ((1, 4, False), (4, 4, False), (8, 32, False), (32, 64, False), (6, 16, True)):
         sizes = dict(numel=factor * matrix, tensors=tensors)

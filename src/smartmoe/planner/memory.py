@@ -148,6 +148,9 @@ def estimate(
     token_bytes = bytes_ * setting.tokens * width  # one activation [B, T, D]
     fixed, per_row = _saved_by_block(setting, plan, micro_batch)
     dense_fixed = _saved_by_dense_block(setting, plan, micro_batch)
+    if setting.layer.dispatcher == "direct" and rows_SLW.size:  # every rank has room for more than the fullest needs
+        room_SL1 = setting.layer.row_factor * rows_SLW.max(-1, keepdims=True)
+        rows_SLW = np.minimum(room_SL1, setting.ep * setting.copies)
     moe_before = np.cumsum([0, *(has_experts(model, layer) for layer in range(model.num_layers))])
     rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
     fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
@@ -264,8 +267,7 @@ def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int)
         router += 4 * tokens * model.num_experts
     fixed = _attention(setting, plan, micro_batch) + bytes_ * tokens * width + router + 48 * copies
     if setting.layer.dispatcher == "direct":
-        # room for row_factor times what the fullest rank needs, which is a little more than what this one does
-        return fixed, min(setting.layer.row_factor, setting.ep) * (bytes_ * (2 * width + hidden) + 16)
+        return fixed, bytes_ * (2 * width + hidden) + 16
     fixed += bytes_ * copies * width  # the rows that came back, for the weights' gradient
     inside = hidden if setting.layer.experts == "grouped" else hidden + model.ffn_size
     return fixed, bytes_ * (width + inside) + 24
