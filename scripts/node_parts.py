@@ -47,8 +47,8 @@ class Node:
 
     @property
     def sizes(self) -> list[int]:
-        """The powers of two up to all GPUs, and all."""
-        return sorted({self.gpus, *(2**power for power in range(self.gpus.bit_length()) if 2**power <= self.gpus)})
+        """The powers of two up to all GPUs: by others the figures' models do not divide."""
+        return [2**power for power in range(self.gpus.bit_length())]
 
 
 @dataclass(frozen=True)
