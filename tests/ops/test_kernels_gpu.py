@@ -201,7 +201,7 @@ def test_products_end_and_are_right(sizes, activation, bias):
         want[start:stop] = rows[start:stop].float() @ first[slot].float()
         want_act[start:stop] = rows[start:stop].float() @ second[slot].float().T
         parts.append(rows[start:stop].float().T @ hidden[start:stop].float())
-    weights = kernels.multiply_slots(rows, hidden, end, None, False)
+    weights = kernels.multiply_slots(rows, hidden, end, None, False, None)
     close_in_norm(weights, torch.stack(parts).double(), torch.bfloat16, "weights")
     turned = first.transpose(1, 2).contiguous()
     for _ in range(10):
@@ -262,7 +262,7 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
         for _ in range(2):
             total = torch.full((num_totals, height, width), float("nan"), device="cuda")
             for turn, (rows, grad) in enumerate(inputs):
-                rest = extension._C.multiply_slots(rows, grad, end, total, turn == 0)
+                rest = extension._C.multiply_slots(rows, grad, end, total, turn == 0, None)
                 assert rest.shape == (num_slots - num_totals, height, width)
                 close_in_norm(rest, parts[turn][num_totals:].double(), torch.bfloat16, "rest")
             seen.append(total)
@@ -272,7 +272,7 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
     count[-2] = 0
     args = *inputs[0], count.cumsum(0).int().cuda(), None, False
     held = torch.tensor([-1, 3], device="cuda", dtype=torch.int32)  # of the last two slots the first is not in use
-    every, some = extension._C.multiply_slots(*args), extension._C.multiply_slots(*args, held)
+    every, some = extension._C.multiply_slots(*args, None), extension._C.multiply_slots(*args, held)
     assert torch.equal(every[:-2], some[:-2]) and torch.equal(every[-1], some[-1])
 
 

@@ -6,7 +6,6 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace b = smartmoe::bindings;
-  namespace py = pybind11;
   m.def("slots_of", &b::slots_of);
   m.def("count_slots", &b::count_slots);
   m.def("plan_rows", &b::plan_rows);
@@ -22,6 +21,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_activate", &b::multiply_activate);
   m.def("multiply_slope", &b::multiply_slope);
   m.def("multiply_activate_into", &b::multiply_activate_into);
-  m.def("multiply_slots", &b::multiply_slots, py::arg("rows_RX"), py::arg("grad_RY"), py::arg("end_L"),
-        py::arg("total_LXY"), py::arg("is_first"), py::arg("held_G") = py::none());
+  m.def("multiply_slots", &b::multiply_slots);
 }

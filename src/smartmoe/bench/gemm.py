@@ -81,9 +81,9 @@ class Bench:
             if more == "sum":
                 total = torch.zeros(len(end), rows.shape[1], weight.shape[1], device=end.device)
                 if way == "own":
-                    return lambda: (own.multiply_slots(rows, weight, end, total, False), total)[1]
+                    return lambda: (own.multiply_slots(rows, weight, end, total, False, None), total)[1]
                 return lambda: (accumulate_(total, multiply(), False), total)[1]
-            return partial(own.multiply_slots, rows, weight, end, None, False) if way == "own" else multiply
+            return partial(own.multiply_slots, rows, weight, end, None, False, None) if way == "own" else multiply
         turned = weight.transpose(1, 2) if transposed else weight
         multiply = partial(own.multiply_rows, rows, weight, None, end, transposed) if way == "own" else None
         multiply = multiply or partial(F.grouped_mm, rows, turned, offs=end)
