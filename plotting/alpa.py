@@ -41,12 +41,13 @@ LOOK = {
 
 @dataclass(frozen=True)
 class Bar:
-    """pflops: of all GPUs together, None = the run failed. note: what ran."""
+    """pflops: of all GPUs together, None = the run failed. note: what ran; model: its name."""
 
     series: str
     num_gpus: int
     pflops: float | None
     note: str
+    model: str
 
 
 def read_published(path: Path = PUBLISHED) -> list[Bar]:
@@ -58,14 +59,16 @@ def read_published(path: Path = PUBLISHED) -> list[Bar]:
                 int(row["gpus"]),
                 int(row["gpus"]) * float(row["tflops_per_gpu"]) / 1e3 if row["tflops_per_gpu"] else None,
                 row["model"],
+                row["model"],
             )
             for row in csv.DictReader(file)
         ]
 
 
 def read_results(paths: list[Path], count: str) -> tuple[list[Bar], list[str]]:
-    """The best run of each back end and number of GPUs, and what was left out and why."""
-    best: dict[tuple[str, int], Bar] = {}
+    """The best run of each back end and number of GPUs, and what was left out and why: bars that stand side by side are of
+    one model, the published one where that was run."""
+    found: list[tuple[Path, Bar]] = []
     problems: list[str] = []
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     for file in files:
@@ -77,10 +80,27 @@ def read_results(paths: list[Path], count: str) -> tuple[list[Bar], list[str]]:
         if bar.num_gpus not in NUM_GPUS or bar.series not in LOOK:
             problems.append(f"{file}: no place for {bar.series} on {bar.num_gpus} GPUs")
             continue
+        found.append((file, bar))
+    models = _one_model_each([bar for _, bar in found])
+    best: dict[tuple[str, int], Bar] = {}
+    for file, bar in found:
         key = (bar.series, bar.num_gpus)
-        if key not in best or bar.pflops > best[key].pflops:
+        if bar.model != models[bar.num_gpus]:
+            problems.append(f"{file}: {bar.model} on {bar.num_gpus} GPUs is not drawn beside {models[bar.num_gpus]}")
+        elif key not in best or bar.pflops > best[key].pflops:
             best[key] = bar
     return list(best.values()), problems
+
+
+def _one_model_each(bars: list[Bar]) -> dict[int, str]:
+    """The model that is drawn for each number of GPUs."""
+    published = {bar.num_gpus: bar.model for bar in read_published()}
+    models = {num_gpus: sorted({bar.model for bar in bars if bar.num_gpus == num_gpus}) for num_gpus in published}
+    return {
+        num_gpus: published[num_gpus] if published[num_gpus] in names else names[0]
+        for num_gpus, names in models.items()
+        if names
+    }
 
 
 def _read_result(file: Path, count: str) -> Bar:
@@ -88,9 +108,10 @@ def _read_result(file: Path, count: str) -> Bar:
     num_gpus, rate = int(result["case"]["num_gpus"]), float(result["summary"]["tflops_per_gpu"][count])
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"{rate} TFLOP/s")
-    note = f"{result['case']['model']['name']} on {result['device']}, ZeRO-{result['options']['zero']}"
+    model = clean(str(result["case"]["model"]["name"]), 20)
+    note = f"{model} on {result['device']}, ZeRO-{result['options']['zero']}"
     series = clean(str(result["backend"]), 40) + " captured" * (result.get("captured") is True)
-    return Bar(series, num_gpus, num_gpus * rate / 1e3, clean(note, 60))
+    return Bar(series, num_gpus, num_gpus * rate / 1e3, clean(note, 60), model)
 
 
 def draw(bars: list[Bar], count: str) -> Figure:

@@ -38,6 +38,18 @@ def test_the_best_of_equal_runs_counts_in_the_chosen_way(tmp_path):
         assert bars[0].pflops == pytest.approx(pflops) and not problems
 
 
+def test_bars_side_by_side_are_of_one_model(tmp_path):
+    """The published one on so many GPUs where it was run."""
+    for name, backend, num_gpus, rate in (
+        ("690M", "smartmoe", 2, 100.0), ("1.3B", "smartmoe", 2, 300.0), ("1.3B", "deepspeed", 2, 50.0), ("10B", "smartmoe", 4, 1.0),
+    ):  # fmt: skip
+        model = {"case": {"num_gpus": num_gpus, "model": {"name": name}}}
+        write_result(tmp_path / f"{name}-{backend}.json", rate=rate, backend=backend, **model)
+    bars, problems = alpa.read_results([tmp_path], "artifact")
+    assert {(bar.series, bar.num_gpus, bar.model) for bar in bars} == {("smartmoe", 2, "690M"), ("smartmoe", 4, "10B")}
+    assert len(problems) == 2 and all("1.3B on 2 GPUs is not drawn beside 690M" in text for text in problems)
+
+
 def test_captured_runs_have_bars_of_their_own(tmp_path):
     write_result(tmp_path / "calls.json", rate=100.0, captured=False)
     write_result(tmp_path / "graphs.json", rate=300.0, captured=True)
