@@ -41,7 +41,8 @@ def test_the_best_of_equal_runs_counts_in_the_chosen_way(tmp_path):
 def test_bars_side_by_side_are_of_one_model(tmp_path):
     """The published one on so many GPUs where it was run."""
     for name, backend, num_gpus, rate in (
-        ("690M", "smartmoe", 2, 100.0), ("1.3B", "smartmoe", 2, 300.0), ("1.3B", "deepspeed", 2, 50.0), ("10B", "smartmoe", 4, 1.0),
+        ("690M", "smartmoe", 2, 100.0), ("1.3B", "smartmoe", 2, 300.0), ("1.3B", "deepspeed", 2, 50.0),
+        ("10B", "smartmoe", 4, 1.0),
     ):  # fmt: skip
         model = {"case": {"num_gpus": num_gpus, "model": {"name": name}}}
         write_result(tmp_path / f"{name}-{backend}.json", rate=rate, backend=backend, **model)
