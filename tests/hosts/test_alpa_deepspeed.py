@@ -180,6 +180,7 @@ def refusals(blocks) -> dict[str, str]:
     attempt("zero 3", engine.engine_config, case, 3, "fp32")
     attempt("ep", host_moe.create_expert_groups, 3)
     for kind, block in blocks.items():
+        attempt(f"captured {kind}", moe.check_waits_for_nothing, block)
         groups = host_engine.parameter_groups(block)
         attempt(f"plain {kind}", host_engine.make_engine, block, torch.optim.SGD(block.parameters(), lr=1.0), {})
         attempt(f"missing {kind}", host_engine.check_groups, block, groups[:1])
@@ -294,3 +295,4 @@ def test_mistakes_are_named(four):
         assert "in no group of the optimizer" in problems[f"missing {kind}"]
         assert "in several groups of the optimizer" in problems[f"twice {kind}"]
         assert problems[f"fine {kind}"] == problems[f"small {kind}"] == "accepted"
+    assert "the host wait for sizes" in problems["captured smartmoe"] and problems["captured deepspeed"] == "accepted"
