@@ -9,7 +9,8 @@ from dist import spawn
 from parity import GATES, WORKLOAD, make_config, make_trainer
 
 from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan
-from smartmoe.parallel import early
+from smartmoe.ops.expert_ffn import expert_ffn
+from smartmoe.parallel import data, early
 from smartmoe.parallel.data import ParamRef
 
 PLANS = [
@@ -95,3 +96,28 @@ def test_a_bucket_waits_for_the_last_write_of_its_parameters_and_for_those_befor
         reduction.finish()
         assert len(recorder.seen) == 2
         reduction.reset()
+
+
+def test_a_weight_that_a_pass_uses_twice_counts_once(monkeypatch):
+    """Also where products have added both gradients to its buffer, and autograd brings none."""
+    recorder = Recorder()
+    monkeypatch.setattr(early, "dist", recorder)
+    monkeypatch.setattr(data, "group_rank", lambda group: 0)
+    shapes = {"w1": (2, 8, 16), "b1": (2, 16), "w2": (2, 16, 8), "b2": (2, 8)}
+    params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    for param in params.values():
+        param.parallel = "expert"
+    buffers = data.GradientBuffers(list(params.items()), {"expert": "g"})
+    monkeypatch.setattr(early.EarlyReduction.__init__, "__defaults__", (16,))  # a bucket for each parameter
+    buffers.reduce_early(num_passes=2, kinds=["expert"])
+    for _ in range(2):
+        recorder.seen.clear()
+        for num_started in (0, 3):  # nobody comes after the last one and tells that it has been written
+            rows_RD, count_L = torch.randn(5, 8), torch.tensor([2, 3])
+            uses = [expert_ffn(rows_RD, count_L, *params.values(), "gelu", "grouped") for _ in range(2)]
+            sum(uses).sum().backward()
+            assert len(recorder.seen) == num_started
+        buffers.complete()
+        buffers._early.finish()
+        assert len(recorder.seen) == 4
+        buffers.zero()
