@@ -87,13 +87,33 @@ def check_copies(layer, expert_of_replica) -> None:
                 assert torch.equal(storage[layer.placement.slots_per_rank + index], weights[expert, name])
 
 
+class IntoGrad:
+    """A sink (ops.grad_sink) that sums in the parameter's grad."""
+
+    is_urgent, held_G = False, None
+
+    def __init__(self, param):
+        self.param = param
+
+    def take(self):
+        is_first = self.param.grad is None
+        if is_first:
+            self.param.grad = torch.full_like(self.param, torch.nan)
+        return self.param.grad, is_first
+
+
 def run_both_modes(world_rank, num_ranks):
     results = run_history(world_rank, num_ranks)
     for mechanism, gate in PAIRS:
         layer = make_layer(replicated("exact", mechanism, gate), num_ranks, shuffled=True)
-        for recompute in (False, True):
+        for variant in ("plain", "recomputed", "early", "early into sums"):
             layer.zero_grad()
-            results[gate, mechanism, "exact", recompute] = run_layer(layer, world_rank, recompute=recompute)
+            layer.replication.is_early = variant.startswith("early")
+            if variant == "early into sums":
+                layer.experts.w1_LDF.grad_sink, layer.experts.w2_LFD.grad_sink = map(
+                    IntoGrad, (layer.experts.w1_LDF, layer.experts.w2_LFD)
+                )
+            results[gate, mechanism, "exact", variant] = run_layer(layer, world_rank, recompute=variant == "recomputed")
             if num_ranks > 1:
                 check_copies(layer, layer.replication._held)
                 assert (np.array(layer.replication._held) >= 0).any()

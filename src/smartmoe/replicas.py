@@ -156,15 +156,18 @@ class _Gradients:
 
     def __init__(self, replication: Replication, plan: Any, params: Sequence[torch.Tensor]):
         self._replication, self._plan, self.num_uses = replication, plan, 0
-        self.num_owned = params[0].shape[0]
+        self.num_owned, self.num_matrices = params[0].shape[0], sum(param.dim() == 3 for param in params)
         traits = {"is_urgent": replication.is_early, "held_G": plan.held_G}
-        self.sinks = [_Sink(self, number, sink_of(param), **traits) for number, param in enumerate(params)]
+        self.sinks = [_Sink(self, sink_of(param), **traits) for param in params]
 
-    def returns_early(self, number: int, sink: _Sink) -> bool:
-        """Return the gradient of one storage now, where that pays."""
-        if self._replication.is_early:
-            self._replication.return_grads(self._plan, {number: sink.pair(self.num_owned)})
-        return self._replication.is_early
+    def return_early(self) -> None:
+        """Return what operations have given, when it is all that they will give, where that pays. One by one would pay only
+        if the device had room for it beside a product."""
+        given = {number: sink for number, sink in enumerate(self.sinks) if sink.is_given}
+        if self._replication.is_early and len(given) == self.num_matrices:
+            self._replication.return_grads(self._plan, {number: sink.pair(self.num_owned) for number, sink in given.items()})
+            for sink in given.values():
+                sink.is_returned = True
 
     def complete(self, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return what has not been; grads are autograd's. Gives the gradients of the parameters that are in no sink."""
@@ -192,18 +195,22 @@ class _Sink:
     def __init__(
         self,
         gradients: _Gradients,
-        number: int,
         owners_sink: GradSink | None,
         *,
         is_urgent: bool,
         held_G: torch.Tensor | None,
     ):
-        self._gradients, self._number, self._owners_sink = weakref.proxy(gradients), number, owners_sink
+        self._gradients, self._owners_sink = weakref.proxy(gradients), owners_sink
         self.is_urgent, self.held_G = is_urgent, held_G
         self.forget()
 
     def forget(self) -> None:
         self.total, self._kept, self._num_given, self.is_returned = None, None, 0, False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether all uses of the storage have given their gradients."""
+        return 0 < self._num_given == self._gradients.num_uses
 
     def take(self) -> tuple[torch.Tensor | None, bool]:
         if self._owners_sink is None:
@@ -214,8 +221,8 @@ class _Sink:
     def keep(self, rest: torch.Tensor) -> None:
         self._kept = rest if self._kept is None else self._kept.add_(rest)
         self._num_given += 1
-        if self._num_given == self._gradients.num_uses:
-            self.is_returned = self._gradients.returns_early(self._number, self)
+        if self.is_given:
+            self._gradients.return_early()
 
     def pair(self, num_owned: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """As Replication.return_grads takes it; None = there is no gradient."""

@@ -5,6 +5,7 @@ Slow, and without the memory model of a GPU; what it holds is the arithmetic of 
 
 import contextlib
 import importlib.util
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,13 @@ def _interpreted(world_rank, num_ranks, folder):
         return transports[key]
 
     direct._shared_transport = shared_transport
+    start_return = symmetric_replicas.SymmetricReplication._return
+
+    def late_where_copies_are(self, plan, items):
+        time.sleep(0.5 * bool(plan.held_G.max() >= 0))
+        start_return(self, plan, items)
+
+    symmetric_replicas.SymmetricReplication._return = late_where_copies_are
     cases.cases = lambda num_ranks: [cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")]
     return test_symmetric_replicas._carry_table(world_rank, num_ranks, torch.float32, ("grouped",))
 

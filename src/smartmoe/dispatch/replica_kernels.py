@@ -223,7 +223,8 @@ def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, si
     stages again only after all have added what was staged.
     """
     n = tl.arange(0, N_PAD)
-    if tl.max(tl.load(replica_N + n, mask=n < num_replicas, other=-1), 0) >= 0:
+    everywhere = tl.load(replica_N + n, mask=n < num_replicas, other=-1)
+    if tl.max(everywhere, 0) >= 0:
         per_16_bytes: tl.constexpr = 128 // copies_a.dtype.element_ty.primitive_bitwidth
         size_a = tl.multiple_of(tl.load(sizes_S + index_a), per_16_bytes)
         size_b = tl.multiple_of(tl.load(sizes_S + index_b), per_16_bytes)
@@ -237,8 +238,11 @@ def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, si
         for peer in tl.static_range(W):
             flag = _peer(peers_W, peer, staged_offset, tl.int32) + me * MOST_BLOCKS + block
             tl.atomic_xchg(flag, call, sem="release", scope="sys")
+        # only of those who have something for this rank: others need not wait, and hold no multiprocessor meanwhile
+        is_mine = (everywhere >= 0) & (tl.load(primary_E + everywhere, mask=everywhere >= 0, other=-1) // L == me)
         for peer in tl.static_range(W):
-            _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * MOST_BLOCKS + block, call)
+            if tl.sum((is_mine & (n // G == peer)).to(tl.int32), 0) > 0:
+                _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * MOST_BLOCKS + block, call)
         tl.debug_barrier()
         _add(owned_a, copies_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
         if HAS_B:
