@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, OnlineConfig, RunConfig, Workload
-from smartmoe.ops.replica_exchange import Transfers, _batches
+from smartmoe.ops.replica_exchange import Transfers, _batches, return_grads
 from smartmoe.placement import Placement, Replicas
 from smartmoe.replicas import Plan, copy_cost, return_all, send_all
 from tests import oracle
@@ -139,7 +139,21 @@ def run_history(world_rank, num_ranks):
             assert not any(grad.any() for grad in layer.replication.grads)
             result |= {"experts": experts_of(layer, grads), "bytes": (sent, returned, replicas.num_copies)}
             results[gate, mechanism, name] = result
+    check_travelling_dtype(layer)
     return results
+
+
+def check_travelling_dtype(layer):
+    """Gradients in float32 may travel in another dtype: here 1 + 2^-9, which bfloat16 rounds to 1."""
+    placement, rank = layer.placement, layer.ep_group.rank() if layer.ep_group else 0
+    moves = Transfers.of(placement, replica_tables(placement)["hot expert everywhere"], rank)
+    owned, copies = torch.full((placement.slots_per_rank, 3), 0.25), torch.full((2, 3), 1 + 2**-9)
+    sent = return_grads([([owned], [copies], moves)], layer.ep_group, torch.bfloat16)
+    hosts = placement.num_ranks - 1
+    if placement.rank_of_expert()[0] == rank:
+        assert sent == 0 and owned[placement.primary[0] % placement.slots_per_rank].tolist() == [hosts + 0.25] * 3
+    else:
+        assert sent == 3 * 2 and (owned == 0.25).all()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4])

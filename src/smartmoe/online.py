@@ -60,8 +60,8 @@ def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor]) ->
 
 def bytes_of_replica(online: OnlineConfig, numel: int, element: int, num_micro_batches: int) -> int:
     """Sent and returned in an iteration for one copy of an expert of `numel` weights of `element` bytes."""
-    if online.replicate == "history":  # once a step: weights there, fp32 gradients back
-        return numel * (element + 4)
+    if online.replicate == "history":  # once a step: weights there, gradients back
+        return 2 * numel * element
     # for each micro-batch: weights for the forward pass, again for the backward pass, gradients back
     return 3 * numel * element * num_micro_batches
 

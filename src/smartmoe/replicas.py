@@ -165,7 +165,8 @@ class _Gradients:
         if the device had room for it beside a product."""
         given = {number: sink for number, sink in enumerate(self.sinks) if sink.is_given}
         if self._replication.is_early and len(given) == self.num_matrices:
-            self._replication.return_grads(self._plan, {number: sink.pair(self.num_owned) for number, sink in given.items()})
+            pairs = {number: sink.pair(self.num_owned) for number, sink in given.items()}
+            self._replication.return_grads(self._plan, pairs)
             for sink in given.values():
                 sink.is_returned = True
 
@@ -336,6 +337,10 @@ class CollectiveReplication:
     def num_owned(self) -> int:
         return self.storages[0].shape[0] - self.num_replicas
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storages[0].dtype
+
     def _table(self, replicas: Replicas) -> torch.Tensor:
         """The table of ops.plan.slots_of for this rank, on the device."""
         if replicas.num_copies:
@@ -353,8 +358,8 @@ class HistoryReplication(CollectiveReplication):
 
     Decided elsewhere and set between iterations. `send_all` starts to fill the slots of all layers before the first pass
     after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
-    each storage, until `return_all`; on_pass is told when those of one more backward pass are in them. adds_always: also
-    where there are no copies, so that a pass does the same whatever is decided.
+    each storage, until `return_all`, and travel in the dtype of the experts; on_pass is told when those of one more backward
+    pass are in them. adds_always: also where there are no copies, so that a pass does the same whatever is decided.
     """
 
     adds_always = False
@@ -497,7 +502,7 @@ class EarlyReturn:
         if (self._sent_W + coming_W).max() <= self._limit * replication.num_replicas:  # the same on every rank
             self._sent_W = self._sent_W + coming_W
             entry = (self._owned[key], replication.grads, replication.transfers)
-            self._swaps[key] = start_return([entry], self._group)
+            self._swaps[key] = start_return([entry], self._group, replication.dtype)
 
     def finish(self) -> tuple[set[int], int]:
         """Add what was returned; (ids of those replications, bytes that this rank sent)."""
@@ -521,7 +526,9 @@ def return_all(
     """
     done, num_bytes = early.finish() if early is not None else (set(), 0)
     pairs = [pair for pair in zip(owned_grads, replications, strict=True) if id(pair[1]) not in done]
-    num_bytes += return_grads([(owned, each.grads, each.transfers) for owned, each in pairs], ep_group)
+    if pairs:
+        entries = [(owned, each.grads, each.transfers) for owned, each in pairs]
+        num_bytes += return_grads(entries, ep_group, pairs[0][1].dtype)
     for each in replications:
         for grad in each.grads:
             grad.zero_()

@@ -74,29 +74,37 @@ def fill(swap: Swap) -> None:
 
 
 @torch.no_grad()
-def return_grads(entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> int:
+def return_grads(
+    entries: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]],
+    ep_group,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Add the gradients of replicas to those of the owners, in one exchange as long as that is balanced.
 
     entries: (owned [L, ...], replicas [G, ...], transfers) for each layer, in the same order on every rank; the replicas all
-    of one dtype, in which they travel. An owner sums its own gradient and those of the replicas, by ascending rank, in
-    float32 at least, and rounds once: the same bits in every run. Returns the bytes that this rank sent. Collective as
-    `start_weights`.
+    of one dtype, in which they travel unless `dtype` says another. An owner sums its own gradient and those of the replicas,
+    by ascending rank, in float32 at least, and rounds once: the same bits in every run. Returns the bytes that this rank
+    sent. Collective as `start_weights`.
     """
     num_bytes = 0
     for batch in _batches(entries, entries[0][1][0].shape[0] if entries else 0):
-        swap = start_return(batch, ep_group)
+        swap = start_return(batch, ep_group, dtype)
         num_bytes += swap.num_bytes
         finish_return(swap)
     return num_bytes
 
 
 @torch.no_grad()
-def start_return(batch: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]], ep_group) -> Swap:
+def start_return(
+    batch: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Transfers]],
+    ep_group,
+    dtype: torch.dtype | None = None,
+) -> Swap:
     """Start to bring the gradients of replicas to the ranks of their owners. batch: as the entries of `return_grads`, at
     least one; those of the owners are not touched before `finish_return`. Collective over ep_group."""
     leaving = _parts([[(replicas, slots) for slots in move.receive_W] for _, replicas, move in batch])
     arriving = _parts([[(owned, slots) for slots in move.send_W] for owned, _, move in batch])
-    return Swap(leaving, arriving, batch[0][1][0], ep_group)
+    return Swap(leaving, arriving, batch[0][1][0], ep_group, dtype)
 
 
 @torch.no_grad()
@@ -141,17 +149,25 @@ def _parts(layers: list[list[tuple[Sequence[torch.Tensor], Sequence[int]]]]) -> 
 
 class Swap:
     """An exchange under way: leaving[w] goes to rank w, what comes from there has the shapes of arriving[w]. Collective.
-    num_bytes: sent by this rank."""
+    It travels as `dtype`, or that of `like`. num_bytes: sent by this rank."""
 
     def __init__(
-        self, leaving: list[list[torch.Tensor]], arriving: list[list[torch.Tensor]], like: torch.Tensor, ep_group
+        self,
+        leaving: list[list[torch.Tensor]],
+        arriving: list[list[torch.Tensor]],
+        like: torch.Tensor,
+        ep_group,
+        dtype: torch.dtype | None = None,
     ):
         send_splits, receive_splits = (
             [sum(t.numel() for t in part) for part in parts] for parts in (leaving, arriving)
         )
         self._arriving, self._splits = arriving, receive_splits
-        self._sent = torch.cat([like.new_empty(0), *(t.reshape(-1) for part in leaving for t in part)])
-        self._received = like.new_empty(sum(receive_splits))
+        parts = [t.reshape(-1) for part in leaving for t in part]
+        self._sent = like.new_empty(sum(send_splits), dtype=dtype)
+        if parts:
+            torch._foreach_copy_(list(self._sent.split([part.numel() for part in parts])), parts)
+        self._received = like.new_empty(sum(receive_splits), dtype=dtype)
         self.num_bytes = self._sent.numel() * self._sent.element_size()
         self._work = dist.all_to_all_single(
             self._received, self._sent, receive_splits, send_splits, group=ep_group, async_op=True
