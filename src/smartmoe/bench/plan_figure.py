@@ -44,20 +44,22 @@ def write_runs(folder: Path, cost: CostModel, rows: list, fastmoe: tuple, proven
     """
     config, capacity = cost.config, cost.config.gate.capacity
     group = f"{cost.cluster.num_ranks}/{'+inf' if capacity is None else format(capacity, 'g')}"
-    bars = {"fastmoe": fastmoe}
-    for series, value in (("alpa", "blind_ms"), ("smartmoe_static", "predicted_ms")):
-        row = min(rows, key=lambda row, value=value: getattr(row, value))
+    bars = [(["fastmoe"], *fastmoe)]
+    chosen = [(series, min(rows, key=lambda row, value=value: getattr(row, value)))
+              for series, value in (("alpa", "blind_ms"), ("smartmoe_static", "predicted_ms"))]  # fmt: skip
+    for row in {id(row): row for _, row in chosen}.values():  # both may have chosen one plan
+        all_series = [series for series, other in chosen if other is row]
         run = pool.config_of(config, cost.cluster, *pool.parse_name(row.name))
-        bars[series] = (row, dataclasses.replace(run, system=series))
-    for series, (row, run) in bars.items():
+        bars.append((all_series, row, dataclasses.replace(run, system=all_series[-1])))
+    for all_series, row, run in bars:
         num_warm = len(row.steps_ms) - row.num_measured
         work = dataclasses.replace(run.workload, iterations=len(row.steps_ms), warmup_iterations=num_warm)
-        run_id = record.safe_run_id(series, row.name)
-        run_dir = folder / series / run_id
-        bar = {"figure": folder.name, "panel": panel, "group": group, "series": series}
+        run_id = record.safe_run_id(run.system, row.name)
+        run_dir = folder / run.system / run_id
+        places = [{"figure": folder.name, "panel": panel, "group": group, "series": series} for series in all_series]
         facts = {**provenance, "num_ranks": cost.cluster.num_ranks, "entry": "plan_accuracy"}
         run = dataclasses.replace(run, workload=work)
-        record.create_run(run_dir, run_id, to_dict(run), [bar], provenance=facts)
+        record.create_run(run_dir, run_id, to_dict(run), places, provenance=facts)
         record.set_status(run_dir, "running")
         writer = record.RunWriter(run_dir)
         for number, (step_ms, loss) in enumerate(zip(row.steps_ms, row.losses, strict=True), 1):
