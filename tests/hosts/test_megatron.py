@@ -163,7 +163,11 @@ def test_the_run_directory_is_complete(runs):
     assert run["provenance"]["host"] == "megatron" and run["provenance"]["num_ranks"] == 2
     log = (runs / "tp2-moving" / "train.log").read_text().splitlines()
     assert len(log) == world.ITERATIONS and " lm loss: " in log[0]
-    assert record.read_run(runs / "tp2-megatron")["system"] == "megatron"
+    own = record.read_run(runs / "tp2-megatron")
+    assert own["system"] == "megatron"
+    bars = [each["bars"][0] for each in (run, own)]
+    assert [bar.pop("series") for bar in bars] == ["smartmoe", "megatron"] and bars[0] == bars[1]
+    assert bars[0]["figure"] == "losses" and bars[0]["group"] == "2 ranks"
 
 
 def test_megatrons_own_datasets_and_evaluation(runs):

@@ -152,12 +152,18 @@ class Session:
             facts = {"host": "megatron", "megatron_core": version("megatron-core"), "num_ranks": dist.get_world_size()}
             name = record.safe_run_id(self.run.system, self.run.plan.describe().replace(" ", "-"))
             provenance = record.provenance(**facts, **_device_name())
-            record.create_run(self.run_dir, name, to_dict(self.run), [], provenance=provenance)
+            record.create_run(self.run_dir, name, to_dict(self.run), [self._bar()], provenance=provenance)
         run = record.read_run(self.run_dir)
         self._is_launched = run["status"] != "pending" or "entry" in run.get("provenance", {})
         if not self._is_launched:
             record.set_status(self.run_dir, "running")
         self._writer = record.RunWriter(self.run_dir, keep_through=iteration or None)
+
+    def _bar(self) -> dict[str, str]:
+        """Where plotting draws the loss: over those of other runs of the same model on as many ranks."""
+        model = self.run.model
+        panel = f"Megatron-LM's loop, L{model.num_layers}-H{model.hidden_size}, {model.num_experts} experts"
+        return {"figure": "losses", "panel": panel, "group": f"{dist.get_world_size()} ranks", "series": self.run.system}
 
     def finish(self, status: str = "ok", message: str = "") -> None:
         """Close the run directory, and say how the run ended unless a launcher does."""
