@@ -156,15 +156,15 @@ class _Gradients:
 
     def __init__(self, replication: Replication, plan: Any, params: Sequence[torch.Tensor]):
         self._replication, self._plan, self.num_uses = replication, plan, 0
-        self.num_owned, self.num_matrices = params[0].shape[0], sum(param.dim() == 3 for param in params)
+        self.num_owned = params[0].shape[0]
         traits = {"is_urgent": replication.is_early, "held_G": plan.held_G}
         self.sinks = [_Sink(self, sink_of(param), **traits) for param in params]
 
     def return_early(self) -> None:
-        """Return what operations have given, when it is all that they will give, where that pays. One by one would pay only
-        if the device had room for it beside a product."""
-        given = {number: sink for number, sink in enumerate(self.sinks) if sink.is_given}
-        if self._replication.is_early and len(given) == self.num_matrices:
+        """Return what operations have given since, where that pays. All at once would hold multiprocessors beside a product
+        for longer: of two matrices the second travels beside the exchange."""
+        given = {number: sink for number, sink in enumerate(self.sinks) if sink.is_given and not sink.is_returned}
+        if self._replication.is_early and given:
             pairs = {number: sink.pair(self.num_owned) for number, sink in given.items()}
             self._replication.return_grads(self._plan, pairs)
             for sink in given.values():
