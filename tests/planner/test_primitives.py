@@ -100,8 +100,6 @@ def test_a_described_cluster_has_every_primitive_and_keeps_its_peaks():
     )
     primitives = described.describe(cluster, described.Rates(gemm_efficiency=0.5, link_efficiency=1.0), "bfloat16")
     for name, kind in KINDS.items():
-        if name.startswith("block"):  # whole, beside its pieces: for profiles alone
-            continue
         sizes = dict.fromkeys(kind.sizes, 4096)
         assert primitives.ms(name, **sizes) > 0 and primitives.host_ms(name, **sizes) >= 0, name
     took = primitives.ms("linear_forward", tokens=8192, inner=8192, outer=8192)
@@ -134,22 +132,3 @@ def test_sizes_of_experts_are_those_of_their_rows():
     known = {key: value for key, value in points[0].sizes.items() if key != "largest"}
     primitives = Primitives.fit(Profile({"experts_backward": points}, "bfloat16", {}))
     assert float(primitives.ms("experts_backward", **known, largest=650)) == pytest.approx(1.15, rel=0.01)
-
-
-def test_the_host_is_as_fast_as_it_is_in_a_whole_block():
-    def point(sizes, host_ms):
-        times = [dict.fromkeys(("median", "p10", "p90"), ms) for ms in (1.0, host_ms)]
-        return Point(sizes, *times)
-
-    names = ["norm", "linear", "attention", "gate", "experts", "route"]
-    points = {f"{name}_{way}": [point(dict.fromkeys(KINDS[f"{name}_{way}"].sizes, 8.0), 0.1)]
-              for name in names for way in ("forward", "backward")}  # fmt: skip
-    points["accumulate"] = [point(dict(numel=8.0, tensors=8.0), 0.2)]
-    alone = Primitives.fit(Profile(points, "float32", {}))
-    sizes = dict.fromkeys(KINDS["block_forward"].sizes, 8.0)
-    points |= {"block_forward": [point(sizes, 0.3)], "block_backward": [point(sizes, 0.5)]}
-    both = Primitives.fit(Profile(points, "float32", {}))
-    # alone: 7 pieces of 0.1, there and back, and the sums; together: 0.8
-    for name in ("gate_forward", "linear_backward"):
-        found = [float(p.host_ms(name, **dict.fromkeys(KINDS[name].sizes, 1.0))) for p in (alone, both)]
-        assert found == pytest.approx([0.1, 0.1 * 0.8 / 1.6])

@@ -11,6 +11,7 @@ import torch
 
 from smartmoe.bench.measure import World, between, now
 
+WARM_MS = 40.0  # until the clock is that of hard work
 _WIDTH = 4096
 _PASSES = 4  # over memory for each product: products take two thirds of the time, as in a step
 

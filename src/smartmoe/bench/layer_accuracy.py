@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.busy import BusyWork
+from smartmoe.bench.busy import WARM_MS, BusyWork
 from smartmoe.bench.measure import Timing, World, describe_failure, start_world, time_steps
 from smartmoe.bench.profile_layer import profile_layer
 from smartmoe.bench.replay import open_trace
@@ -68,6 +68,7 @@ class LayerSteps:
         if not self._lead_ms:
             time_steps(self.world, step, timing)
             self._lead_ms = max(LEAST_LEAD_MS, 1.5 * self._launch_ms(token_id_BT))
+        self._busy.launch(WARM_MS)
         times_IP, _ = time_steps(self.world, step, timing, lambda: self._busy.launch(self._lead_ms))
         # the first of them followed upon a wait for the device
         return float(np.median([self.world.largest(ms) for ms in times_IP[1:, 0].tolist()]))

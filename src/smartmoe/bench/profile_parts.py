@@ -16,12 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from smartmoe.bench.measure import World
-from smartmoe.config import GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.config import GateConfig, ModelConfig, ParallelPlan, Workload
 from smartmoe.dispatch.direct import DirectDispatcher
-from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.gates import build_gate
-from smartmoe.gpt import Block, attend
-from smartmoe.layer import MoELayer
+from smartmoe.gpt import attend
 from smartmoe.mesh import Mesh, all_gather, reduce_scatter
 from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.all_to_all import group_size
@@ -182,33 +180,6 @@ def norm(site: Site, tokens: int, width: int) -> Step:
         return total + normed
 
     return _there_and_back(forward, [x, *first.parameters(), *second.parameters()])
-
-
-def block(site: Site, tokens: int, width: int, ffn: int, heads: int, experts: int, top_k: int, seq_len: int) -> Step:
-    """A whole block with experts on this rank alone, as the trainer runs it, of `tokens` tokens: what the host takes for all
-    pieces together."""
-    device, dtype = site.world.device, str(site.dtype).removeprefix("torch.")
-    model = ModelConfig(num_layers=1, hidden_size=width, ffn_size=ffn, num_heads=heads, num_experts=experts, top_k=top_k,
-                        seq_len=min(seq_len, tokens))  # fmt: skip
-    num_samples = tokens // model.seq_len
-    dispatcher = "direct" if device.type == "cuda" and not why_unavailable(None) else "basic"
-    layer, work = LayerConfig(dispatcher=dispatcher), Workload(global_batch_size=num_samples, dtype=dtype)
-    run = RunConfig(model=model, layer=layer, workload=work)
-    whole = Block(model, MoELayer(run, layer_idx=0, dtype=site.dtype, device=device))
-    for name, param in whole.named_parameters():
-        if not name.startswith("moe."):
-            param.data = param.data.to(device, site.dtype)
-    buffers = GradientBuffers(list(whole.named_parameters()), {})
-    x_BTD, grad_BTD = (site.randn(num_samples, model.seq_len, width) for _ in range(2))
-    token_id_BT = torch.arange(num_samples * model.seq_len, device=device).view(num_samples, -1)
-
-    def step(mark):
-        y_BTD, _ = whole(x_BTD.detach().requires_grad_(), token_id_BT)
-        mark()
-        y_BTD.backward(grad_BTD)
-        buffers.flush()
-
-    return step
 
 
 def embedding(site: Site, tokens: int, width: int, vocab: int) -> Step:

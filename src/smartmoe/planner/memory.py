@@ -188,11 +188,13 @@ def estimate(
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
         copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
         buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
-        transient = bytes_ * fullest_row * (3 * _hidden_width(model) + 2 * width) + bytes_ * largest
+        # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
+        rows_wide = _hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
+        transient = bytes_ * fullest_row * rows_wide + bytes_ * largest
         if plan.recompute:
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
         if plan.pp * plan.vpp - 1 in chunks:
-            transient = max(transient, loss_moment)
+            transient = max(transient - loss_saved, loss_moment)  # the logits are gone when the blocks' turn comes
         if setting.is_exact:  # a collective exchange stages both directions, layer by layer
             transient += bytes_ * copied_in_layer * (plan.ep + 1)
         else:  # or all layers', when the activations are gone

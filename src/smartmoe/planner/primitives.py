@@ -27,7 +27,6 @@ import numpy as np
 SCHEMA = 3
 TILE_ROWS = 128  # rows of a tile of a grouped product: an expert's rows are computed in multiples of it
 _NEAR = 1e-6  # squared distance (of logarithms) below which a point is taken as the point itself
-_BLOCK_TENSORS = 8  # of a block without its experts: two norms, attention's two, the router's two
 _CHUNK = 4096  # sizes evaluated at once
 _GIGA, _MEGA = 1e-9, 1e-6
 
@@ -111,7 +110,6 @@ _PARTS = {
     "direct": Kind(("tokens", "copies", "width", "ranks", "off_bytes"), _direct),
     "norm": Kind(_TOKENS, lambda tokens, width: (1.0, tokens * width * _MEGA)),
     "embedding": Kind((*_TOKENS, "vocab"), _table),
-    "block": Kind((*_TOKENS, "ffn", "heads", "experts", "top_k", "seq_len"), lambda **sizes: (1.0,)),
     "loss": Kind(("tokens", "vocab"), lambda tokens, vocab: (1.0, tokens * vocab * _MEGA)),
 }
 # What each part is: the forms in which it is measured. "_forward" and "_backward" of the parts of a model; the rest once.
@@ -256,8 +254,6 @@ class Primitives:
                 device[name] = Curve.fit(*_tables(kind.amounts, kind, sizes_PQ), _medians(kept, "device_ms"))
                 host_P = np.maximum(_medians(kept, "host_ms"), 1e-6)
                 host[name] = Curve(_fit_host(_tables(kind.host_amounts, kind, sizes_PQ)[0], host_P))
-        factor = _block_over_pieces(profile.points, host)
-        host = {name: Curve(curve.coefficients * factor) for name, curve in host.items()}
         return cls(device, host, "measured", profile.facts)
 
     def has(self, name: str) -> bool:
@@ -327,28 +323,6 @@ def _fit_host(amounts_PA: np.ndarray, times_P: np.ndarray) -> np.ndarray:
     """Through the lower quartile of the points: what else a host does only adds, and does so to one of them or another."""
     coefficients = fit_non_negative(amounts_PA / times_P[:, None], np.ones(len(times_P)))
     return coefficients * np.percentile(times_P / np.maximum(amounts_PA @ coefficients, 1e-9), 25)
-
-
-def _block_over_pieces(points: dict[str, list[Point]], host: dict[str, Curve]) -> float:
-    """What the host takes for the pieces of a block in a row over what it takes for each by itself, 1 where it was not
-    measured: code and memory that it has just used are near."""
-    exchange = "direct" if "direct_forward" in host else "route"
-    wanted = [(name, way) for name in ("norm", "linear", "linear", "attention", "gate", "experts", exchange)
-              for way in ("forward", "backward")]  # fmt: skip
-    both = [points.get(f"block_{way}", []) for way in ("forward", "backward")]
-    if not all(both) or not {"accumulate", *(f"{name}_{way}" for name, way in wanted)} <= host.keys():
-        return 1.0
-    ratios = []
-    for forward, backward in zip(*both, strict=True):
-        alone = float(host["accumulate"].coefficients @ np.array([1.0, _BLOCK_TENSORS]))
-        for name, way in wanted:
-            sizes = dict.fromkeys(KINDS[f"{name}_{way}"].sizes, 0.0) | {"slots": forward.sizes["experts"]}
-            sizes = {key: sizes[key] for key in KINDS[f"{name}_{way}"].sizes}
-            amounts = np.array(KINDS[f"{name}_{way}"].host_amounts(**sizes))
-            alone += float(host[f"{name}_{way}"].coefficients @ amounts)
-        together = forward.host_ms["median"] + backward.host_ms["median"]
-        ratios.append(together / alone if together and alone > 1e-3 else 1.0)
-    return float(np.median(ratios))
 
 
 def held_out_errors(profile: Profile) -> dict[str, dict[str, float]]:
