@@ -365,6 +365,7 @@ def _steady(world_rank, num_ranks, device_type, num_rounds):
         num_tokens = (TOKENS, 0, 7, TOKENS - 1)[(turn + world_rank) % 4] if turn % 3 else TOKENS
         routed = _routed(num_ranks, 1000 * world_rank + turn, device, kinds[turn % len(kinds)], num_tokens)
         first = _exchange(dispatcher, *routed, world_rank)
+        dispatcher.transport.max_blocks = 1 + (turn + world_rank) % 9  # of a launch: any number will do
         if turn % 5 == 0:
             dispatcher.dispatch(*routed[:3])
         again = _exchange(dispatcher, *routed, world_rank)
