@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
         facts = record.provenance(device=name)
         if args.runs:
             print(f"FastMoE: {format_row(bar)}")
-            links = f", links slowed to {link_rate:g} GB/s" if link_rate else ""
+            links = f", {link_rate:g} GB/s" if link_rate else ""
             panel = f"{world.num_ranks} {'GPUs' if world.device.type == 'cuda' else 'CPU ranks'}{links}"
             plan_figure.write_runs(args.runs, cost, rows, (bar, fastmoe), facts, panel)
         if args.out:
