@@ -57,8 +57,8 @@ def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_cou
     schedule = Schedule.of(trace, 2, None, None)  # times iterations 1 and 21
 
     def seen(step, cost, control=0.0):
-        return {"step_ms": step, "control_ms": [[control], [control]], "decision_ms": cost, "load": [1.5, 1.0], "num_moved": [0, 3], "late": [0.0, 0.5],
-                "difference": [None, 1e-7]}  # fmt: skip
+        return {"step_ms": step, "control_ms": [[control], [control]], "decision_ms": cost, "load": [1.5, 1.0],
+                "num_moved": [0, 3], "late": [0.0, 0.5], "difference": [None, 1e-7]}  # fmt: skip
 
     balanced = seen([[1.0, 1.0], [2.0, 2.0]], [[], []])
     static, mode = seen([[2.0, 2.0], [4.0, 4.0]], [[], []]), seen([[2.0, 1.0], [2.0, 2.0]], [[], [8.0]])
