@@ -11,7 +11,7 @@ import torch
 
 # The first kind whose pattern a kernel's name has. Names are those of torch, cuBLAS, CUTLASS, NCCL and this package.
 KINDS = (
-    ("exchange", r"nccl|push_kernel|receive_kernel|meet_kernel|collect_kernel|sum_back_kernel|weigh_kernel"),
+    ("exchange", r"nccl|(^|\b)(announce|spread|sum|meet)_kernel"),
     ("attention", r"flash|fmha|sdpa|cudnn.*attention"),
     ("expert GEMM", r"grouped_gemm|GroupProblemShape|GroupMM|grouped_mm"),
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|gemv|splitK"),
