@@ -34,7 +34,9 @@ def test_systems_run_side_by_side_on_the_same_model(tmp_path, capsys):
     rows = report["rows"]
     assert [row["status"] for row in rows] == ["ok"] * 3
     assert rows[1]["layer"]["dispatcher"] == "direct" and rows[2]["layer"]["dispatcher"] == "basic"
+    assert rows[0]["online"]["policy"] == "static" and rows[2]["online"]["policy"] == "auto"
     for row in rows:
+        assert len(row["each_max_over_mean"]) == len(row["num_moved"]) == 3 and row["max_over_mean"] >= 1
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and len(row["loss"]) == 3
         rate = report["settings"]["flops_per_token"] * row["tokens_per_s"] / 1e12
         assert row["tflops_per_gpu"] == pytest.approx(rate, abs=1e-3)
@@ -74,7 +76,9 @@ def test_a_profile_counts_overlapping_kernels_once_in_busy_time():
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96>>", "attention"),
         ("smartmoe::grouped_gemm_kernel<256, 128>(CUtensorMap)", "expert GEMM"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "optimizer"),
-        ("sum_back_kernel", "exchange"),
+        ("sum_kernel", "exchange"),
+        ("return_kernel", "exchange"),
+        ("reroute_kernel", "routing"),
         ("update_kernel", "optimizer"),
         ("accumulate_kernel", "gradient sums"),
         ("norm_backward_kernel", "norm"),

@@ -11,13 +11,13 @@ import torch
 
 # The first kind whose pattern a kernel's name has. Names are those of torch, cuBLAS, CUTLASS, NCCL and this package.
 KINDS = (
-    ("exchange", r"nccl|(^|\b)(announce|spread|sum|meet)_kernel"),
+    ("exchange", r"nccl|(^|\b)(announce|spread|sum|meet|pull|return)_kernel"),
     ("attention", r"flash|fmha|sdpa|cudnn.*attention"),
     ("expert GEMM", r"grouped_gemm|GroupProblemShape|GroupMM|grouped_mm"),
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|gemv|splitK"),
     ("expert rows", r"(::|^|\b)(activate|activate_backward|add_bias|sum_pieces|sum_slots|permute|clear|gather|gather_sum|bound"
      r"|combine_backward)_kernel"),
-    ("routing", r"(count_chunks|count_slots|place|slots|stack)_kernel|topk|TopK|bitonic|[rR]adix|[sS]ort"),
+    ("routing", r"(count_chunks|count_slots|place|slots|stack|plan|reroute)_kernel|topk|TopK|bitonic|[rR]adix|[sS]ort"),
     ("optimizer", r"Adam|multi_tensor_apply|update_kernel"),
     ("gradient sums", r"accumulate_kernel"),
     ("norm", r"layer_norm|LayerNorm|GammaBeta|cuCompute|norm_(forward|backward)_kernel"),

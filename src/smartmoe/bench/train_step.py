@@ -113,7 +113,8 @@ def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argpars
         "graph": said[-1],
         "step_ms": [result.step_ms for result in results],
         "loss": [result.lm_loss for result in results],
-        "max_over_mean": results[-1].load_max_over_mean,
+        "max_over_mean": [result.load_max_over_mean for result in results],
+        "num_moved": [sum(event["num_moved"] for event in result.events) for result in results],
         "peak_bytes": max(result.peak_memory_bytes for result in results),
     }
     if is_profiled and is_cuda:
@@ -137,7 +138,9 @@ def make_row(config: RunConfig, results: list[dict], warmup: int) -> dict:
         "tokens_per_s": round(tokens / seconds, 1),
         "tflops_per_gpu": round(flops_per_token(config.model) * tokens / seconds / num_ranks / 1e12, 3),
         "peak_bytes": max(result["peak_bytes"] for result in results),
-        "max_over_mean": round(results[0]["max_over_mean"], 3),
+        "max_over_mean": round(spread(results[0]["max_over_mean"][warmup:])["median"], 3),
+        "each_max_over_mean": [round(load, 3) for load in results[0]["max_over_mean"]],
+        "num_moved": results[0]["num_moved"],
         "loss": [round(loss, 6) for loss in results[0]["loss"]],
         "first_ms": round(results[0]["step_ms"][0], 1),
         "graph": results[0]["graph"],
@@ -188,7 +191,12 @@ def run(args: argparse.Namespace, world: World) -> list[dict]:
 
     try:
         for name, config in configs.items():
-            row = {"system": name, "plan": config.plan.describe(), "layer": dataclasses.asdict(config.layer)}
+            row = {
+                "system": name,
+                "plan": config.plan.describe(),
+                "layer": dataclasses.asdict(config.layer),
+                "online": dataclasses.asdict(config.online),
+            }
             report.measure(
                 row,
                 lambda name=name, config=config: measure(config, world, tokens, args, is_profiled(name)),
