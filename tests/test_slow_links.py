@@ -159,6 +159,17 @@ def test_experts_go_the_slow_way_too(monkeypatch):
             assert migrate.Staging().exchange(None, torch.device("cpu")) == way
 
 
+class _Exchange:
+    """Stands for the work of a collective, which follows what the training stream was given so far. A delay that follows no
+    work begins, and may end, while that stream is still busy."""
+
+    def __init__(self):
+        self._done = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._done)
+
+
 @pytest.mark.gpu
 def test_the_device_waits_beside_the_training_stream_and_the_host_does_not():
     gpu_backend(1)
@@ -171,7 +182,7 @@ def test_the_device_waits_beside_the_training_stream_and_the_host_does_not():
         torch.cuda._sleep(50_000_000)  # the host gets ahead: none of its time lies between the marks
         start = time.perf_counter()
         marks[0].record()
-        held = slow_links_module._HeldOnDevice([], "link", seconds, ())
+        held = slow_links_module._HeldOnDevice([_Exchange()], "link", seconds, ())
         torch.zeros(1, device="cuda")
         marks[1].record()  # work that does not need the exchange
         held.wait()
