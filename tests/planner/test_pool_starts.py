@@ -85,24 +85,32 @@ def test_plans_that_fit_run_and_those_too_large_run_out_of_memory(dispatcher):
     too_large = [p.candidate for p in space.pruned if p.candidate.memory.allocated > 1.08 * room]
     largest = sorted(space.fitting, key=lambda c: -c.memory.total)[:2]
     assert len(largest) == 2 and too_large, "a sample of both"
-    torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
     tokens = TokenDataset([("random", np.random.default_rng(0).integers(0, 8192, 200_000))], 8192)
     try:
         for candidate in (*largest, *too_large[:2]):
+            _free()  # what ran out of memory, here or in an earlier test, still has some
             run = pool.config_of(config, cluster, candidate.plan, candidate.micro_batch)
             mesh = build_mesh(run.plan, torch.device("cuda", 0))
             if candidate in too_large:
                 with pytest.raises(torch.OutOfMemoryError):
                     Trainer(run, mesh, tokens).run_iteration()
                 continue
-            torch.cuda.reset_peak_memory_stats()
-            trainer = Trainer(run, mesh, tokens)
-            assert [math.isfinite(trainer.run_iteration().lm_loss) for _ in range(2)] == [True, True]
-            peak = torch.cuda.max_memory_allocated()
+            losses, peak = _losses_and_peak(run, mesh, tokens)
+            assert all(map(math.isfinite, losses))
             assert candidate.memory.allocated == pytest.approx(peak, rel=0.08), candidate.name
-            del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        _free()
+
+
+def _losses_and_peak(run, mesh, tokens):
+    """Of two iterations, and the most bytes that tensors took; the trainer is gone when what they are is judged."""
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(run, mesh, tokens)
+    return [trainer.run_iteration().lm_loss for _ in range(2)], torch.cuda.max_memory_allocated()
+
+
+def _free():
+    gc.collect()
+    torch.cuda.empty_cache()
