@@ -1,6 +1,7 @@
 """The direct dispatcher: its arithmetic on gloo worlds through the plain transport, its kernels on GPUs."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +314,24 @@ def test_a_batch_larger_than_the_first_is_refused():
     roomy = DirectDispatcher(None, SLOTS, max_tokens=9)
     roomy.dispatch(x[:5], slot[:5], weight[:5])
     roomy.dispatch(x[:9], slot[:9], weight[:9])
+
+
+def test_rows_reach_the_kernel_aligned(monkeypatch):
+    """A view may begin anywhere; the kernel reads 16 bytes at once from it as from the buffers of other ranks."""
+    seen = []
+    kernel = {(1,): lambda own_TD, *args, **more: seen.append(own_TD)}
+    monkeypatch.setattr(dispatch, "direct_kernels", SimpleNamespace(spread_kernel=kernel), raising=False)
+    monkeypatch.setattr(symmetric, "why_unavailable", lambda group: None)
+    monkeypatch.setattr(symmetric.SymmetricTransport, "_follow", lambda self: None)
+    x_TD = torch.arange(2 * 16 + 1, dtype=torch.bfloat16)[1:].view(2, 16)
+    slot_TK = torch.zeros(2, 1, dtype=torch.int64)
+    transport = symmetric.SymmetricTransport(None, 1, 2, x_TD, 1)
+    transport.max_blocks = 1
+    plan = make_local_plan(CollectiveTransport(None, 1, 2), slot_TK, torch.ones(2, 1), 2)
+    transport.bring(x_TD, slot_TK, plan)
+    assert seen[0].data_ptr() % 16 == 0 and seen[0].equal(x_TD)
+    transport.bring(seen[0], slot_TK, plan)
+    assert seen[1] is seen[0]
 
 
 def test_the_plan_keeps_what_fits_and_counts_what_does_not():

@@ -232,6 +232,8 @@ class SymmetricTransport:
         return self._grads_TK[: slot_TK.shape[0]].masked_fill(slot_TK < 0, 0)
 
     def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, weigh):
+        if own_TD.data_ptr() % 16:  # the kernel takes rows of this rank and of others for aligned alike
+            own_TD = own_TD.clone()
         self._begin(opens=True)
         self._kernels.spread_kernel[self._grid(self.num_ranks + 1)](
             own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.num_rows, self.peers_W, self._calls,
