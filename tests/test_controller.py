@@ -93,6 +93,24 @@ def test_a_change_is_not_judged_by_too_few_iterations():
     assert world.log[-1][2].kind == "keep" and "not yet measured" in world.log[-1][2].reason
 
 
+def test_loads_that_change_do_not_make_a_change_look_bad():
+    def count_of(iteration):  # from the change on another expert is the hottest each time, and there is more to do
+        return skewed() if iteration <= 10 else skewed(shift=5 * iteration, scale=900)
+
+    world = World(num_layers=1)
+    kinds = world.run(1, 20, count_of)
+    assert kinds[0] == (10, "migrate") and kinds[1][1] != "rollback", world.log[1][2].reason
+    slow = World(num_layers=1, slower=2.0)
+    assert slow.run(1, 20, count_of) == [(10, "migrate"), (20, "rollback")]
+
+
+def test_one_time_before_a_change_tells_nothing_of_noise():
+    for slower, judged in ((1.65, []), (2.0, ["rollback"])):  # 5 % more than before, 27 %
+        world = World(num_layers=1, slower=slower)
+        kinds = [kind for _, kind in world.run(1, 16, interval=4)]
+        assert kinds[0] == "migrate" and [kind for kind in kinds if kind == "rollback"] == judged, kinds
+
+
 def test_moving_must_pay():
     world = World(num_layers=1, sizes=Sizes(state_bytes=10**9, gbytes_per_s=1))  # a second per expert
     assert {kind for _, kind in world.run(1, 40)} == {"keep"} and "than moving costs" in world.log[-1][2].reason

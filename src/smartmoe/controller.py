@@ -20,6 +20,8 @@ MIN_GAIN = 0.02
 WARMUP_ITERATIONS = 2  # whose times are not believed
 REVIEW_ITERATIONS = 3  # measured after a change before it is judged, the first one left out
 _WINDOW = 50
+_JUDGED = 8  # iterations on either side of a change that a review compares, at most
+_MARGIN_OF_FEW = 0.1  # of the time before, where fewer than REVIEW_ITERATIONS do not tell how much it varies
 # Loads that vary by less than this fraction do not tell what a copy costs: then all of a layer's time is taken for it.
 _TELLING_VARIATION = 0.05
 
@@ -57,12 +59,12 @@ class Change:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A change whose measured times are still to come: state and times before it, and its predicted times then and now."""
+    """A change whose measured times are still to come: the state before it, and that state's last times and counts."""
 
     iteration: int
     before: policy.LayerState
     ms_before: tuple[float, ...]
-    predicted_before_ms: float
+    counts_before: tuple[np.ndarray, ...]
 
 
 def max_over_mean(load_W: np.ndarray) -> float:
@@ -106,6 +108,7 @@ class Controller:
         self.max_over_mean = 1.0
         self._trials: dict[int, _Trial] = {}
         self._rolled_back: dict[int, int] = {}
+        self._changed: dict[int, int] = {}  # layer -> iteration of its last change, taken back or not
         self._move_ms = sizes.state_bytes / sizes.gbytes_per_s / 1e6
 
     def _fresh(self, placement: Placement) -> policy.LayerState:
@@ -124,9 +127,8 @@ class Controller:
         if ms_Y is None or iteration <= WARMUP_ITERATIONS:
             return
         for layer, (count_WE, ms) in enumerate(zip(count_YWE, ms_Y, strict=True)):
-            trial = self._trials.get(layer)
-            if trial is not None and iteration <= trial.iteration + 1:
-                continue  # the first after a change pays for what has never run before
+            if layer in self._changed and iteration <= self._changed[layer] + 1:
+                continue  # the one that ended with the change ran without; the next pays for what has never run before
             self._ms_Y[layer].append(float(ms))
             self._counts_Y[layer].append(np.asarray(count_WE, np.float64))
             # with "exact", copies of each micro-batch even the load out
@@ -200,7 +202,8 @@ class Controller:
 
     def _begin_trial(self, layer: int, iteration: int, decision: policy.Decision) -> None:
         before = self._states[layer]
-        self._trials[layer] = _Trial(iteration, before, tuple(self._ms_Y[layer])[-_WINDOW:], decision.before_ms)
+        ms, counts = tuple(self._ms_Y[layer])[-_JUDGED:], tuple(self._counts_Y[layer])[-_JUDGED:]
+        self._trials[layer], self._changed[layer] = _Trial(iteration, before, ms, counts), iteration
         self._states[layer] = before.moved_to(decision, iteration, self._rules.horizon)
         self._ms_Y[layer].clear()
         self._counts_Y[layer].clear()
@@ -211,28 +214,37 @@ class Controller:
         self._counts_Y[layer].clear()
 
     def _review(self, layer: int, iteration: int, costs: policy.Costs, no_room: str) -> Change | None:
-        """What to do with a layer that was changed lately; None when it is free for the next decision."""
-        trial, state, measured = self._trials[layer], self._states[layer], list(self._ms_Y[layer])
+        """What to do with a layer that was changed lately; None when it is free for the next decision.
+
+        Loads change from one iteration to the next, so what is compared is by how much each iteration took longer than
+        predicted for its own load, then and now, on top of what is predicted for the loads since the change.
+        """
+        trial, state = self._trials[layer], self._states[layer]
+        measured, counts = (list(each)[-_JUDGED:] for each in (self._ms_Y[layer], self._counts_Y[layer]))
         if not trial.ms_before:
             self._trials.pop(layer)
             return None
         if len(measured) < REVIEW_ITERATIONS:
             return self._keep(layer, f"changed after iteration {trial.iteration}, not yet measured often enough")
         self._trials.pop(layer)
-        count_WE = np.mean(self._counts_Y[layer], axis=0)
-        nodes = self._rules.node_of_rank_W
-        now_ms = policy.predict_ms(count_WE, state.placement, state.replicas, costs, nodes)
-        expected_ms = float(np.median(trial.ms_before)) + now_ms - trial.predicted_before_ms
-        verdict = policy.review(expected_ms, trial.ms_before, measured)
+        then_N = self._expected_ms(trial.counts_before, trial.before, costs)
+        back_N, now_N = (self._expected_ms(counts, each, costs) for each in (trial.before, state))
+        back_ms, now_ms = float(np.median(back_N)), float(np.median(now_N))
+        before_N, after_N = np.array(trial.ms_before) - then_N + back_ms, np.array(measured) - now_N + now_ms
+        margin = policy.MARGIN if len(before_N) >= REVIEW_ITERATIONS else _MARGIN_OF_FEW
+        verdict = policy.review(float(np.median(before_N)) - back_ms + now_ms, before_N, after_N, margin)
         moves = state.placement != trial.before.placement
         if verdict.kind == "keep" or (moves and no_room):
             return None
-        back_ms = policy.predict_ms(count_WE, trial.before.placement, trial.before.replicas, costs, nodes)
         reason = f"back to before iteration {trial.iteration}: {verdict.reason}"
         self._states[layer] = state.rolled_back(trial.before, iteration)
-        self._rolled_back[layer] = iteration
+        self._rolled_back[layer] = self._changed[layer] = iteration
         self._forget(layer)
         return Change("rollback", trial.before.placement, trial.before.replicas, now_ms, back_ms, reason)
+
+    def _expected_ms(self, counts, state: policy.LayerState, costs: policy.Costs) -> np.ndarray:
+        """Predicted for each iteration by its own counts: that of their mean would be less than the mean of all."""
+        return np.array([policy.expected_ms(count_WE, state, costs, self._rules) for count_WE in counts])
 
     def saved(self) -> list[list[float]] | None:
         """Expected token copies of each expert, by layer: what a checkpoint keeps, whatever plan reads it. Where tokens

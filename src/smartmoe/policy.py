@@ -17,6 +17,7 @@ from smartmoe.solvers import solve_exact_step, solve_joint, solve_least_move, so
 
 FAST_ITERATIONS = 200
 MODES = ("never", "history", "exact")
+MARGIN = 0.01  # of a layer's time: less than this is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,11 @@ def predict_ms(
     return ms + costs.replica_ms_per_copy * _most_copies(placement, replicas)
 
 
+def expected_ms(count_SE: np.ndarray, state: LayerState, costs: Costs, rules: Rules) -> float:
+    """`predict_ms` of what is in force, as `decide` sees it: with "exact" it counts on the copies of each micro-batch."""
+    return _predict(np.asarray(count_SE, np.float64), _in_force(state), costs, rules).ms
+
+
 def _most_copies(placement: Placement, replicas: Replicas) -> int:
     return most_copies(replicas.expert_of_replica, placement.rank_of_expert(), placement.num_ranks)
 
@@ -393,7 +399,7 @@ def review(
     predicted_ms: float,
     measured_ms_before: Sequence[float] | np.ndarray,
     measured_ms_after: Sequence[float] | np.ndarray,
-    min_margin: float = 0.01,
+    min_margin: float = MARGIN,
 ) -> Review:
     """Whether a change that was carried out should be taken back.
 
