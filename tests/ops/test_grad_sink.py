@@ -97,6 +97,36 @@ def test_what_the_products_add_is_what_the_hooks_would(run, products, monkeypatc
         assert torch.equal(got[name], grad), name
 
 
+def test_a_sum_that_begins_anywhere_gets_what_the_product_cannot_add_itself(monkeypatch):
+    """As in a host's buffer, behind a parameter of odd size."""
+
+    class Products(PlainProducts):
+        @classmethod
+        def multiply_slots(cls, rows, grad, end_L, total, is_first, held_G):
+            assert total is None or total.data_ptr() % 16 == 0
+            return super().multiply_slots(rows, grad, end_L, total, is_first, held_G)
+
+    class Sink:
+        is_urgent, held_G = False, None
+        total, is_first, kept = torch.full((2 * 8 * 16 + 1,), torch.nan)[1:].view(2, 8, 16), True, None
+
+        def take(self):
+            is_first, self.is_first = self.is_first, False
+            return self.total, is_first
+
+        def keep(self, rest):
+            self.kept = rest
+
+    monkeypatch.setattr(ffn, "products_for", lambda *factors: Products)
+    sink, rows, grad = Sink(), torch.randn(8, 8), torch.randn(8, 16)
+    end_L = torch.tensor([3, 3, 8], dtype=torch.int32)
+    wanted = PlainProducts.multiply_slots(rows, grad, end_L, None, False, None)
+    for times in (1, 2):
+        assert ffn._weight_gradient(rows, grad, end_L, sink) is None
+        torch.testing.assert_close(sink.total, times * wanted[:2])
+        assert torch.equal(sink.kept, wanted[2:])
+
+
 def test_one_by_one_and_where_autograd_brings_some_of_it():
     """Experts one by one know of no sinks; a weight used in both ways gets the sum of both."""
 

@@ -25,6 +25,7 @@ from smartmoe.ops.activation import (
     sum_rows,
     widening,
 )
+from smartmoe.ops.adamw import accumulate_
 from smartmoe.ops.extension import path_for, products_for
 from smartmoe.ops.grad_sink import add_to_sink, sink_of
 from smartmoe.ops.late_slots import late_slots_of
@@ -105,9 +106,15 @@ def _weight_gradient(rows, grad, end_L, sink=None):
     kernels = products_for(rows, grad) if rows.shape[0] else None
     if kernels:
         total, is_first = (None, False) if sink is None else sink.take()
-        out = kernels.multiply_slots(rows, grad, end_L, total, is_first, None if sink is None else sink.held_G)
+        fits = total is None or total.data_ptr() % 16 == 0  # they add 16 bytes at once
+        held_G = None if sink is None else sink.held_G
+        out = kernels.multiply_slots(rows, grad, end_L, total if fits else None, is_first, held_G)
         if sink is None:
             return out
+        if not fits:
+            num_totals = total.shape[0]
+            accumulate_(total, out[:num_totals], is_first)
+            out = out[num_totals:]
         if out.shape[0]:
             sink.keep(out)
         return None
