@@ -63,6 +63,19 @@ def test_a_skewed_layer_migrates_once_and_then_stays():
     assert world.log[-1][2].reason == "nothing better was found"
 
 
+def test_an_iteration_counts_for_the_placement_that_it_ran_with():
+    world = World(num_layers=1)
+    world.run(1, 9)
+    before = world.controller.max_over_mean
+    (change,) = world.controller.decide(10, world.in_force)
+    found = []
+    for iteration in (10, 11):  # counts come an iteration late
+        world.controller.take_in(iteration, skewed()[None], [1.0])
+        found.append(world.controller.max_over_mean)
+    load_W = change.replicas.host_load(skewed())
+    assert found == [before, load_W.max() / load_W.mean()] and found[1] < before
+
+
 def test_a_balanced_layer_is_left_alone():
     world = World()
     assert {kind for _, kind in world.run(1, 50, lambda iteration: even())} == {"keep"}

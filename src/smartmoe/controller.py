@@ -108,7 +108,8 @@ class Controller:
         self.max_over_mean = 1.0
         self._trials: dict[int, _Trial] = {}
         self._rolled_back: dict[int, int] = {}
-        self._changed: dict[int, int] = {}  # layer -> iteration of its last change, taken back or not
+        # layer -> iteration of its last change, taken back or not, and the replicas before it
+        self._changed: dict[int, tuple[int, Replicas]] = {}
         self._move_ms = sizes.state_bytes / sizes.gbytes_per_s / 1e6
 
     def _fresh(self, placement: Placement) -> policy.LayerState:
@@ -120,20 +121,23 @@ class Controller:
         waited = max(1, iteration - self._history_iteration)
         self.history_YWE = policy.blend(self.history_YWE, count_YWE, iteration, waited)
         self._history_iteration = iteration
-        loads = [
-            state.replicas.host_load(count_WE) for state, count_WE in zip(self._states, count_YWE, strict=True)
-        ]
+        loads = [self._replicas_in(layer, iteration).host_load(each) for layer, each in enumerate(count_YWE)]
         self.max_over_mean = float(np.mean([max_over_mean(load_W) for load_W in loads]))
         if ms_Y is None or iteration <= WARMUP_ITERATIONS:
             return
         for layer, (count_WE, ms) in enumerate(zip(count_YWE, ms_Y, strict=True)):
-            if layer in self._changed and iteration <= self._changed[layer] + 1:
+            if layer in self._changed and iteration <= self._changed[layer][0] + 1:
                 continue  # the one that ended with the change ran without; the next pays for what has never run before
             self._ms_Y[layer].append(float(ms))
             self._counts_Y[layer].append(np.asarray(count_WE, np.float64))
             # with "exact", copies of each micro-batch even the load out
             fullest = loads[layer].mean() if self._rules.replicate == "exact" else loads[layer].max()
             self._fullest_and_ms.append((float(fullest), float(ms)))
+
+    def _replicas_in(self, layer: int, iteration: int) -> Replicas:
+        """What this iteration ran with: its counts come when what was decided after it is in force."""
+        changed, before = self._changed.get(layer, (0, None))
+        return before if before is not None and iteration <= changed else self._states[layer].replicas
 
     def moved(self, ms: float, num_experts: int) -> None:
         """A migration took `ms` on the slowest rank, whose busiest rank sent or got `num_experts`."""
@@ -170,6 +174,7 @@ class Controller:
         for layer, (placement, replicas) in enumerate(in_force):
             if (placement, replicas) != (self._states[layer].placement, self._states[layer].replicas):
                 self._states[layer] = replace(self._fresh(placement), replicas=replicas)
+                self._changed.pop(layer, None)
                 self._forget(layer)
         costs = self.costs()
         if costs is None or self.history_YWE is None:
@@ -203,7 +208,8 @@ class Controller:
     def _begin_trial(self, layer: int, iteration: int, decision: policy.Decision) -> None:
         before = self._states[layer]
         ms, counts = tuple(self._ms_Y[layer])[-_JUDGED:], tuple(self._counts_Y[layer])[-_JUDGED:]
-        self._trials[layer], self._changed[layer] = _Trial(iteration, before, ms, counts), iteration
+        self._trials[layer] = _Trial(iteration, before, ms, counts)
+        self._changed[layer] = iteration, before.replicas
         self._states[layer] = before.moved_to(decision, iteration, self._rules.horizon)
         self._ms_Y[layer].clear()
         self._counts_Y[layer].clear()
@@ -238,7 +244,7 @@ class Controller:
             return None
         reason = f"back to before iteration {trial.iteration}: {verdict.reason}"
         self._states[layer] = state.rolled_back(trial.before, iteration)
-        self._rolled_back[layer] = self._changed[layer] = iteration
+        self._rolled_back[layer], self._changed[layer] = iteration, (iteration, state.replicas)
         self._forget(layer)
         return Change("rollback", trial.before.placement, trial.before.replicas, now_ms, back_ms, reason)
 
