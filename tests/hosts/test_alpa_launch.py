@@ -57,6 +57,14 @@ def test_both_back_ends_run_unless_one_is_named():
     assert len(commands("2", "--backend", "smartmoe")) == 1
 
 
+def test_what_is_captured_is_among_what_runs():
+    with pytest.raises(ValueError, match="take --capture both"):
+        commands("2", "--backend", "deepspeed", "--capture", "smartmoe")
+    assert len(commands("2", "--backend", "deepspeed", "--capture", "both")) == 1
+    for command in commands("2", "--capture", "smartmoe"):  # a rank reads the words that its back end is started with
+        options.parse(command[command.index(launch.ENTRY) + 1 :])
+
+
 def test_a_rank_gets_every_option():
     words = ["2", "--suite", "paper", "--model", "1.3B", "--ep", "1", "--zero", "1", "--precision", "fp16"]
     words += ["--second", "argmax", "--no-recompute", "--data", "a.txt", "b.txt", "--balance-weight", "0.01"]

@@ -19,8 +19,11 @@ INSTALL = 'pip install --no-build-isolation ".[deepspeed]" (in the repository)'
 
 
 def commands(args: argparse.Namespace, environ: dict[str, str]) -> list[list[str]]:
-    """One command for each back end. Raises ValueError when nodes are missing, and says how to name them."""
+    """One command for each back end. Raises ValueError when nodes are missing, and says how to name them, and when nothing of
+    what would run is to be captured."""
     backends = options.BACKENDS if args.backend == "both" else (args.backend,)
+    if (captured := options.captured_backends(args)) and not set(captured) & set(backends):
+        raise ValueError(f"--capture {args.capture} leaves --backend {args.backend} as it is: take --capture both")
     num_nodes = max(1, args.num_gpus // args.gpus_per_node)
     start = {"torchrun": _torchrun, "deepspeed": _deepspeed, "slurm": _slurm}[args.launcher]
     return [[*start(args, num_nodes, environ), *options.rank_arguments(args, backend)] for backend in backends]
