@@ -194,6 +194,8 @@ def own_parts(gpus, trace=None):
 def test_each_size_has_its_parts():
     names = {gpus: [part.name for part in own_parts(gpus) if part.name.startswith("alpa-x")] for gpus in (1, 2, 4)}
     assert names == {1: ["alpa-x1"], 2: ["alpa-x2", "alpa-x1"], 4: ["alpa-x4", "alpa-x2"]}
+    captured = [part for part in own_parts(2) if part.name.endswith("captured")]
+    assert all("--capture both" in " ".join(part.commands()[0]) for part in captured) and len(captured) == 2
     sizes = {gpus: next(part for part in own_parts(gpus) if part.name == "fig8").commands()[0] for gpus in (1, 2, 4, 6)}
     assert {gpus: words[words.index("--gpus") + 1] for gpus, words in sizes.items()} == {
         1: "1", 2: "1 2", 4: "1 2 4", 6: "1 2 4"
