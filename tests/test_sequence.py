@@ -9,10 +9,20 @@ from pathlib import Path
 
 from parity import make_config
 
-from smartmoe import record
+from smartmoe import record, sequence
 from smartmoe.config import GateConfig, ParallelPlan, to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_no_rank_begins_a_run_before_the_last_one_is_written_down(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sequence, "do_run", lambda run_dir, *_: seen.append((run_dir / "finished.json").exists()) or 0)
+    monkeypatch.setattr(sequence, "_print_into", lambda path: path.parent.mkdir())
+    monkeypatch.setattr(sequence.dist, "barrier", lambda: seen.append((tmp_path / "a" / "finished.json").exists()))
+    monkeypatch.setattr(sequence.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    assert sequence.main([str(tmp_path / "a")]) == 0 and seen == [False, True]
 
 
 def test_runs_follow_one_another_in_one_world(tmp_path):

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         if world_rank == 0:
             record.write_json(run_dir / "finished.json", {"finished": record.utc_now()})
+        dist.barrier()  # a rank that fails at once in the next run would end the world before this is written
     dist.destroy_process_group()
     return 0
 
