@@ -147,9 +147,7 @@ class Configs:
         }
         files = sorted(folder.glob("clusters/*.toml"))
         self.clusters = {path.stem: _cluster(path) for path in files}
-        self.machines = {
-            path.stem: from_dict(Machine, read_table(path).get("machine", {}), f"{path}: machine") for path in files
-        }
+        self.machines = {path.stem: _machine(path) for path in files}
         self.sites = {path.stem: from_dict(Site, read_table(path).get("slurm", {}), f"{path}: slurm") for path in files}
         self.experiments = {}
         for path in sorted(folder.glob("experiments/*.toml")):
@@ -267,6 +265,13 @@ def _cluster(path: Path) -> ClusterSpec:
     """A cluster file; its [rates] are for the planner, its [slurm] and [machine] are for the launcher."""
     table = {key: value for key, value in read_table(path).items() if key not in ("rates", "slurm", "machine")}
     return from_dict(ClusterSpec, {"name": path.stem, **table}, str(path))
+
+
+def _machine(path: Path) -> Machine:
+    machine = from_dict(Machine, read_table(path).get("machine", {}), f"{path}: machine")
+    if machine.runs_per_world < 1 or machine.cores_per_rank < 1:
+        raise ValueError(f"{path}: machine: runs_per_world and cores_per_rank must be at least 1")
+    return machine
 
 
 def _experiment(path: Path) -> Experiment:

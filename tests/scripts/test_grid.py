@@ -49,6 +49,13 @@ def test_grid_is_systems_times_gates_gate_by_gate(folder):
     assert all(check(run.config) for run in runs) and len({run.folder for run in runs}) == 3
 
 
+def test_a_machine_without_cores_is_refused(folder):
+    for line in ("cores_per_rank = 0", "runs_per_world = 0"):
+        (folder / "clusters" / "local.toml").write_text(f'device = "cuda"\n[machine]\n{line}\n')
+        with pytest.raises(ValueError, match="local.toml: machine: runs_per_world and cores_per_rank must be at least 1"):
+            Configs(folder)
+
+
 def test_a_run_of_two_figures_is_done_once_and_keeps_its_home(folder):
     (folder / "experiments" / "fig10.toml").write_text(GRID.replace("fig8", "fig10").replace("smartmoe_static", "alpa"))
     both = expand(folder, ["fig8", "fig10"])
