@@ -1,7 +1,7 @@
 """Run the experiments behind the figures: expand them into runs, do the runs, record how each ended.
 
-    python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--only REGEX] [--dry-run] [--resume]
-        [--max-jobs N]
+    python scripts/launch.py --out DIR [--cluster auto|NAME] [--figures "8 10"] [--gpus "1 2 4"] [--only REGEX]
+        [--data FILE ..] [--slow-links GB/S] [--dry-run] [--resume] [--max-jobs N]
 
 NAME is a file of clusters/: cpu and local are this machine, where one run follows the other, on GPUs several in one world of
 processes and worlds side by side; any other is a Slurm cluster, where each run is a job. Runs go to
@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         configs = Configs(args.configs)
         kind, cluster, site = choose_cluster(args, configs)
         cluster = slowed(cluster, args.slow_links)
-        runs, left_out = configs.expand_sizes(configs.select(args.figures.split()), kind, of_sizes(cluster, args.gpus, site))
+        sizes = of_sizes(cluster, args.gpus, site)
+        try:
+            runs, left_out = configs.expand_sizes(configs.select(args.figures.split()), kind, sizes)
+        except ValueError as error:
+            raise ValueError(f"{error}{better_sizes(sizes, cluster) if kind == 'local' else ''}") from None
         for figure, reason in left_out.items():
             print(f"figure {figure.removeprefix('fig')} is left out: {reason}")
         if not runs:
@@ -57,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
                 run.config = dataclasses.replace(
                     run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
                 )
+        wanted = runs
+        runs, skipped = without_what_lacks(wanted, site)
         if args.dry_run:
-            print_plan(runs, site, configs.machines.get(kind, Machine()))
-        runs, skipped = without_what_lacks(runs, site)
+            print_plan(wanted, runs, site, configs.machines.get(kind, Machine()))
         for reason, lacking in skipped.items():
             names = ", ".join(dict.fromkeys(run.config.system for run in lacking))
             print(f"skipped: {len(lacking)} runs of {names}: {reason}")
@@ -154,10 +159,18 @@ def of_sizes(cluster: ClusterSpec, words: str, site: Site | None) -> list[Cluste
         return [cluster]
     if site or cluster.device != "cuda":
         raise ValueError(f"--gpus {words}: is about the GPUs of this machine: add --cluster local")
-    sizes = words.split()
-    if not all(size.isdecimal() and 1 <= int(size) <= cluster.ranks_per_node for size in sizes) or len({*sizes}) < len(sizes):
+    sizes = [int(size) if size.isdecimal() else 0 for size in words.split()]
+    if not sizes or not all(1 <= size <= cluster.ranks_per_node for size in sizes) or len({*sizes}) < len(sizes):
         raise ValueError(f"--gpus {words}: needs different numbers from 1 to {cluster.ranks_per_node}, the GPUs found here")
-    return [dataclasses.replace(cluster, ranks_per_node=size) for size in sorted(map(int, sizes), reverse=True)]
+    return [dataclasses.replace(cluster, ranks_per_node=size) for size in sorted(sizes, reverse=True)]
+
+
+def better_sizes(sizes: list[ClusterSpec], cluster: ClusterSpec) -> str:
+    """What to say beside a problem of runs of these sizes: models and plans divide by powers of two alone."""
+    if all(size.ranks_per_node.bit_count() == 1 for size in sizes):
+        return ""
+    fitting = " ".join(str(2**power) for power in range(cluster.ranks_per_node.bit_length()))
+    return f'; all figures have runs for powers of two: --gpus "{fitting}"'
 
 
 def count_gpus() -> int:
@@ -174,18 +187,18 @@ def count_gpus() -> int:
 # ----------------------------------------------------------------------------------------------------------- the runs
 
 
-def print_plan(runs: list[Run], site: Site | None, machine: Machine) -> None:
-    """The runs as a table: what --dry-run is for."""
-    width = max(len(str(run.folder)) for run in runs)
+def print_plan(wanted: list[Run], runs: list[Run], site: Site | None, machine: Machine) -> None:
+    """The runs that are wanted as a table, and how long those of them take that can be done: what --dry-run is for."""
+    width = max(len(str(run.folder)) for run in wanted)
     print(f"{'run':<{width}}  {'plan':<30} {'iterations':>10} {'min':>5}  serves")
-    for run in runs:
+    for run in wanted:
         bars = ", ".join(f"{bar['figure']} {bar['group']} {bar['series']}" for bar in run.bars)
         plan, iterations = run.config.plan.describe(), run.config.workload.iterations
         bars = bars or "the trace that others replay"
         print(f"{str(run.folder):<{width}}  {plan:<30} {iterations:>10} {run.estimate_s / 60:>5.1f}  {bars}")
     if site is None:
-        print(Worlds(None, runs, machine, gpu_ids(count_gpus()) if runs[0].config.cluster.device == "cuda" else [], num_cores())
-              .describe())  # fmt: skip
+        gpus = gpu_ids(count_gpus()) if wanted[0].config.cluster.device == "cuda" else []
+        print(Worlds(None, runs, machine, gpus, num_cores()).describe())
     else:
         print(f"{len(runs)} runs, about {sum(run.estimate_s for run in runs) / 60:.0f} minutes")
         options = {" ".join(site.job_options(run.config.cluster, run.timeout_s)) for run in runs}

@@ -105,7 +105,7 @@ class Launcher:
     def declare(self, run: Run) -> None:
         """Write run.json as pending, and set aside what an earlier attempt left, unless that can be resumed."""
         run_dir = self.root / run.folder
-        names = ("error.json",) if self.can_resume(run) else OUTPUTS
+        names = ("error.json", "finished.json") if self.can_resume(run) else OUTPUTS
         left = [run_dir / name for name in names if (run_dir / name).exists()]
         if left:
             aside = run_dir / f"attempt{len(list(run_dir.glob('attempt*'))) + 1}"

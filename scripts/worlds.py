@@ -144,7 +144,9 @@ class Worlds:
             env = {**env, "CUDA_VISIBLE_DEVICES": ",".join(world.gpus)}
         self.num_started += 1
         world.log = self.launcher.root.parent / f"world{self.num_started}.log" if len(world.runs) > 1 else None
-        with (world.log or run_dirs[0] / "console.log").open("ab") as console:
+        self.active.append(world)  # before there are processes: an interruption from now on ends them
+        # a log that a killed launcher left here would tell of other ranks
+        with world.log.open("wb") if world.log else (run_dirs[0] / "console.log").open("ab") as console:
             world.child = subprocess.Popen(
                 self.launcher.command(world.runs, run_dirs, resume), stdin=subprocess.DEVNULL, stdout=console,
                 stderr=subprocess.STDOUT, cwd=self.launcher.cwd, env=env, start_new_session=True,
@@ -152,7 +154,6 @@ class Worlds:
             )  # fmt: skip
         record.set_status(run_dirs[0], "running")
         world.since = time.monotonic()
-        self.active.append(world)
 
     # -------------------------------------------------------------------------------------------------- watching
 
@@ -225,7 +226,7 @@ class Worlds:
             self.waiting.insert(0, World(world.runs, world.num_ranks))
 
     def _stop_all(self, message: str) -> None:
-        stop(*(world.child for world in self.active))
+        stop(*(world.child for world in self.active if world.child))
         for world in self.active:
             if world.runs:
                 record.set_status(self.launcher.root / world.runs[0].folder, "failed", message)

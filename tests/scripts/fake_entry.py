@@ -10,7 +10,7 @@ from pathlib import Path
 
 BEHAVIOUR = {
     1: "ok", 2: "fails", 3: "killed", 4: "hangs", 5: "oom", 6: "silent", 7: "family", 8: "rank killed", 9: "waits", 1001: "ok",
-    1002: "ok",
+    1002: "ok", 1003: "quiet",
 }  # fmt: skip
 
 for run_dir in map(Path, sys.argv[1:]):
@@ -27,6 +27,8 @@ for run_dir in map(Path, sys.argv[1:]):
         error = {"type": "ValueError", "message": "out of memory, it says", "rank": 2, "oom": does == "oom"}
         (run_dir / "error.json").write_text(json.dumps(error))
         sys.exit(1)
+    if does == "quiet":
+        sys.exit(7)
     if does == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if does == "silent":

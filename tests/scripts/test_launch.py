@@ -10,10 +10,13 @@ from pathlib import Path
 
 import launch
 import pytest
+import runner
+from grid import Machine
 from processes import is_alive, wait_for
 from slurm import Site
+from worlds import Worlds
 
-from smartmoe import hosts
+from smartmoe import hosts, record
 from smartmoe.config import ClusterSpec
 
 HERE = Path(__file__).resolve().parent
@@ -134,6 +137,43 @@ def test_resume_after_kill_9_of_the_launcher(setup, tmp_path):
     assert {seed: run["status"] for seed, run in runs_of(tmp_path).items()} == {1: "ok", 4: "timeout", 2: "failed"}
 
 
+def test_a_run_that_goes_on_has_not_finished_yet(setup, tmp_path):
+    """Its launcher was killed after the run had ended and before it took notice."""
+    assert run(setup(grid(1)))[0] == 0
+    folder = folder_of(tmp_path, 1)
+    record.set_status(folder, "running")
+    (folder / "checkpoints" / "iter_0000001").mkdir(parents=True)
+    for name in ("checkpoints/iter_0000001/meta.json", "finished.json"):
+        (folder / name).write_text("{}")
+    (again,) = launch.Configs(tmp_path / "configs").expand(["fig8"], "cpu", ClusterSpec(name="cpu", ranks_per_node=4))
+    launcher = runner.Launcher(root=tmp_path / "out" / "logs", provenance={}, env={}, cwd=tmp_path)
+    assert launcher.can_resume(again)
+    launcher.declare(again)
+    assert not (folder / "finished.json").exists() and (folder / "metrics.jsonl").exists()
+
+
+def test_an_interruption_while_a_run_starts_ends_it(setup, tmp_path, monkeypatch):
+    setup(grid(1))
+    (one,) = launch.Configs(tmp_path / "configs").expand(["fig8"], "cpu", ClusterSpec(name="cpu", ranks_per_node=4))
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    launcher = runner.Launcher(root=tmp_path, provenance={}, env={**os.environ}, cwd=tmp_path, command=lambda *_: sleep)
+    launcher.declare(one)
+    worlds, set_status = Worlds(launcher, [one], Machine(), [], 2), record.set_status
+    (world,) = worlds.waiting
+
+    def interrupted(run_dir, status, message=""):
+        if status == "running":
+            raise runner.Interrupted
+        return set_status(run_dir, status, message)
+
+    monkeypatch.setattr(record, "set_status", interrupted)
+    with pytest.raises(runner.Interrupted):
+        worlds.do_all()
+    gone = world.child.poll() is not None
+    world.child.kill()
+    assert gone and record.read_run(tmp_path / one.folder)["message"] == "interrupted"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_the_run_and_leaves_it_for_resume(setup, tmp_path, number):
     child = start(setup(grid(7), grid(1)))
@@ -214,7 +254,7 @@ def test_runs_of_a_program_that_is_missing_are_skipped_and_said(setup, tmp_path,
     assert found[2]["provenance"]["entry"] == "deepspeed" and found[2]["provenance"]["no_such_package"] == "absent"
     assert launch.main([*arguments, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "fig8/deepspeed/" in said and "2 runs, about" in said and "skipped: 1 runs" in said
+    assert "fig8/deepspeed/" in said and "\n1 runs, about" in said and "skipped: 1 runs" in said
     alone = setup(grid(2).replace('"fastmoe"', '"deepspeed"'))
     assert launch.main([*alone, "--resume"]) == 2 and "all runs are skipped" in capsys.readouterr().err
     container = Site(container=("apptainer",))

@@ -75,6 +75,13 @@ def test_what_follows_a_run_that_fails_is_done_in_another_world(do):
     assert "3 of 6 runs are done already" in again[1] and again[2][8, 1][0]["status"] == "failed"
 
 
+def test_the_log_of_a_killed_launcher_tells_nothing(do, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "world1.log").write_text("  exitcode  : -9 (pid: 77)\n")
+    code, text, runs = do([1003, 1], gpus=1)
+    assert code == 1 and runs[1003, 1][0]["message"] == "exit code 7; see console.log", text
+
+
 def test_worlds_that_lack_cores_wait_for_one_another(do):
     code, text, runs = do([9], "--gpus", "1 2", cores=4)
     assert code == 0, text
@@ -84,8 +91,12 @@ def test_worlds_that_lack_cores_wait_for_one_another(do):
 
 
 def test_sizes_that_do_not_fit_start_nothing(do, monkeypatch, capsys):
-    for words, message in (("3 5", "from 1 to 4"), ("2 2", "different numbers"), ("two", "different numbers")):
+    for words in ("3 5", "2 2", "1 01", "two", " "):
         code, text, runs = do([1], "--gpus", words)
-        assert code == 2 and message in text and not runs
+        assert code == 2 and "needs different numbers from 1 to 4" in text and not runs
+    monkeypatch.setattr(launch, "count_gpus", lambda: 3)
+    for words in ([], ["--gpus", "3 2"]):  # by which nothing of the figures divides
+        assert launch.main(["--cluster", "local", *words, "--dry-run"]) == 2
+        assert '--gpus "1 2"' in capsys.readouterr().err
     assert launch.main(["--cluster", "cpu", "--gpus", "2", "--dry-run"]) == 2
     assert "about the GPUs of this machine" in capsys.readouterr().err
