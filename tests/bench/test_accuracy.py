@@ -165,6 +165,16 @@ def test_statistics_by_hand():
     assert found["naive_mape"] == pytest.approx((1 + 0 + 1 / 3) / 3)
 
 
+@pytest.mark.parametrize("memory_gbytes, micro_batch, message", ((1e-6, 2, "out of memory"), (64.0, 3, "not a multiple")))
+def test_a_figure_without_fastmoe_is_refused_before_anything_is_measured(folder, memory_gbytes, micro_batch, message):
+    (folder / "clusters" / "two.toml").write_text(CLUSTER.replace("64.0", str(memory_gbytes)))
+    args = ["--device", "cpu", "--model", "small", "--cluster", "two", "--configs", str(folder), "--batch", "8"]
+    args += ["--plans", f"dp2-ep2-mb{micro_batch}", "--runs", str(folder / "fig10")]
+    world = SimpleNamespace(num_ranks=2, ep_rank=0)  # which can measure nothing
+    with pytest.raises(ValueError, match=f"--runs: FastMoE can have none of .*{micro_batch}.*: .*{message}"):
+        plan_accuracy.run(plan_accuracy.parse_args(args), world)
+
+
 def test_every_micro_batch_of_every_plan_has_its_own_loads():
     model = config.ModelConfig(num_layers=3, seq_len=2, num_experts=4, hidden_size=16)
     run = config.RunConfig(model=model, workload=config.Workload(global_batch_size=8))

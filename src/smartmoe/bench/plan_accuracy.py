@@ -150,6 +150,8 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     cost = cost_of(args, world.num_ranks)
     config, cluster = cost.config, cost.cluster
     plans = [pool.parse_name(name) for name in args.plans] if args.plans else choose(cost, world.num_ranks, args.choose)
+    if args.runs:  # or says here why it cannot be had, before anything is measured
+        fastmoe = plan_figure.fastmoe_of(cost, [micro_batch for _, micro_batch in plans])
     recorder = recorder_of(cost, world.num_ranks)
     tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed)
     num_iterations, rows = args.warmup + args.steps, []
@@ -168,7 +170,6 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
             if world.ep_rank == 0:
                 print(format_row(rows[-1]), flush=True)
         if args.runs:
-            fastmoe = plan_figure.fastmoe_of(cost, [micro_batch for _, micro_batch in plans])
             bar = measure(prepared(fastmoe), world, tokens, num_iterations)
     if world.ep_rank == 0:
         predict(rows, cost, counts_IBLE)

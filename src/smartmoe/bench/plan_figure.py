@@ -21,19 +21,19 @@ def fastmoe_of(cost: CostModel, micro_batches: list[int]) -> RunConfig:
 
     Raises ValueError when it can have none of them.
     """
-    config, found = cost.config, []
+    config, found, problem = cost.config, [], "out of memory"
     for micro_batch in sorted(set(micro_batches)):
         work = dataclasses.replace(config.workload, micro_batch_size=micro_batch)
         try:
             run = systems.build("fastmoe", model=config.model, gate=config.gate, workload=work, cluster=cost.cluster)
         except ValueError as error:
-            problem = error
+            problem = str(error)
             continue
         own = CostModel(run, cost.cluster, cost.primitives, cost.loads)
         if pool.fits(own, run.plan, micro_batch):
             found.append((own.estimate(run.plan, micro_batch).mean_ms, micro_batch, run))
     if not found:
-        raise ValueError(f"--runs: FastMoE can have none of the micro-batches {micro_batches}: {problem}")
+        raise ValueError(f"--runs: FastMoE can have none of the micro-batches {sorted(set(micro_batches))}: {problem}")
     return min(found, key=lambda item: item[:2])[2]
 
 
