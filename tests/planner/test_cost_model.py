@@ -208,7 +208,7 @@ def test_priors_are_distributions_that_tokens_can_have():
 
 
 def test_a_captured_pass_has_no_launches():
-    """As graphs.why_not says: one stage, direct, experts in groups."""
+    """As graphs.why_not says: one stage, direct, experts in groups, which they are in bfloat16."""
     slow_host = described.describe(NODES, described.Rates(host_us=100.0), "bfloat16")
 
     def find(plan, **changes):
@@ -227,6 +227,8 @@ def test_a_captured_pass_has_no_launches():
     assert find(ParallelPlan(pp=2, dp=4, ep=4)).parts[waits] > 0
     early = OnlineConfig(replicate="history", replica_slots=1, return_early=True)
     assert find(flat, online=early).parts[waits] > 0
+    half = dataclasses.replace(WORK, dtype="float16")  # products one by one, by the host's leave
+    assert find(flat, workload=half).parts[waits] > 0
 
 
 def test_an_update_takes_as_long_as_its_work_or_its_launches():

@@ -195,11 +195,12 @@ class CostModel:
 
     def is_captured(self, plan: ParallelPlan, micro_batch: int) -> bool:
         """Whether the passes of a micro-batch are launched as one CUDA graph, so that its launches cost nothing: the rule of
-        smartmoe.graphs, which sees the layers."""
+        smartmoe.graphs, which sees the layers (in other dtypes than bfloat16 the host loops over the experts)."""
         config, dispatcher = self.config, self.setting(plan, micro_batch).layer.dispatcher
         return (
             config.workload.cuda_graph == "auto" and self.cluster.device == "cuda" and plan.pp == 1
-            and dispatcher == "direct" and config.layer.experts == "grouped" and not config.online.return_early
+            and config.workload.dtype == "bfloat16" and dispatcher == "direct" and config.layer.experts == "grouped"
+            and not config.online.return_early
         )  # fmt: skip
 
     def parameters(self, plan: ParallelPlan) -> list[Parameters]:

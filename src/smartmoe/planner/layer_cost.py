@@ -60,9 +60,9 @@ class LayerTimes:
     host_forward: dict[str, float]
     host_backward: dict[str, float]
 
-    def passes(self, sync_ms: float | None, host: bool = True) -> tuple[Work, Work]:
+    def passes(self, sync_ms: float | None) -> tuple[Work, Work]:
         """(forward, backward) as the two clocks see them. sync_ms: what the host waits until it knows the sizes of an
-        exchange, None where it does not ask for them; host False: launches cost nothing."""
+        exchange, None where it does not ask for them."""
         half = {"route": 0.5, "exchange": 0.5}  # before the experts, and behind them
         around = ("route", "exchange", "experts", "exchange", "route")
         found = []
@@ -76,7 +76,7 @@ class LayerTimes:
                     pieces.append(Work.wait(sync_ms))
                 elif name in times:
                     part = half.get(name, 1.0)
-                    pieces.append(Work.piece(part * times[name], part * launches.get(name, 0.0) if host else 0.0))
+                    pieces.append(Work.piece(part * times[name], part * launches.get(name, 0.0)))
             found.append(join(pieces))
         return found[0], found[1]
 
