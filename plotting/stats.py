@@ -74,7 +74,3 @@ def scatter(panel: ScatterPanel) -> dict[str, float]:
         "naive_r2": r2(naive),
         "naive_mape_pct": mape(naive),
     }
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(v) for v in values) / len(values))
