@@ -142,6 +142,7 @@ def _with_and_without(world_rank):
     found["outgrown"] = _outgrown()
     found["no room"] = _no_room()
     found["in place"] = _places()
+    found["auto"] = _auto()
     found["fails"] = _fails(world_rank)
     return found
 
@@ -205,6 +206,15 @@ def _places():
     return found, (large / trainer._loss(ones, ones)).item()
 
 
+def _auto():
+    """What policy "auto" says after iteration 4, when only the third has been timed, which was played."""
+    online = OnlineConfig(policy="auto", interval=10)
+    trainer = trainer_of(make_config(TWO, 2, model=SMALL, layer=DIRECT, gate=GateConfig(kind="naive"), online=online))
+    tape = record_on_cpu(trainer)
+    events = [event for _ in range(4) for event in trainer.run_iteration().events]
+    return [(event["iteration"], event["reason"]) for event in events], tape.replays
+
+
 def _fails(world_rank):
     """A capture that fails on one rank: all ranks go on without, with the losses that they would have."""
     config, _ = _config("experts move")
@@ -231,6 +241,11 @@ def test_recorded_passes_change_no_bit():
         assert losses[:5] == losses[5:] and were_recorded[2] and num_recordings > 2, were_recorded
         places, ratio = found.pop("in place")
         assert all(place == places[0] for place in places) and ratio == 4.0
+        reasons, num_played = found.pop("auto")
+        assert [(i, reason.startswith("no layer has been timed")) for i, reason in reasons] == [
+            (i, i == 2) for i in (2, 2, 4, 4)
+        ]
+        assert num_played == 4
         for name, (plain, recorded, facts) in found.items():
             recordings, replays_of, num_passes, words, why, num_timed = facts
             assert recorded == plain, f"rank {rank}: {name}"
