@@ -58,10 +58,21 @@ def _run_plans(world_rank, cases):
     ]
 
 
+def _plans_of(world_size, gate):
+    """Every plan. Of four ranks, where a step is dear, every plan without a capacity, every third of them recomputed; with a
+    capacity every fifth."""
+    plans = legal_plans(world_size)
+    if world_size < 4:
+        return plans
+    if gate == "capacity":
+        return plans[::5]
+    return [plan for plan in plans if not plan.recompute] + [plan for plan in plans if plan.recompute][::3]
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_plan_follows_one_process(references, shallow_references, world_size, gate):
-    cases = [(plan, gate) for plan in legal_plans(world_size)]
+    cases = [(plan, gate) for plan in _plans_of(world_size, gate)]
     curves = spawn(_run_plans, world_size, cases, timeout_s=900)[0]
     assert {len(curve.loss) for curve in curves} == {RECOMPUTED_ITERATIONS, WORKLOAD.iterations}
     reports = []

@@ -106,7 +106,7 @@ def worlds() -> dict[int, list[Case]]:
         ],
         4: [
             *plan("edp2", (*EP2, *SHARDED, *RECOMPUTE), ("ours", "moving")),
-            Case("bare-moving", MOVING, (*EP2, *PP2, "--moe-layer-freq", "[1,0]", "--train-iters", "6", *SAVE)),
+            Case("bare-moving", MOVING, (*EP2, *PP2, "--moe-layer-freq", "[1,0]", "--train-iters", str(MOVE_AT), *SAVE)),
             *plan("pp2ep2", (*EP2, *PP2, *SHARDED)),
         ],
     }
@@ -225,7 +225,7 @@ def values(shape: tuple[int, ...], *key) -> torch.Tensor:
 def rank_main(rank: int, size: int, cases: list[Case], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
-    signal.alarm(300)  # a rank that waits for one that is gone ends, too
+    signal.alarm(500)  # a rank that waits for one that is gone ends, too
     log = os.open(folder / f"log.{size}.{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     try:

@@ -33,7 +33,7 @@ def runs(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.hosts.megatron_world", str(folder)],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=400,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("error*")))
     assert done.returncode == 0 and not errors, errors or done.stderr[-4000:]
@@ -151,7 +151,7 @@ def test_megatrons_own_layer_and_ours_read_each_others_checkpoints(runs, written
 
 
 def test_a_stage_may_have_no_layer_with_experts(runs):
-    assert len(losses(runs, "bare-moving")) == 6 and moved(runs, "bare-moving", world.MOVE_AT) > 0
+    assert len(losses(runs, "bare-moving")) == world.MOVE_AT and moved(runs, "bare-moving", world.MOVE_AT) > 0
     saved = json.loads((runs / "saved-bare" / "iter_0000005" / "smartmoe.json").read_text())
     assert list(saved["placements"]) == ["0"]
 
