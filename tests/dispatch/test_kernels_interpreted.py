@@ -3,6 +3,7 @@
 Slow, and without the memory model of a GPU; what it holds is the arithmetic of several ranks, without any GPU.
 """
 
+import contextlib
 import importlib.util
 import itertools
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from smartmoe.dispatch import direct, symmetric
+from smartmoe.dispatch import direct, symmetric, symmetric_replicas
 from smartmoe.dispatch.transport import Told
 from tests.dispatch import test_direct
 from tests.dist import spawn
@@ -55,12 +56,16 @@ def _let_scalars_be_indices():
     interpreter._patch_lang_tensor = patched
 
 
-def _interpreted(world_rank, num_ranks, folder):
+def interpret(folder) -> dict:
+    """Let this rank's kernels run in the interpreter and buffers be files of `folder`; returns the transports made since."""
     _let_scalars_be_indices()
-    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda stream: None)
+    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda stream: None, device=None)
     torch.cuda.current_stream = lambda device=None: stream
+    torch.cuda.Stream = lambda device, priority: stream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
-    symmetric.why_unavailable, symmetric._allocate = lambda group: None, _in_files(folder)
+    symmetric.why_unavailable = lambda group: None
+    symmetric._allocate = symmetric_replicas._allocate = _in_files(folder)
     transports = {}
 
     def shared_transport(group, slots_per_rank, capacity, x_TD, top_k):
@@ -70,6 +75,11 @@ def _interpreted(world_rank, num_ranks, folder):
         return transports[key]
 
     direct._shared_transport = shared_transport
+    return transports
+
+
+def _interpreted(world_rank, num_ranks, folder):
+    transports = interpret(folder)
     test_direct._steady(world_rank, num_ranks, "cpu", 3)
     test_direct._interleave(world_rank, num_ranks, "cpu")
     test_direct._odd(world_rank, num_ranks, "cpu")

@@ -3,41 +3,23 @@
 Slow, and without the memory model of a GPU; what it holds is the arithmetic of several ranks, without any GPU.
 """
 
-import contextlib
 import importlib.util
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from smartmoe.dispatch import direct, symmetric, symmetric_replicas
+from smartmoe.dispatch import symmetric_replicas
 from tests.dispatch import cases, test_symmetric_replicas
-from tests.dispatch.test_kernels_interpreted import _in_files, _let_scalars_be_indices, _Transport
+from tests.dispatch.test_kernels_interpreted import interpret
 from tests.dist import spawn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels are written in Triton")
 
 
 def _interpreted(world_rank, num_ranks, folder):
-    _let_scalars_be_indices()
-    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda stream: None, device=None)
-    torch.cuda.current_stream = lambda device=None: stream
-    torch.cuda.Stream = lambda device, priority: stream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.is_current_stream_capturing = lambda: False
-    symmetric.why_unavailable = lambda group: None
-    symmetric._allocate = symmetric_replicas._allocate = _in_files(folder)
+    interpret(folder)
     test_symmetric_replicas.gpu_of = lambda rank: torch.device("cpu")
-    transports = {}
-
-    def shared_transport(group, slots_per_rank, capacity, x_TD, top_k):
-        key = slots_per_rank, capacity, x_TD.shape[1], top_k
-        if key not in transports:
-            transports[key] = _Transport(group, slots_per_rank, capacity, x_TD, top_k)
-        return transports[key]
-
-    direct._shared_transport = shared_transport
     start_return = symmetric_replicas.SymmetricReplication._return
 
     def late_where_copies_are(self, plan, items):
