@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 from parity import make_config
 
 from smartmoe import record, sequence
@@ -23,6 +25,17 @@ def test_no_rank_begins_a_run_before_the_last_one_is_written_down(tmp_path, monk
     monkeypatch.setattr(sequence.dist, "destroy_process_group", lambda: None)
     monkeypatch.setenv("RANK", "0")
     assert sequence.main([str(tmp_path / "a")]) == 0 and seen == [False, True]
+
+
+def test_a_run_has_ended_when_all_its_ranks_have(tmp_path, monkeypatch):
+    record.create_run(tmp_path, "a", to_dict(make_config(ParallelPlan())), [], provenance={"entry": "train"})
+    seen = []
+    program = SimpleNamespace(main=lambda words, meshes: seen.append("trained") or 0)
+    monkeypatch.setattr(sequence, "start_world", lambda config, alone: torch.device("cpu"))
+    monkeypatch.setattr(sequence.importlib, "import_module", lambda name: program)
+    monkeypatch.setattr(sequence.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(sequence.dist, "barrier", lambda: seen.append("all are here"))
+    assert sequence.do_run(tmp_path, {}) == 0 and seen == ["trained", "all are here"]
 
 
 def test_runs_follow_one_another_in_one_world(tmp_path):
