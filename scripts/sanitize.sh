@@ -19,8 +19,12 @@ logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
 failed=0
 sanitize() { # tool, command
-  "$sanitizer" --tool "$1" --target-processes all --require-cuda-init no --error-exitcode 9 --log-file "$logs/log" "${@:2}" \
-    >"$logs/rows" 2>"$logs/errors" || { failed=1; tail -n 20 "$logs/errors"; }
+  local -a options=()
+  # torch asks the driver for memory of a kind that not every machine grants, in order to learn whether it does: a call that
+  # fails is no fault of a kernel, and one that matters raises in the program, whose exit code counts
+  if [ "$1" = memcheck ]; then options=(--report-api-errors no); fi
+  "$sanitizer" --tool "$1" ${options[@]+"${options[@]}"} --target-processes all --require-cuda-init no --error-exitcode 9 \
+    --log-file "$logs/log" "${@:2}" >"$logs/rows" 2>"$logs/errors" || { failed=1; tail -n 20 "$logs/errors"; }
   cat "$logs/rows" "$logs/log"
   grep -q SUMMARY "$logs/log" || failed=1
 }
