@@ -65,23 +65,27 @@ def _raise(peers_W, rank, flag_offset, at, call, W: tl.constexpr, W_PAD: tl.cons
 
 
 @triton.jit
-def _await(flag, call):
-    """Wait until a flag of this rank is raised. What is polled is read without order, so that many blocks can wait."""
-    seen = tl.load(flag, volatile=True)
-    while seen - call < 0:
-        seen = tl.load(flag, volatile=True)
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while seen - call < 0:
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+def _await(flags, awaited, call):
+    """Wait until those flags of this rank that are `awaited` are raised. What is polled is read without order, so that many
+    blocks can wait."""
+    least = tl.min(tl.load(flags, mask=awaited, other=call, volatile=True) - call, 0)
+    while least < 0:
+        least = tl.min(tl.load(flags, mask=awaited, other=call, volatile=True) - call, 0)
+    seen = tl.atomic_add(flags, 0, mask=awaited, sem="acquire", scope="sys")
+    least = tl.min(tl.where(awaited, seen - call, 0), 0)
+    while least < 0:
+        seen = tl.atomic_add(flags, 0, mask=awaited, sem="acquire", scope="sys")
+        least = tl.min(tl.where(awaited, seen - call, 0), 0)
     tl.debug_barrier()
 
 
 @triton.jit
-def _await_all(peers_W, flag_offset, at, num_flags, me, call, W: tl.constexpr):
-    """Wait for flag `at` of every other rank; flags are [W, num_flags]."""
-    flags = _peer(peers_W, me, flag_offset, tl.int32) + at
-    for step in tl.static_range(W - 1):
-        _await(flags + (me + 1 + step) % W * num_flags, call)
+def _await_all(peers_W, flag_offset, at, other, num_flags, me, call, W: tl.constexpr, W_PAD: tl.constexpr):
+    """Wait for flags `at` and `other` of every other rank; flags are [W, num_flags]."""
+    i = tl.arange(0, 2 * W_PAD)
+    w = i // 2
+    flags = _peer(peers_W, me, flag_offset, tl.int32) + w * num_flags + tl.where(i % 2 == 0, at, other)
+    _await(flags, (w < W) & (w != me), call)
 
 
 @triton.jit
@@ -141,7 +145,7 @@ def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state
         tl.store(_peer(peers_W, peer, weight_offset, tl.float32) + me * room + i, weight, mask=inside)
     if W > 1:
         _raise(peers_W, -1 - me, flag_offset, me * num_blocks + block, call, W, W_PAD)
-        _await_all(peers_W, flag_offset, block, num_blocks, me, call, W)
+        _await_all(peers_W, flag_offset, block, block, num_blocks, me, call, W, W_PAD)
     for step in tl.static_range(W):
         source = (me + step) % W
         if step > 0:
@@ -223,33 +227,34 @@ def _lay_out(tokens_TD, rows_RD, row_N, used, first, t, here, D, K: tl.constexpr
 
 
 @triton.jit
-def _weigh(grads_TD, rows_RD, grad_RD, out_TK, row_N, weight_N, used, first, t, here, D, K: tl.constexpr,
-           BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _weigh(grads_TD, rows_RD, grad_RD, out_N, row_N, weight_N, used, first, t, capacity, D, K: tl.constexpr,
+           K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """The gradient of each row is its token's times its weight; the product of row and token's gradient is that of the
-    weight, for the token's rank. grad_RD may be rows_RD."""
-    copy = first + t.to(tl.int64) * K
-    for k in tl.static_range(K):
-        row = tl.load(row_N + copy + k, mask=here, other=used)
-        live = row < used
-        if tl.max(live.to(tl.int32), 0) > 0:
-            weight = tl.load(weight_N + copy + k, mask=live, other=0.0)
-            dot = tl.zeros((BLOCK_T,), tl.float32)
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                mask = live[:, None] & (d < D)[None, :]
-                at = row[:, None] * D + d[None, :]
-                grad = tl.load(grads_TD + t.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-                answer = tl.load(rows_RD + at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(grad_RD + at, (grad * weight[:, None]).to(grad_RD.dtype.element_ty), mask=mask)
-                dot += tl.sum(grad * answer, 1)
-            tl.store(out_TK + t * K + k, dot, mask=live)
+    weight, for the token's rank. grad_RD may be rows_RD. All copies of BLOCK_T tokens from t on at once."""
+    i = tl.arange(0, BLOCK_T * K_PAD)
+    token, k = t + i // K_PAD, i % K_PAD
+    copy = token.to(tl.int64) * K + k
+    row = tl.load(row_N + first + copy, mask=(token < capacity) & (k < K), other=used)
+    live = row < used
+    if tl.max(live.to(tl.int32), 0) > 0:
+        weight = tl.load(weight_N + first + copy, mask=live, other=0.0)
+        dot = tl.zeros((BLOCK_T * K_PAD,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = live[:, None] & (d < D)[None, :]
+            at = row[:, None] * D + d[None, :]
+            grad = tl.load(grads_TD + token.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            answer = tl.load(rows_RD + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_RD + at, (grad * weight[:, None]).to(grad_RD.dtype.element_ty), mask=mask)
+            dot += tl.sum(grad * answer, 1)
+        tl.store(out_N + copy, dot, mask=live)
 
 
 @triton.jit
 def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, num_rows, peers_W, state, me, num_tokens, capacity,
                   slots_per_rank, D, lag, token_offset, grad_offset, flag_offset, K: tl.constexpr, W: tl.constexpr,
                   WEIGH: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-                  BLOCK_D: tl.constexpr):  # fmt: skip
+                  BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """Bring each token to the ranks of its copies, and there into their rows. Rows that are not in use stay unwritten.
 
     WEIGH: the tokens are gradients of the output, and the rows get theirs in grad_RD: see `_weigh`. Otherwise rows_RD gets
@@ -268,16 +273,19 @@ def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, num_rows, 
         else:
             source = (me + part) % W
             if part > 0:
-                _await(_peer(peers_W, me, flag_offset, tl.int32) + source * num_turns + turn, call)
+                w = tl.arange(0, W_PAD)
+                flags = _peer(peers_W, me, flag_offset, tl.int32) + w * num_turns + turn
+                _await(flags, w == source, call)
             tokens_TD = _tokens_of(own_TD, peers_W, source, me, capacity, D, token_offset, W)
-            t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
             first = source.to(tl.int64) * capacity * K
+            t = turn * BLOCK_T
             if WEIGH:
-                out_TK = _peer(peers_W, source, grad_offset, tl.float32)
-                _weigh(tokens_TD, rows_RD, grad_RD, out_TK, row_N, weight_N, used, first, t, t < capacity, D, K, BLOCK_T,
-                       BLOCK_D)  # fmt: skip
+                out_N = _peer(peers_W, source, grad_offset, tl.float32)
+                _weigh(tokens_TD, rows_RD, grad_RD, out_N, row_N, weight_N, used, first, t, capacity, D, K, K_PAD, BLOCK_T,
+                       BLOCK_W)  # fmt: skip
             else:
-                _lay_out(tokens_TD, rows_RD, row_N, used, first, t, t < capacity, D, K, BLOCK_T, BLOCK_D)
+                t_T = t + tl.arange(0, BLOCK_T)
+                _lay_out(tokens_TD, rows_RD, row_N, used, first, t_T, t_T < capacity, D, K, BLOCK_T, BLOCK_D)
         taken = tl.atomic_add(state + 2, 1, sem="relaxed")
     _finish(state, call)
 
@@ -310,9 +318,9 @@ def _word(num_needed, R):
 
 @triton.jit
 def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, told, most, peers_W, state, me, capacity,
-               num_tokens, slots_per_rank, R, D, lag, part_offset, needed_offset, flag_offset, K: tl.constexpr, W: tl.constexpr,
-               WEIGHTED: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-               BLOCK_D: tl.constexpr):  # fmt: skip
+               num_tokens, slots_per_rank, R, D, lag, part_offset, needed_offset, flag_offset, K: tl.constexpr,
+               W: tl.constexpr, WEIGHTED: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr,
+               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Sum the rows of each token over k, bring the sum to the token's rank and sum there over ranks, in ascending order.
 
     With weights, all ranks tell each other how many rows they needed (`_word`): y is NaN when some rank ran out of rows,
@@ -324,10 +332,10 @@ def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, to
     taken = tl.atomic_add(state + 2, 1, sem="relaxed")
     while taken < num_turns * W:
         is_push, turn, part = _piece(taken, num_turns, lag, W - 1, 1)
-        t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
-        here = t < capacity
         if is_push:
             peer = (me + 1 + part) % W
+            t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
+            here = t < capacity
             copy = (peer * capacity + t).to(tl.int64) * K
             some = t < 0
             for k in tl.static_range(K):
@@ -346,9 +354,9 @@ def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, to
         else:
             poison = 0.0
             if W > 1:
-                _await_all(peers_W, flag_offset, turn, num_turns, me, call, W)
+                # with the flags of the first turn the words came
+                _await_all(peers_W, flag_offset, turn, 0 if WEIGHTED else turn, num_turns, me, call, W, W_PAD)
                 if WEIGHTED:
-                    _await_all(peers_W, flag_offset, 0, num_turns, me, call, W)  # with these the words came
                     w = tl.arange(0, W_PAD)
                     word = tl.load(_peer(peers_W, me, needed_offset, tl.int32) + w, mask=(w < W) & (w != me), other=0)
                     word = tl.where(w == me, _word(num_needed, R), word)
@@ -359,6 +367,8 @@ def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, to
                         tl.store(told + 1, largest)
                         tl.store(told, -lacking, mask=lacking < -1)
                     poison = tl.where(lacking < 0, float("nan"), 0.0)
+            t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
+            here = t < capacity
             k = tl.arange(0, K_PAD)
             is_copy = (t < num_tokens)[:, None] & (k < K)[None, :]
             slot = tl.load(slot_TK + t[:, None] * K + k[None, :], mask=is_copy, other=-1).to(tl.int32)

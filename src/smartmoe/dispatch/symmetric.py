@@ -21,6 +21,7 @@ _TILE_ELEMENTS = 4096
 _NUM_WARPS = 4
 _BLOCKS_PER_PROCESSOR = 16  # as many as can run at once
 _LAG_BYTES = 6 << 20  # of tokens, by which pushes are ahead of reads: they keep the link busy and stay in the cache
+_WEIGH_ELEMENTS, _LEAST_COLUMNS = 2048, 64  # of a tile of `weigh`: twice the elements are slower where top_k is 8
 _ANNOUNCED = 512  # copies whose slots a block announces
 _REASONS: dict[tuple, str | None] = {}
 _log = logging.getLogger(__name__)
@@ -238,8 +239,12 @@ class SymmetricTransport:
         self._kernels.spread_kernel[self._grid(self.num_ranks + 1)](
             own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.num_rows, self.peers_W, self._calls,
             self.ep_rank, own_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self._lag, self.offset["tokens"],
-            self.offset["grads"], self.offset["flags"], WEIGH=weigh, **self._sizes(),
+            self.offset["grads"], self.offset["flags"], WEIGH=weigh, BLOCK_W=self._weigh_columns(), **self._sizes(),
         )  # fmt: skip
+
+    def _weigh_columns(self) -> int:
+        """Columns of a tile that has all copies of block_tokens tokens."""
+        return max(_WEIGH_ELEMENTS // (self.block_tokens * _power_of_two(self.top_k)), _LEAST_COLUMNS)
 
     def _grid(self, pieces_of_turn: int) -> tuple[int]:
         return (min(self._num_turns * pieces_of_turn, self.max_blocks),)
