@@ -23,14 +23,13 @@ def start_as_smartmoe(run: RunConfig, config: TransformerConfig, chunks: list[to
                 f"--smartmoe-same-start: {type(layer.experts).__name__} keeps all experts in one: leave --moe-grouped-gemm "
                 "out, or --smartmoe-same-start"
             )
-        for logical, expert in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
-            first, second = _values(run, layer.layer_number - 1, logical, config.init_method_std / INIT_STD)
-            expert.linear_fc1.weight.copy_(first.t()), expert.linear_fc2.weight.copy_(second.t())
+        # all of a layer at once: large ones are drawn by several threads, one each
+        made = Experts(
+            run.model, tuple(layer.local_expert_indices), impl="loop", layer_idx=layer.layer_number - 1,
+            seed=run.workload.seed, dtype=torch.float32, device="cpu",
+        )  # fmt: skip
+        factor = config.init_method_std / INIT_STD
+        for slot, expert in enumerate(layer.experts.local_experts):
+            expert.linear_fc1.weight.copy_(made.w1_LDF[slot].t() * factor)
+            expert.linear_fc2.weight.copy_(made.w2_LFD[slot].t() * factor)
     return chunks
-
-
-def _values(run: RunConfig, layer_idx: int, logical: int, factor: float) -> list[torch.Tensor]:
-    made = Experts(
-        run.model, (logical,), impl="loop", layer_idx=layer_idx, seed=run.workload.seed, dtype=torch.float32, device="cpu"
-    )
-    return [param[0] * factor for param in (made.w1_LDF, made.w2_LFD)]
