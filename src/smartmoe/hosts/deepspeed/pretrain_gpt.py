@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace) -> None:
             write_iteration(writer, config, result, progress)
     if writer:
         writer.close()
+    trainer.engine.destroy()  # its hooks on gradients keep model and optimizer alive, beside the next run of this process
 
 
 def start_world(config: RunConfig) -> torch.device:
