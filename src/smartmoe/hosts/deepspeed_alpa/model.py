@@ -18,6 +18,8 @@ from smartmoe.hosts.deepspeed.moe import Expert
 from smartmoe.hosts.deepspeed_alpa.capture import CapturedBlock, capture_blocks, noise_of
 from smartmoe.layer import INIT_STD
 from smartmoe.ops.hashing import make_key
+from smartmoe.ops.residual_norm import residual_norm
+from smartmoe.ops.token_loss import summed_cross_entropy
 
 
 class Attention(nn.Module):
@@ -48,8 +50,8 @@ class Block(nn.Module):
         self.mlp = Expert(model.hidden_size, model.ffn_size, model.activation) if moe is None else None
 
     def forward(self, x_BTD, token_id_BT):
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD)))
-        h_BTD = self.mlp_norm(x_BTD)
+        update_BTD = self.dropout(self.attention(self.attention_norm(x_BTD)))
+        x_BTD, h_BTD = residual_norm(x_BTD, update_BTD, self.mlp_norm)
         if self.moe is None:
             return x_BTD + self.dropout(self.mlp(h_BTD)), x_BTD.new_zeros((), dtype=torch.float32)
         y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
@@ -100,8 +102,8 @@ class MoETransformer(nn.Module):
             else:
                 x_BTD, block_loss = block(x_BTD, token_id_BT)
             balance_loss = balance_loss + block_loss
-        logits_SV = F.linear(self.final_norm(x_BTD), self.token_embedding.weight).flatten(0, 1).float()
-        loss = F.cross_entropy(logits_SV, target_BT.flatten())
+        logits_SV = F.linear(self.final_norm(x_BTD), self.token_embedding.weight).flatten(0, 1)
+        loss = summed_cross_entropy(logits_SV, target_BT.flatten()) / logits_SV.shape[0]
         return loss + self.balance_weight * balance_loss if self.balance_weight else loss
 
     def _embed(self, token_BT, token_id_BT):
