@@ -3,10 +3,11 @@
 RUN_DIR/run.json has the config: experts over all ranks, routed by the trace that gate.trace names, relative to RUN_DIR or to
 the current folder. The ranks first measure the primitives of this layer on this cluster (profile.json), then each layer,
 forward and backward of one micro-batch, in workload.iterations iterations of the trace, evenly spread. Nothing of the trace
-or of these times is in the profile: every point is held out. Measured is the median of some repetitions, of the slowest rank;
-on a GPU between events of the device, which is busy with other work before each (bench.busy), so that the host is ahead as in
-training: launches cost time only where the layer makes the host wait. The direct dispatcher has room for any routing: as in
-training behind its first calls, none waits. Beside the prediction stands that of uniform loads.
+or of these times is in the profile: every point is held out. All points are measured in turn without a pause, in an order
+drawn anew for each repetition, so that what drifts is in none of them alone; measured is a point's median, of the slowest
+rank. On a GPU it is between events of the device, which is busy with other work before each (bench.busy): so its clock is that
+of training, and the host is ahead as there: launches cost time only where the layer makes the host wait. The direct
+dispatcher has room for any routing: as in training behind its first calls, none waits. Beside it stands what uniform loads say.
 
 RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, and
 accuracy.json: R2 and MAPE over all points. With --profile a profile made before serves in place of the run's own.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from smartmoe import record
-from smartmoe.bench.busy import WARM_MS, BusyWork
-from smartmoe.bench.measure import Timing, World, describe_failure, start_world, time_steps
+from smartmoe.bench.busy import WARM_MS, BusyWork, lead_ms
+from smartmoe.bench.measure import World, between, describe_failure, now, start_world
 from smartmoe.bench.profile_layer import profile_layer
 from smartmoe.bench.replay import open_trace
 from smartmoe.config import RunConfig, check, from_dict
@@ -40,14 +40,12 @@ from smartmoe.planner.primitives import Primitives, Profile
 from smartmoe.slow_links import slow_links
 from smartmoe.trace import ExpertTrace
 
-LEAST_LEAD_MS = 1.0  # of busy work before each step
-
 
 class LayerSteps:
     """One MoE layer of a trace on this rank, and a step of it."""
 
-    def __init__(self, config: RunConfig, layer_idx: int, world: World, busy: BusyWork):
-        self.config, self.world, self._busy, self._lead_ms = config, world, busy, 0.0
+    def __init__(self, config: RunConfig, layer_idx: int, world: World):
+        self.config, self.world = config, world
         model, work = config.model, config.workload
         dtype = getattr(torch, work.dtype)
         self.layer = MoELayer(
@@ -58,33 +56,15 @@ class LayerSteps:
         generator = torch.Generator().manual_seed(1 + world.ep_rank)
         self.x_BTD, self.grad_BTD = torch.randn(shape, generator=generator).to(world.device, dtype)
 
-    def time_ms(self, row: int, repeat: int) -> float:
-        """Median ms of the iteration in `row` of the trace, of the slowest rank. Collective."""
+    def token_id(self, row: int) -> torch.Tensor:
+        """[B, T] of this rank's micro-batch in the iteration in `row` of the trace."""
         work, seq_len = self.config.workload, self.config.model.seq_len
         first = row * work.global_batch_size + self.world.ep_rank * work.micro_batch_size
         sample_B = torch.arange(first, first + work.micro_batch_size, device=self.world.device)
-        token_id_BT = sample_B[:, None] * seq_len + torch.arange(seq_len, device=self.world.device)
-        step, timing = lambda mark: self._step(token_id_BT), Timing(warmup=1, iterations=repeat + 1, seconds=math.inf)
-        if not self._lead_ms:
-            time_steps(self.world, step, timing)
-            self._lead_ms = max(LEAST_LEAD_MS, 1.5 * self._launch_ms(token_id_BT))
-        self._busy.launch(WARM_MS)
-        times_IP, _ = time_steps(self.world, step, timing, lambda: self._busy.launch(self._lead_ms))
-        # the first of them followed upon a wait for the device
-        return float(np.median([self.world.largest(ms) for ms in times_IP[1:, 0].tolist()]))
+        return sample_B[:, None] * seq_len + torch.arange(seq_len, device=self.world.device)
 
-    def _launch_ms(self, token_id_BT: torch.Tensor) -> float:
-        """What the host takes for a step of which the device is done at once, or waits for it."""
-        took = []
-        for _ in range(5):
-            self.world.synchronize()
-            start = time.perf_counter()
-            self._step(token_id_BT)
-            took.append((time.perf_counter() - start) * 1e3)
-        self.world.synchronize()
-        return self.world.largest(float(np.median(took)))
-
-    def _step(self, token_id_BT: torch.Tensor) -> None:
+    def step(self, token_id_BT: torch.Tensor) -> None:
+        """Forward and backward. Collective."""
         y_BTD, _ = self.layer(self.x_BTD.detach().requires_grad_(), token_id_BT)
         y_BTD.backward(self.grad_BTD)
 
@@ -147,16 +127,50 @@ def choose_iterations(trace: ExpertTrace, num_iterations: int) -> list[int]:
 def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int, writer) -> np.ndarray:
     """[iterations, layers] median ms. Collective."""
     busy = BusyWork(world, getattr(torch, config.workload.dtype))
-    steps = [LayerSteps(config, layer, world, busy) for layer in range(config.model.num_layers)]
-    for step in steps:
-        step.time_ms(places[0], 3)  # connections, allocations
-    found = []
-    for number, row in enumerate(places, 1):
-        found.append([step.time_ms(row, repeat) for step in steps])
+    layers = [LayerSteps(config, layer, world) for layer in range(config.model.num_layers)]
+    lead = max(_lead_ms(world, layer, layer.token_id(places[0])) for layer in layers)
+    draw, rounds = np.random.default_rng(0), []
+    for _ in range(repeat):
+        rounds.append(_one_round(world, busy, layers, places, lead, draw.permutation(len(places) * len(layers))))
         if writer:
-            iteration, step_ms = int(trace.iteration[row]), round(sum(found[-1]), 4)
+            writer.log(f"repetition {len(rounds)} of {repeat}: {rounds[-1].mean():.3f} ms a layer on average")
+    found_IL = np.median(rounds, axis=0).reshape(len(places), len(layers))
+    for number, (row, ms_L) in enumerate(zip(places, found_IL, strict=True), 1):
+        if writer:
+            iteration, step_ms = int(trace.iteration[row]), round(float(ms_L.sum()), 4)
             writer.metric({"iteration": number, "trace_iteration": iteration, "step_ms": step_ms})
-    return np.array(found)
+    return found_IL
+
+
+def _lead_ms(world: World, layer: LayerSteps, token_id_BT: torch.Tensor) -> float:
+    """How long the device has to be busy before a step of this layer, the longest of all ranks. Collective."""
+    took = []
+    for _ in range(4):  # the first makes connections and allocations
+        world.synchronize()
+        start = time.perf_counter()
+        layer.step(token_id_BT)
+        launched = time.perf_counter() - start
+        world.synchronize()
+        took.append((1e3 * launched, 1e3 * (time.perf_counter() - start)))
+    return world.largest(lead_ms(*np.median(took[1:], axis=0).tolist()))
+
+
+def _one_round(world: World, busy: BusyWork, layers: list[LayerSteps], places: list[int], lead: float, order) -> np.ndarray:
+    """[points] ms of the slowest rank, each point once in `order`; points count layers first. Collective."""
+    marks = [None] * len(order)
+    busy.launch(WARM_MS)
+    for point in order:
+        place, layer_idx = divmod(int(point), len(layers))
+        layer = layers[layer_idx]
+        token_id_BT = layer.token_id(places[place])
+        busy.launch(lead)
+        world.align()  # on the device: the host stays ahead
+        start = now(world)
+        layer.step(token_id_BT)
+        marks[point] = (start, now(world))
+    world.synchronize()
+    mine = [between(*pair) for pair in marks]
+    return np.array(world.share(mine)).max(0)
 
 
 def predict(
@@ -209,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a directory with run.json")
-    parser.add_argument("--repeat", type=int, default=5, help="steps of each point; default: 5")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions of each point; default: 5")
     parser.add_argument("--profile", type=Path, metavar="FILE.json", help="what `smartmoe profile` wrote")
     args = parser.parse_args(argv)
     with describe_failure(args.run_dir):

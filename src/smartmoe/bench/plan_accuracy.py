@@ -161,31 +161,36 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
         work = dataclasses.replace(run_config.workload, iterations=1000, warmup_iterations=args.warmup)
         return dataclasses.replace(run_config, workload=work)
 
+    facts = record.provenance(device=torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name())
+    facts = {"provenance": facts, "cluster": vars(cluster), "warmup": args.warmup}
     with slow_links(link_rate):
         first = prepared(pool.config_of(config, cluster, *recorder))
         counts_IBLE = record_counts(first, world, tokens, num_iterations)[args.warmup :]
         gc.collect()
+        if args.out and world.ep_rank == 0:
+            trace_of(counts_IBLE, args.warmup, config).save(args.out.with_suffix(".npz"))
         for plan, micro_batch in plans:
             rows.append(measure(prepared(pool.config_of(config, cluster, plan, micro_batch)), world, tokens, num_iterations))
             if world.ep_rank == 0:
-                print(format_row(rows[-1]), flush=True)
+                predict(rows[-1:], cost, counts_IBLE)
+                print(f"{format_row(rows[-1])}, predicted {rows[-1].predicted_ms:.1f}", flush=True)
+                if args.out:  # now already: what ends this run takes no row with it
+                    write(args.out, facts, rows)
         if args.runs:
             bar = measure(prepared(fastmoe), world, tokens, num_iterations)
     if world.ep_rank == 0:
-        predict(rows, cost, counts_IBLE)
         print(format_rows(rows))
-        name = torch.cuda.get_device_name() if world.device.type == "cuda" else record.cpu_name()
-        facts = record.provenance(device=name)
         if args.runs:
             print(f"FastMoE: {format_row(bar)}")
             links = f", {link_rate:g} GB/s" if link_rate else ""
             panel = f"{world.num_ranks} {'GPUs' if world.device.type == 'cuda' else 'CPU ranks'}{links}"
-            plan_figure.write_runs(args.runs, cost, rows, (bar, fastmoe), facts, panel)
-        if args.out:
-            facts = {"provenance": facts, "cluster": vars(cluster), "warmup": args.warmup}
-            record.write_json(args.out, {**facts, "rows": [vars(row) for row in rows], **statistics(rows)})
-            trace_of(counts_IBLE, args.warmup, config).save(args.out.with_suffix(".npz"))
+            plan_figure.write_runs(args.runs, cost, rows, (bar, fastmoe), facts["provenance"], panel)
     return rows
+
+
+def write(path: Path, facts: dict, rows: list[Row]) -> None:
+    """The rows so far with their statistics, beside what is known of where they were measured."""
+    record.write_json(path, {**facts, "rows": [vars(row) for row in rows], **statistics(rows)})
 
 
 def cost_of(args: argparse.Namespace, num_ranks: int) -> CostModel:
@@ -205,7 +210,7 @@ def predict_measured(args: argparse.Namespace) -> list[Row]:
     predict(rows, cost, ExpertTrace.load(args.measured.with_suffix(".npz")).counts[:, 0].transpose(0, 2, 1, 3))
     print(format_rows(rows))
     if args.out:
-        record.write_json(args.out, {**data, "rows": [vars(row) for row in rows], **statistics(rows)})
+        write(args.out, data, rows)
     return rows
 
 

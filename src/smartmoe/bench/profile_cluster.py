@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from smartmoe import record
 from smartmoe.bench import profile_parts as parts
-from smartmoe.bench.busy import WARM_MS, BusyWork
+from smartmoe.bench.busy import WARM_MS, BusyWork, lead_ms
 from smartmoe.bench.measure import World, run_in_world, spread
 from smartmoe.bench.profile_parts import Site
 from smartmoe.config import ParallelPlan
@@ -131,7 +131,7 @@ class Profiler:
         world.synchronize()
         took = world.largest(time.perf_counter() - start)
         reset()
-        lead_ms = 1.5e3 * launched + 0.05 if gets_ahead else 0.0
+        lead = lead_ms(1e3 * launched, 1e3 * took) if gets_ahead else 0.0
         num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
         # A host that is behind launches onto an idle device: launches behind much other work take it longer.
         alone = []
@@ -139,13 +139,13 @@ class Profiler:
             world.synchronize()
             alone.append(self._once(step, reset, 0.0)[1])
         self._busy.launch(WARM_MS)
-        runs = [self._once(step, reset, lead_ms) for _ in range(num)]
+        runs = [self._once(step, reset, lead) for _ in range(num)]
         world.synchronize()
         marks_IM = np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs])
         # the marks' own time on the host is between the two that they note
         return marks_IM, 1e3 * np.diff(np.array(alone), axis=1)[:, 1::2]
 
-    def _once(self, step, reset, lead_ms):
+    def _once(self, step, reset, lead):
         world, device, host = self.site.world, [], []
         is_cuda = world.device.type == "cuda"
 
@@ -158,8 +158,8 @@ class Profiler:
                 device.append(host[-1])
             host.append(time.perf_counter())
 
-        if lead_ms:  # the host gets ahead, so that no launch is in the device's time
-            self._busy.launch(lead_ms)
+        if lead:  # the host gets ahead, so that no launch is in the device's time
+            self._busy.launch(lead)
         world.align()
         mark()
         step(mark)
@@ -394,8 +394,8 @@ def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict
     """Measure `cases`, and write the profile and print its held-out errors from rank 0. `shapes`: what they are sizes of;
     slow_links_rate: what links are slowed down to by the caller, 0 = not. Collective."""
     start, world = time.monotonic(), profiler.site.world
-    for case in cases:
-        profiler.run(case)
+    for place in np.random.default_rng(0).permutation(len(cases)):  # what drifts with time is no rule of sizes
+        profiler.run(cases[place])
     profiler.points["sync"] = [measure_sync(world)]
     facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
     facts["slow_links_gbytes_per_s"] = slow_links_rate
