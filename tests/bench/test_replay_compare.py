@@ -62,7 +62,7 @@ def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_cou
 
     balanced = seen([[1.0, 1.0], [2.0, 2.0]], [[], []])
     static, mode = seen([[2.0, 2.0], [4.0, 4.0]], [[], []]), seen([[2.0, 1.0], [2.0, 2.0]], [[], [8.0]])
-    fast = {"balanced": balanced, "static": static, "m": mode}
+    fast = {"even": balanced, "uniform": seen([[1.5, 1.5], [2.0, 2.0]], [[], []]), "static": static, "m": mode}
     slow = {**fast, "m": seen([[1.0, 3.0], [2.0, 2.0]], [[], [10.0]])}
     rows = summarise([fast, {**slow, "static": seen([[2.0, 2.0], [4.0, 4.0]], [[], []], 48.0)}], schedule, trace)
     assert rows["static"]["series"]["ms"] == [4.0, 6.0] and rows["static"]["control_ms"] == 48.0
@@ -70,7 +70,8 @@ def test_costs_are_charged_to_the_iterations_they_serve_and_the_slowest_rank_cou
     moved = rows["m"]
     assert moved["series"]["step_ms"] == [2.5, 2.0]  # median of max(2, 1) and max(1, 3)
     assert moved["series"]["ms"] == [2.5, 2.5]  # 10 ms for the 20 iterations of training since iteration 1
-    assert moved["share_of_balanced"]["mean"] == pytest.approx((1 / 2.5 + 2 / 2.5) / 2)
+    assert moved["share_of_even"]["mean"] == pytest.approx((1 / 2.5 + 2 / 2.5) / 2)
+    assert moved["share_of_uniform"]["mean"] == pytest.approx((1.5 / 2.5 + 2 / 2.5) / 2)
     assert moved["speedup_over_static"]["median"] == pytest.approx((2 / 2.5 + 4 / 2.5) / 2)
     assert moved["num_decisions"] == 1 and moved["num_moved"] == 3 and moved["difference"] == 1e-7
     assert json.dumps(rows)
@@ -83,12 +84,25 @@ def test_ranks_and_micro_batches_take_their_own_counts_and_start_over():
     tokens = Tokens(shape_of(SIZE), world, torch.float32, 1, 3)
     counts_RME = np.random.default_rng(0).integers(1, 50, (2, 2, 8))
     tokens.set_iteration(counts_RME, 0)
-    assert tokens.count_MSE.shape == (3, 4, 8) and (tokens.count_MSE.sum(2) == 128).all()
-    for micro in range(3):
-        got = np.bincount(tokens.expert_idx_M[micro].flatten().numpy(), minlength=8)
-        assert got.tolist() == capped(counts_RME[1, micro % 2], 64, 2).tolist() == tokens.count_MSE[micro, 3].tolist()
-    even = np.bincount(tokens.even_M[0].flatten().numpy(), minlength=8)
-    assert even.tolist() == [16] * 8
+    uniform = {}
+    for forced in (None, "even", "uniform"):
+        count_MSE = tokens.count_MSE(forced)
+        assert count_MSE.shape == (3, 4, 8) and (count_MSE.sum(2) == 128).all()
+        for micro in range(3):
+            drawn_TK = tokens.routing(micro, forced).expert_idx_TK
+            assert (drawn_TK[:, 0] != drawn_TK[:, 1]).all()
+            got = np.bincount(drawn_TK.flatten().numpy(), minlength=8)
+            assert got.tolist() == count_MSE[micro, 3].tolist()
+            if forced is None:
+                assert got.tolist() == capped(counts_RME[1, micro % 2], 64, 2).tolist()
+            elif forced == "even":
+                assert got.tolist() == [16] * 8
+            else:
+                uniform[micro] = drawn_TK
+    # chance decides: other counts in each micro-batch, on each rank and in each iteration
+    assert len(np.unique(tokens.count_MSE("uniform").reshape(12, 8), axis=0)) == 12
+    tokens.set_iteration(counts_RME, 1)
+    assert all((tokens.routing(micro, "uniform").expert_idx_TK != uniform[micro]).any() for micro in range(3))
 
 
 def _world(world_rank, json_path):
@@ -101,8 +115,8 @@ def _world(world_rank, json_path):
     data = replay_compare.compare(args, world)
     wrong = replay.parse_args(["--device", "cpu", "--shapes", SIZE, "--trace", "synthetic:uniform,experts=4"])
     data["wrong"] = replay_compare.compare(wrong, world)["rows"]
-    hot = replay.parse_args(["--device", "cpu", "--shapes", SIZE, "--cases", "hot80", "balanced", "--limit", "1",
-                             "--modes", "balanced", "static", "exact", "--dispatcher", "basic"])  # fmt: skip
+    hot = replay.parse_args(["--device", "cpu", "--shapes", SIZE, "--cases", "hot80", "uniform", "even", "--limit", "1",
+                             "--modes", "even", "static", "exact", "--dispatcher", "basic"])  # fmt: skip
     data["hot"] = replay_compare.compare(hot, world)["rows"]
     return data
 
@@ -113,7 +127,8 @@ def test_every_mode_plays_the_same_tokens(tmp_path):
     rows = {row["mode"]: row for row in data["rows"]}
     assert list(rows) == list(MODES) and {row["status"] for row in rows.values()} == {"ok"}, data["rows"]
     load = {mode: row["series"]["load_max_over_mean"] for mode, row in rows.items()}
-    assert load["balanced"] == [1.0] * 12 and min(load["static"]) > 1.05
+    assert load["even"] == [1.0] * 12 and min(load["static"]) > 1.05
+    assert 1.0 < np.mean(load["uniform"]) < np.mean(load["static"])
     # what is learned in the first ten iterations serves the eleventh, not the tenth
     assert load["every_10"][:10] == load["static"][:10] and load["every_10"][10] < load["static"][10]
     assert load["every_100"] == load["static"]
@@ -121,20 +136,22 @@ def test_every_mode_plays_the_same_tokens(tmp_path):
     assert rows["every_10"]["num_decisions"] == 1 and rows["every_10"]["num_moved"] > 0
     assert rows["every_10"]["decision_ms"]["median"] > 0 and rows["static"]["num_decisions"] == 0
     # moved and copied experts give the same answers
-    assert all(row["difference"] < 1e-5 for mode, row in rows.items() if mode != "balanced")
-    assert rows["static"]["share_of_balanced"]["mean"] > 0 and rows["static"]["speedup_over_static"]["median"] == 1.0
+    assert all(row["difference"] < 1e-5 for mode, row in rows.items() if mode not in ("even", "uniform"))
+    assert rows["static"]["share_of_even"]["mean"] > 0 and rows["static"]["share_of_uniform"]["mean"] > 0
+    assert rows["static"]["speedup_over_static"]["median"] == 1.0
     saved = json.loads(path.read_text())
     assert saved["kind"] == "replay" and saved["settings"]["micro_batches"] == 2 and len(saved["rows"]) == len(MODES)
     told = {(verdict["mode"], verdict["what"]) for verdict in saved["goals"]}
-    assert told == {(m, w) for m in (*EXACT, *HISTORY) for w in ("of force-balanced", "times shadowing")}
+    assert told == {(m, w) for m in (*EXACT, *HISTORY) for w in ("of even groups", "of uniform", "times shadowing")}
     assert rows["shadowing"]["speedup_over_shadowing"]["median"] == 1.0
 
     assert {row["status"] for row in data["wrong"]} == {"skipped"} and "4 experts" in data["wrong"][0]["reason"]
     hot = {(row["case"], row["mode"]): row for row in data["hot"]}
-    assert hot["hot80", "static"]["sizes"]["top_k"] == 1 and hot["balanced", "static"]["sizes"]["top_k"] == 2
+    assert hot["hot80", "static"]["sizes"]["top_k"] == 1 and hot["uniform", "static"]["sizes"]["top_k"] == 2
     assert hot["hot80", "static"]["load_max_over_mean"]["median"] > 1.6
     assert hot["hot80", "exact"]["load_max_over_mean"]["median"] < 1.1
-    assert hot["balanced", "static"]["load_max_over_mean"]["median"] < 1.2
+    assert hot["even", "static"]["load_max_over_mean"]["median"] == 1.0
+    assert 1.0 < hot["uniform", "static"]["load_max_over_mean"]["median"] < 1.2
 
 
 def test_a_shape_may_be_that_of_a_run(tmp_path):

@@ -132,7 +132,7 @@ def _note(series: dict, done: list[Step], deciding: list[Step], load: float) -> 
 
 def _difference(player: Player, reference: Player | None) -> float | None:
     """Largest relative distance (2-norm) of output and input gradient of the last step from those of `reference`."""
-    if reference is None or player.mode.even:
+    if reference is None or player.mode.forced:
         return None
     pairs = zip(player.result, reference.result, strict=True)
     return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs)
@@ -172,9 +172,10 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
         }
     for row in rows.values():
         ms_I = np.array(row["series"]["ms"])
-        if "balanced" in rows:
-            share_I = np.array(rows["balanced"]["series"]["ms"]) / ms_I
-            row["share_of_balanced"] = {"mean": round(float(share_I.mean()), 4), **spread(share_I)}
+        for forced in ("even", "uniform"):
+            if forced in rows:
+                share_I = np.array(rows[forced]["series"]["ms"]) / ms_I
+                row[f"share_of_{forced}"] = {"mean": round(float(share_I.mean()), 4), **spread(share_I)}
         for other in ("static", "shadowing"):
             if other in rows:
                 row[f"speedup_over_{other}"] = spread(np.array(rows[other]["series"]["ms"]) / ms_I)
@@ -182,7 +183,7 @@ def summarise(seen_W: list[dict], schedule: Schedule, trace: ExpertTrace) -> dic
 
 
 COLUMNS = (
-    "shape          case             mode        median ms (p10 - p90)   of balanced: mean   p10   over static  "
+    "shape          case             mode        median ms (p10 - p90)  of even groups (p10)  of uniform  over static  "
     "max/mean (p90)   decision ms    n  moved  late  diff"
 )
 
@@ -192,10 +193,11 @@ def format_row(row: dict) -> str:
     if row["status"] != "ok":
         return f"{start} {row['status']}: {row['reason']}"
     ms, load, decision = row["ms"], row["load_max_over_mean"], row["decision_ms"]
-    share, speedup = row.get("share_of_balanced"), row.get("speedup_over_static")
+    even, uniform, speedup = (row.get(key) for key in ("share_of_even", "share_of_uniform", "speedup_over_static"))
     return (
         f"{start} {ms['median']:9.3f} ({ms['p10']:.3f} - {ms['p90']:.3f})".ljust(68)
-        + (f"{share['mean']:17.1%} {share['p10']:6.1%}" if share else " " * 24)
+        + (f"{even['median']:12.1%} ({even['p10']:5.1%})" if even else " " * 20)
+        + (f"{uniform['median']:12.1%}" if uniform else " " * 12)
         + (f"{speedup['median']:13.3f}" if speedup else " " * 13)
         + f"  {load['median']:7.3f} ({load['p90']:.3f})"
         + (f"{decision['median']:14.3f}" if decision else " " * 13 + "-")
@@ -209,7 +211,8 @@ def format_row(row: dict) -> str:
 
 CASES = {
     "trace": "the trace of --trace",
-    "balanced": "uniform routing: what it costs to have a mode switched on",
+    "even": "every expert gets as many tokens: what it costs to have a mode switched on",
+    "uniform": "the same with routing drawn uniformly at random",
     "hot80": "top-1 routing with 80 % of the tokens on one expert",
 }
 
@@ -287,9 +290,13 @@ def _label(args, case: str) -> str:
 
 
 def _open(args, case: str, shape: Shape) -> tuple[ExpertTrace, Schedule]:
-    source = {"balanced": "synthetic:uniform", "hot80": "synthetic:one-hot,share=0.8"}.get(case, args.trace)
+    if case == "even":
+        counts = np.ones((NUM_SYNTHETIC, 1, args.layer + 1, 1, shape.num_experts), np.int32)
+        trace = ExpertTrace(counts, np.arange(1, NUM_SYNTHETIC + 1))
+        return trace, Schedule.of(trace, 1, None, args.limit)
+    source = {"uniform": "synthetic:uniform", "hot80": "synthetic:one-hot,share=0.8"}.get(case, args.trace)
     if source is None:
-        raise ValueError("give --trace FILE, or --cases hot80 balanced, which need none")
+        raise ValueError("give --trace FILE, or --cases even uniform hot80, which need none")
     num_rows = NUM_SYNTHETIC * args.every
     copies = shape.num_tokens * shape.top_k
     trace = read_trace(source, experts=shape.num_experts, iterations=num_rows, layers=args.layer + 1, copies=copies)

@@ -24,16 +24,20 @@ NUM_WARMUP_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """One way of placing experts. `layer` None: as --dispatcher says; `even`: the tokens are spread evenly instead."""
+    """One way of placing experts. `layer` None: as --dispatcher says; `forced`: how tokens are routed instead of as recorded,
+    "even" or "uniform"."""
 
     about: str
     online: OnlineConfig = OnlineConfig()
     layer: LayerConfig | None = None
-    even: bool = False
+    forced: str | None = None
 
 
 MODES = {
-    "balanced": Mode(about="force-balanced: the same tokens, every expert gets as many; nothing moves", even=True),
+    "even": Mode(about="force-balanced, the stricter way: every expert gets exactly as many tokens; nothing moves",
+                 forced="even"),
+    "uniform": Mode(about="force-balanced as Megatron's --moe-router-force-load-balancing: experts drawn uniformly at random; "
+                    "nothing moves", forced="uniform"),
     "static": Mode(about="experts in order, nothing moves"),
     "every_100": Mode(about="greedy placement every 100 iterations", online=OnlineConfig(policy="greedy", interval=100)),
     "every_10": Mode(about="greedy placement every 10 iterations", online=OnlineConfig(policy="greedy", interval=10)),
@@ -113,7 +117,7 @@ class Player:
         marks = [_mark(self.world)]
         self.replayed.begin_step()
         for micro in range(self.tokens.num_micro_batches):
-            self.replayed.layer.gate.routing = self.tokens.routing(micro, self.mode.even)
+            self.replayed.layer.gate.routing = self.tokens.routing(micro, self.mode.forced)
             token_id_BT = self.tokens.token_id_BT + micro * self.tokens.token_id_BT.shape[1]
             self.result = self.replayed.work(self.tokens.x_BTD, token_id_BT, self.tokens.grad_BTD)
         self.replayed.end_step()
@@ -128,9 +132,8 @@ class Player:
 
     def load_max_over_mean(self) -> float:
         """Fullest rank over mean rank in the iteration at hand, with experts where they are now; mean of micro-batches."""
-        if self.mode.even:
-            return 1.0
-        return float(np.mean([fullest_over_mean(self.replayed.rank_load(c[None])) for c in self.tokens.count_MSE]))
+        count_MSE = self.tokens.count_MSE(self.mode.forced)
+        return float(np.mean([fullest_over_mean(self.replayed.rank_load(count_SE[None])) for count_SE in count_MSE]))
 
 
 def _mark(world: World):
@@ -158,9 +161,11 @@ class Tokens:
         self.token_id_BT = torch.arange(first, first + shape.num_tokens, device=world.device)[None]
         self.zero = torch.zeros((), device=world.device)
         even_E = np.ones(shape.num_experts, np.int64)
-        self.even_M = [self._draw(even_E, micro, num_micro_batches) for micro in range(num_micro_batches)]
-        self.expert_idx_M = self.even_M
-        self.count_MSE = np.zeros((num_micro_batches, world.num_ranks, shape.num_experts), np.int64)
+        drawn_M = [self._draw(even_E, micro, num_micro_batches) for micro in range(num_micro_batches)]
+        count_E = routings.capped(even_E, shape.num_tokens, shape.top_k)
+        count_MSE = np.broadcast_to(count_E, (num_micro_batches, world.num_ranks, shape.num_experts))
+        # how each micro-batch is routed, [T, K], and the counts of all ranks, [M, W, E]: as recorded (None), or forced
+        self._routed = {forced: (drawn_M, count_MSE) for forced in (None, "even", "uniform")}
 
     def set_iteration(self, counts_RME: np.ndarray, row: int) -> None:
         """Route as a recorded iteration from now on. counts_RME: of all ranks and micro-batches of the trace."""
@@ -168,20 +173,43 @@ class Tokens:
         rank_S, micro_M = (np.arange(num) % size for num, size in
                            zip((num_ranks, self.num_micro_batches), counts_RME.shape, strict=False))  # fmt: skip
         counts_SME = counts_RME[rank_S][:, micro_M]
-        self.count_MSE = np.array([
+        count_MSE = np.array([
             [routings.capped(count_E, shape.num_tokens, shape.top_k) for count_E in counts_SE]
             for counts_SE in counts_SME.swapaxes(0, 1)
         ])  # fmt: skip
         mine_ME = counts_SME[self.world.ep_rank]
-        self.expert_idx_M = [self._draw(count_E, row, micro) for micro, count_E in enumerate(mine_ME)]
+        self._routed[None] = [self._draw(count_E, row, micro) for micro, count_E in enumerate(mine_ME)], count_MSE
+        self._routed["uniform"] = self._draw_uniform(row)
 
-    def routing(self, micro: int, even: bool) -> Routing:
-        return Routing((self.even_M if even else self.expert_idx_M)[micro], self.weight_TK, self.zero)
+    def routing(self, micro: int, forced: str | None = None) -> Routing:
+        return Routing(self._routed[forced][0][micro], self.weight_TK, self.zero)
+
+    def count_MSE(self, forced: str | None = None) -> np.ndarray:
+        """[M, W, E] token copies of each expert on each rank."""
+        return self._routed[forced][1]
 
     def _draw(self, count_E: np.ndarray, *seed: int) -> torch.Tensor:
         seed = (self.seed, self.world.ep_rank, *seed)
         drawn_TK = _assign(tuple(count_E.tolist()), self.shape.num_tokens, self.shape.top_k, seed)
         return torch.from_numpy(drawn_TK).to(self.world.device)
+
+    def _draw_uniform(self, row: int) -> tuple[list[torch.Tensor], np.ndarray]:
+        """As a router whose scores are noise, which is what Megatron's flag makes of it; other noise in each iteration."""
+        shape, generator = self.shape, torch.Generator(self.world.device)
+        mine_M, count_MSE = [], []
+        for micro in range(self.num_micro_batches):
+            count_SE = []
+            for source in range(self.world.num_ranks):  # every rank draws for all, to know the counts
+                generator.manual_seed(hash((self.seed, row, micro, source)))
+                score_TE = torch.rand(
+                    shape.num_tokens, shape.num_experts, generator=generator, device=self.world.device
+                )
+                drawn_TK = score_TE.topk(shape.top_k).indices
+                count_SE.append(torch.bincount(drawn_TK.flatten(), minlength=shape.num_experts).cpu().numpy())
+                if source == self.world.ep_rank:
+                    mine_M.append(drawn_TK)
+            count_MSE.append(count_SE)
+        return mine_M, np.array(count_MSE)
 
 
 @functools.cache  # shapes of equal T and K share a trace
