@@ -31,7 +31,7 @@ from smartmoe.hosts.megatron.data import datasets
 from smartmoe.hosts.megatron.moe import with_smartmoe
 from smartmoe.hosts.megatron.options import HOST_ONLY, add_arguments, run_config
 from smartmoe.hosts.megatron.session import Session
-from smartmoe.hosts.megatron.start import start_as_smartmoe
+from smartmoe.hosts.megatron.start import leave_out_idle_reduction, start_as_smartmoe
 
 
 def model_config(args, run: RunConfig):
@@ -40,6 +40,8 @@ def model_config(args, run: RunConfig):
     if args.openai_gelu:  # megatron-core 0.19 reads this argument and forgets it
         config.transformer.activation_func = partial(F.gelu, approximate="tanh")
         config.transformer.bias_activation_fusion = False
+    if run.system == HOST_ONLY:
+        config.pre_wrap_hooks.append(leave_out_idle_reduction)
     if run.system == HOST_ONLY and args.smartmoe_same_start:
         config.pre_wrap_hooks.append(partial(start_as_smartmoe, run, config.transformer))
     if run.system != HOST_ONLY:

@@ -40,6 +40,7 @@ class Session:
         self.run, self.run_dir = run, run_dir
         self._writer: record.RunWriter | None = None
         self._layers: list = []
+        self._chunks: list = []
         self.online: MegatronPlacement | None = None
         self._copies = Copies([], None)
         self._is_started = self._is_stepping = self._is_launched = False
@@ -55,6 +56,9 @@ class Session:
         """Put Megatron's own functions back, for the next run of this process."""
         for name, original in self._originals.items():
             setattr(training, name, original)
+        for chunk in self._chunks:
+            _let_go(chunk)
+        self._chunks = []
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -62,6 +66,7 @@ class Session:
         if self._is_started:
             return
         self._is_started = True
+        self._chunks = list(model)
         self._layers = [layer.moe for layer in smartmoe_layers(model)]
         if self._layers and optimizer is not None:
             stage_group, ep_group = mpu.get_tensor_and_data_parallel_group(), self._layers[0].ep_group
@@ -236,6 +241,18 @@ class Session:
 
 def _wrapped(original, replacement):
     return lambda *args, **kwargs: replacement(original, *args, **kwargs)
+
+
+def _let_go(chunk: torch.nn.Module) -> None:
+    """Break the circles, through autograd's graph, in which a trained chunk keeps itself and its optimizer alive: Python's
+    collector does not see them, and the next run of this process would find the memory taken."""
+    if hasattr(chunk, "grad_accs"):
+        chunk.grad_accs.clear()
+    for module in chunk.modules():
+        for owner in (module, getattr(module, "token_dispatcher", None)):
+            for name, value in list(vars(owner).items() if owner is not None else ()):
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(owner, name, None)  # Megatron's dispatchers keep the last micro-batch's routing
 
 
 def _stage_rank() -> int:

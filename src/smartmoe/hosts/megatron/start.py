@@ -1,4 +1,5 @@
-"""First weights of Megatron's own experts as those of SmartMoE's layer, so that their losses can be laid over each other."""
+"""What Megatron's own experts are given before training: a way to their biases, and first weights as those of SmartMoE's
+layer, so that losses can be laid over each other."""
 
 from __future__ import annotations
 
@@ -8,6 +9,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from smartmoe.config import RunConfig
 from smartmoe.layer import INIT_STD, Experts
+
+
+def leave_out_idle_reduction(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Let experts in `chunks` that no rank shares leave out their reduction over tensor-parallel ranks, as Megatron does where
+    experts are spread over ranks. On one rank megatron-core 0.19 reduces over a group of one, which returns its input, and
+    then adds a bias to that in place, which torch refuses. Returns chunks, as Megatron's pre_wrap_hooks do."""
+    for layer in (module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)):
+        for expert in getattr(layer.experts, "local_experts", ()):
+            if expert.linear_fc2.tp_group.size() == 1:
+                expert.linear_fc2.explicit_expert_comm = True
+    return chunks
 
 
 @torch.no_grad()
