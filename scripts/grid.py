@@ -384,16 +384,17 @@ def _merge(runs: dict[str, Run], run: Run) -> Run:
 
 
 def _check_bars(runs: list[Run]) -> None:
-    seen, folders = {}, set()
+    seen, folders = {}, {}
     for run in runs:
         for bar in run.bars:
             place = (*bar.values(), run.repeat)
             if place in seen:
                 raise ValueError(f"two different runs serve the same bar {bar}: {seen[place]} and {run.run_id}")
             seen[place] = run.run_id
-        if run.folder in folders:
-            run.run_id = safe_run_id(run.run_id, len(folders))
-        folders.add(run.folder)
+        folder, number = run.folder, folders.get(run.folder, 0) + 1
+        folders[folder] = number
+        if number > 1:
+            run.run_id = safe_run_id(run.run_id, number)
 
 
 def _filled(plan: ParallelPlan, cluster: ClusterSpec) -> ParallelPlan:
