@@ -167,6 +167,17 @@ def test_bad_input_is_named_before_anything_runs(folder, capsys):
         assert _plan(**settings) == 2
         assert message in capsys.readouterr().err
     assert _plan("--trace", "nowhere.npz") == 2 and "nowhere.npz" in capsys.readouterr().err
+    for options, message in (
+        (("--top", "0"), "--top 0: at least 1"),
+        (("--micro-batch", "0"), "--micro-batch 0: at least 1"),
+        (("--out", "nowhere/best.toml"), "--out nowhere/best.toml: there is no folder nowhere"),
+        (("--explain", "1", "16"), "--explain 16: the table has rows 1 .. 15"),
+        (("--explain", "1", "dp2"), '--explain dp2: plan "dp2": give its micro-batch'),
+        (("--explain", "dp2-mb3", "1"), "--explain dp2-mb3: not a legal plan: workload.global_batch_size = 8"),
+    ):
+        assert _plan(*options) == 2
+        found = capsys.readouterr()
+        assert message in found.err and not found.out, "said before the search"
     assert _plan("--gate", "switch") == 2 and "top_k = 1" in capsys.readouterr().err
     (folder / "scripts/clusters/two.toml").write_text(FILES["clusters/two.toml"] + "colour = 1\n")
     assert _plan() == 2 and 'unknown key "colour"' in capsys.readouterr().err

@@ -24,6 +24,11 @@ examples:
   smartmoe plan --model run.toml --cluster local --gpus 2 --trace runs/first/trace.npz --out best.toml
   smartmoe plan --model gpt-l16-h1536 --cluster v100x16 --gpus 16 --explain 1 dp16-ep16-mb2
 
+A plan's name has the ranks of its pipeline (pp), model chunks of each (vpp), data (dp), tensor (tp) and expert parallelism
+(ep), and the samples of a micro-batch (mb). Step ms are the mean over loads, GB those of the fullest rank, the bottleneck is
+the largest part of the step; --explain lists all parts. Of them "launches and waits" is time in which the device waits for
+its host, "pipeline idle" for other stages, and "step" what remains to be done once a step.
+
 The loads that plans are judged under are those of --trace (of the published kind, or of a short run with record_trace = true),
 else a prior by the type of gate. --loads uniform judges as a planner does that does not look at the routing.
 """
@@ -156,7 +161,8 @@ def _plan(args: argparse.Namespace) -> int:
     start = time.monotonic()
     config, cost = setting_of(args)
     cost.cluster = pool.cluster_of(cost.cluster, args.gpus)
-    result = search.search(cost, args.gpus, max(args.top, 1), args.score, args.micro_batch, args.copies == "auto")
+    _check_options(args, cost)
+    result = search.search(cost, args.gpus, args.top, args.score, args.micro_batch, args.copies == "auto")
     where = f"{args.gpus} of cluster {cost.cluster.name} ({cost.primitives.source})"
     print(f"{config.model.name} on {where}: {result.num_judged} plans simulated in {time.monotonic() - start:.1f} s")
     print(search.format_table(result, args.top))
@@ -170,6 +176,20 @@ def _plan(args: argparse.Namespace) -> int:
         args.out.write_text(run_of(cost, result.ranked[0], args.placement), encoding="utf-8")
         print(f"wrote {args.out}: smartmoe train {args.out}")
     return 0
+
+
+def _check_options(args: argparse.Namespace, cost: CostModel) -> None:
+    """Say what is wrong with the options before a search that may take a while."""
+    for option, number in (("--top", args.top), ("--micro-batch", args.micro_batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number}: at least 1")
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    for word in args.explain or ():
+        if not word.isdigit():
+            search.named(cost, word, args.gpus)
+        elif not 1 <= int(word) <= args.top:
+            raise ValueError(f"--explain {word}: the table has rows 1 .. {args.top}; more with --top")
 
 
 def _insensitive(cost: CostModel, result: search.Result, args) -> str:

@@ -144,8 +144,8 @@ def _too_large(memory: Memory, limit: float, cluster: ClusterSpec) -> str:
     parts = {k: v for k, v in vars(memory).items() if k != "pp_stage"}
     largest = max(parts, key=parts.get)
     return (
-        f"stage {memory.pp_stage} needs {memory.total / 1e9:.1f} GB, {largest} {parts[largest] / 1e9:.1f} of them; "
-        f"{limit / 1e9:.1f} of {cluster.memory_gbytes:g} GB may be used"
+        f"stage {memory.pp_stage} needs {memory.total / 1e9:.2f} GB, {largest} {parts[largest] / 1e9:.2f} of them; "
+        f"{limit / 1e9:.2f} of {cluster.memory_gbytes:g} GB may be used"
     )
 
 

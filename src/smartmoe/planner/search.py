@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smartmoe.config import ParallelPlan
 from smartmoe.planner import loads as loads_module
 from smartmoe.planner import pool as pools
 from smartmoe.planner.copies import model_with_copies, with_copies
@@ -100,6 +101,8 @@ def format_table(result: Result, limit: int = 20) -> str:
             f"{place:3d}  {name:34s} {estimate.mean_ms:10.1f} {estimate.p95_ms:10.1f} {estimate.tokens_per_s:11,.0f} "
             f"{estimate.memory.total / 1e9:6.1f} {estimate.copies or '-':>10s}  {estimate.bottleneck} {share:.0%}"
         )
+    if any(estimate.copies for estimate in result.ranked[:limit]):
+        lines.append("copies: online.replicate and online.replica_slots of the run, for hot experts; -: none would pay")
     return "\n".join(lines)
 
 
@@ -109,11 +112,19 @@ def find(cost: CostModel, result: Result, word: str, num_gpus: int) -> Estimate:
         if not 1 <= int(word) <= len(result.ranked):
             raise ValueError(f"--explain {word}: the table has rows 1 .. {len(result.ranked)}")
         return result.ranked[int(word) - 1]
-    plan, micro_batch = pools.parse_name(word)
-    reason = pools.why_illegal(cost.config, pools.cluster_of(cost.cluster, num_gpus), plan, micro_batch)
+    return cost.estimate(*named(cost, word, num_gpus))
+
+
+def named(cost: CostModel, word: str, num_gpus: int) -> tuple[ParallelPlan, int]:
+    """(plan, micro-batch) of a name given to --explain. Raises ValueError when it is no legal plan."""
+    try:
+        plan, micro_batch = pools.parse_name(word)
+        reason = pools.why_illegal(cost.config, pools.cluster_of(cost.cluster, num_gpus), plan, micro_batch)
+    except ValueError as error:
+        raise ValueError(f"--explain {word}: {error}") from None
     if reason is not None:
         raise ValueError(f"--explain {word}: not a legal plan: {reason}")
-    return cost.estimate(plan, micro_batch)
+    return plan, micro_batch
 
 
 def words_of(estimate: Estimate) -> str:
