@@ -200,6 +200,18 @@ def test_nothing_of_the_engine_waits_for_the_gpu_between_micro_steps():
     assert not timers.enabled or not timers.synchronized
 
 
+def test_what_cannot_be_captured_on_a_gpu_is_refused_before_it_is_taken():
+    args, _ = options.parse(["2", "--suite", "tiny", "--backend", "smartmoe", "--capture", "smartmoe"])
+    with pytest.raises(ValueError, match="9.0, float32 are computed one by one"):
+        bench.check_capture(args, (9, 0))
+    args.precision = "bf16"
+    bench.check_capture(args, (9, 0))
+    with pytest.raises(ValueError, match="8.0, bfloat16 are computed one by one"):
+        bench.check_capture(args, (8, 0))
+    args.backend = "deepspeed"  # of which nothing is captured
+    bench.check_capture(args, (8, 0))
+
+
 def test_gumbel_noise_is_that_of_torchs_distribution_in_few_operations():
     like, one = torch.zeros(1000, 16), torch.ones(())
     torch.manual_seed(3)

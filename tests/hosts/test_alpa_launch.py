@@ -45,6 +45,8 @@ def test_usage_names_the_numbers_of_gpus(capsys):
         ("--dropout", ["4", "--dropout", "1"]),
         ("leave --no-recompute out", ["4", "--capture", "both", "--no-recompute"]),
         ("take --dispatcher direct or padded", ["4", "--capture", "smartmoe", "--dispatcher", "basic"]),
+        ("experts in fp32 are computed one by one", ["2", "--capture", "smartmoe", "--precision", "fp32"]),
+        ("experts in fp16 are computed one by one", ["2", "--capture", "both", "--precision", "fp16"]),
     ],
 )
 def test_bad_usage_is_said(capsys, problem, words):

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from smartmoe import record
 from smartmoe.data import TokenDataset, load_tokens
 from smartmoe.hosts.deepspeed.engine import init_world, make_engine, parameter_groups
 from smartmoe.hosts.deepspeed.text import micro_batch
@@ -25,6 +26,7 @@ from smartmoe.hosts.deepspeed_alpa.engine import engine_config, make_optimizer
 from smartmoe.hosts.deepspeed_alpa.model import MoETransformer
 from smartmoe.hosts.deepspeed_alpa.moe import build_moe, check_waits_for_nothing, layer_config
 from smartmoe.hosts.deepspeed_alpa.suites import Case
+from smartmoe.ops.extension import choose_path
 
 
 def build(args: argparse.Namespace, case: Case, device: torch.device):
@@ -83,7 +85,10 @@ def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
     """Build, warm up and measure one case; the result is that of every rank. Collective over the world."""
     if dist.get_world_size() != case.num_gpus:
         raise ValueError(f"{case.num_gpus} ranks are asked for, but {dist.get_world_size()} were started")
-    tokens = _shared_tokens(args, case)
+    tokens, before = _shared_tokens(args, case), 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # of others in this process
     engine = build(args, case, device)
     losses, seconds = [], []
     for iteration in range(args.warmup + args.iterations):
@@ -94,7 +99,7 @@ def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
         if dist.get_rank() == 0:
             print(f"iteration {iteration + 1}: loss {loss:.5f}, {duration:.3f} s", flush=True)
     peaks = [0] * dist.get_world_size()
-    dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
+    dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
     return {
         "backend": args.backend,
         "captured": args.backend in options.captured_backends(args),
@@ -106,11 +111,22 @@ def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
         "losses": losses,
         "peak_memory_bytes": peaks,
         "versions": {
+            "commit": record.provenance()["git"],
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "deepspeed", "numpy")},
             "cuda": torch.version.cuda,
         },
     }
+
+
+def check_capture(args: argparse.Namespace, capability: tuple[int, int]) -> None:
+    """Raise ValueError when SmartMoE's experts are to be captured and a GPU of this compute capability computes them one by
+    one."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
+    if args.backend == "smartmoe" and "smartmoe" in options.captured_backends(args):
+        path = choose_path(capability, dtype, False)
+        if path.gemm == "loop":
+            raise ValueError(options.one_by_one(path.reason))
 
 
 def _shared_tokens(args, case: Case) -> TokenDataset:
@@ -131,10 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    init_world("nccl" if device.type == "cuda" else "gloo")
     try:
+        if device.type == "cuda":
+            check_capture(args, torch.cuda.get_device_capability(device))
+            torch.cuda.set_device(device)
+        init_world("nccl" if device.type == "cuda" else "gloo")
         result = measure(args, case, device)
         if dist.get_rank() == 0:
             path = report.write(result, args.out)

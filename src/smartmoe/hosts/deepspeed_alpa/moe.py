@@ -24,7 +24,6 @@ from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups, rou
 from smartmoe.hosts.deepspeed_alpa.options import BACKENDS
 from smartmoe.hosts.deepspeed_alpa.suites import TOP_K, Case
 from smartmoe.layer import MoELayer
-from smartmoe.ops.extension import path_for
 
 
 class DeepSpeedGumbelGate(Gate):
@@ -104,18 +103,13 @@ class SmartMoE(MoE):
 
 
 def check_waits_for_nothing(model: nn.Module) -> None:
-    """Raise ValueError when one of SmartMoE's layers in `model` makes the host wait for the device, so that it cannot be
-    captured."""
+    """Raise ValueError when the exchange of one of SmartMoE's layers in `model` makes the host wait for the device, so that
+    it cannot be captured."""
     for layer in (module.layer for module in model.modules() if isinstance(module, SmartMoE)):
         if isinstance(layer.dispatcher, BasicDispatcher):
             raise ValueError(
                 "--capture: the ranks do not reach each other's memory, and the exchange that is left makes the host wait for "
                 "sizes: take --dispatcher padded, or leave --capture out"
-            )
-        if path_for(layer.experts.w1_LDF).gemm == "loop":
-            raise ValueError(
-                f"--capture: experts in {layer.experts.w1_LDF.dtype} are computed one by one here, and the host waits for how "
-                "many tokens each has: take --precision bf16, or leave --capture out"
             )
 
 
