@@ -165,14 +165,23 @@ def test_statistics_by_hand():
     assert found["naive_mape"] == pytest.approx((1 + 0 + 1 / 3) / 3)
 
 
-@pytest.mark.parametrize("memory_gbytes, micro_batch, message", ((1e-6, 2, "out of memory"), (64.0, 3, "not a multiple")))
-def test_a_figure_without_fastmoe_is_refused_before_anything_is_measured(folder, memory_gbytes, micro_batch, message):
+@pytest.mark.parametrize(
+    "memory_gbytes, plan, message", ((1e-6, "dp2-ep2-mb2", "out of memory"), (64.0, "tp2-mb8", "not a multiple"))
+)
+def test_a_figure_without_fastmoe_is_refused_before_anything_is_measured(folder, memory_gbytes, plan, message):
     (folder / "clusters" / "two.toml").write_text(CLUSTER.replace("64.0", str(memory_gbytes)))
     args = ["--device", "cpu", "--model", "small", "--cluster", "two", "--configs", str(folder), "--batch", "8"]
-    args += ["--plans", f"dp2-ep2-mb{micro_batch}", "--runs", str(folder / "fig10")]
+    args += ["--plans", plan, "--runs", str(folder / "fig10")]
     world = SimpleNamespace(num_ranks=2, ep_rank=0)  # which can measure nothing
-    with pytest.raises(ValueError, match=f"--runs: FastMoE can have none of .*{micro_batch}.*: .*{message}"):
+    with pytest.raises(ValueError, match=f"--runs: FastMoE can have none of .*{plan[-1]}.*: .*{message}"):
         plan_accuracy.run(plan_accuracy.parse_args(args), world)
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_measured(folder):
+    args = ["--device", "cpu", "--model", "small", "--cluster", "two", "--configs", str(folder), "--batch", "8"]
+    args = plan_accuracy.parse_args([*args, "--plans", "dp2-mb1", "dp2-mb3"])
+    with pytest.raises(ValueError, match="--plans dp2-mb3: not a legal plan: .* not a multiple"):
+        plan_accuracy.run(args, SimpleNamespace(num_ranks=2, ep_rank=0))
 
 
 def test_every_micro_batch_of_every_plan_has_its_own_loads():

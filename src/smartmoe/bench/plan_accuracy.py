@@ -149,7 +149,8 @@ def run(args: argparse.Namespace, world: World) -> list[Row]:
     """Measure all plans, predict them, print and write. Collective."""
     cost = cost_of(args, world.num_ranks)
     config, cluster = cost.config, cost.cluster
-    plans = [pool.parse_name(name) for name in args.plans] if args.plans else choose(cost, world.num_ranks, args.choose)
+    plans = [search.named(cost, name, world.num_ranks, "--plans") for name in args.plans or ()]
+    plans = plans or choose(cost, world.num_ranks, args.choose)
     if args.runs:  # or says here why it cannot be had, before anything is measured
         fastmoe = plan_figure.fastmoe_of(cost, [micro_batch for _, micro_batch in plans])
     recorder = recorder_of(cost, world.num_ranks)

@@ -115,15 +115,15 @@ def find(cost: CostModel, result: Result, word: str, num_gpus: int) -> Estimate:
     return cost.estimate(*named(cost, word, num_gpus))
 
 
-def named(cost: CostModel, word: str, num_gpus: int) -> tuple[ParallelPlan, int]:
-    """(plan, micro-batch) of a name given to --explain. Raises ValueError when it is no legal plan."""
+def named(cost: CostModel, word: str, num_gpus: int, option: str = "--explain") -> tuple[ParallelPlan, int]:
+    """(plan, micro-batch) of a name given to `option`. Raises ValueError when it is no legal plan."""
     try:
         plan, micro_batch = pools.parse_name(word)
         reason = pools.why_illegal(cost.config, pools.cluster_of(cost.cluster, num_gpus), plan, micro_batch)
     except ValueError as error:
-        raise ValueError(f"--explain {word}: {error}") from None
+        raise ValueError(f"{option} {word}: {error}") from None
     if reason is not None:
-        raise ValueError(f"--explain {word}: not a legal plan: {reason}")
+        raise ValueError(f"{option} {word}: not a legal plan: {reason}")
     return plan, micro_batch
 
 
