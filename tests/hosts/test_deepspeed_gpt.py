@@ -25,7 +25,8 @@ deepspeed = pytest.importorskip("deepspeed", reason='needs the extra: pip instal
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 from smartmoe.hosts.deepspeed import engine, moe, pretrain_gpt  # noqa: E402
-from smartmoe.hosts.deepspeed_alpa.moe import DeepSpeedGumbelGate, SmartMoE  # noqa: E402
+from smartmoe.hosts.deepspeed_alpa.gumbel import DeepSpeedGumbelGate  # noqa: E402
+from smartmoe.hosts.deepspeed_alpa.moe import SmartMoE  # noqa: E402
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "smartmoe"
 TOLERANCE = 1e-5  # relative, fp32

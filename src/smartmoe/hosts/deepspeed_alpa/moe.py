@@ -9,8 +9,6 @@ renormalised to 1. Initial values depend on (seed, layer, logical expert, name) 
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
@@ -18,58 +16,11 @@ from torch import nn
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
 from smartmoe.dispatch.basic import BasicDispatcher
 from smartmoe.dispatch.direct import DirectDispatcher
-from smartmoe.gates import Gate, Tokens
-from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
-from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups, router_values
+from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE, create_expert_groups
+from smartmoe.hosts.deepspeed_alpa.gumbel import DeepSpeedGumbelGate
 from smartmoe.hosts.deepspeed_alpa.options import BACKENDS
 from smartmoe.hosts.deepspeed_alpa.suites import TOP_K, Case
 from smartmoe.layer import MoELayer
-
-
-class DeepSpeedGumbelGate(Gate):
-    """Top-2 as DeepSpeed's top2gating computes it, with SmartMoE's result.
-
-    The second expert is the largest of logits + Gumbel noise without the first (`sample`), or of the logits; weights are
-    the probabilities of the kept copies divided by their sum. The noise is drawn from torch's generator in DeepSpeed's
-    shape and order: with the same seed both back ends draw the same. Capacity and loss are over the rank's own tokens.
-    Balance loss: E * sum_e f_e * P_e (E^2 times the mean there). Source: GShard (Lepikhin et al., 2020); DeepSpeed.
-    """
-
-    def __init__(self, model, gate, *, sample: bool, **kwargs):
-        super().__init__(model, gate, **kwargs)
-        self.sample = sample
-
-    def _init_weights(self, model, seed, layer_idx, device):
-        self.weight_ED = nn.Parameter(router_values(model, seed, layer_idx).to(device))
-
-    def _logits(self, x_TD):
-        return F.linear(x_TD.float(), self.weight_ED.float())
-
-    def _limit(self, num_tokens, capacity):
-        return max(super()._limit(num_tokens, capacity), MIN_CAPACITY)
-
-    def forward(self, x_TD, token_id_T, num_segments=None):
-        tokens, logits_TE = Tokens(x_TD, token_id_T, num_segments), self._logits(x_TD)
-        prob_TE = logits_TE.softmax(-1)
-        first_T1 = prob_TE.argmax(-1, keepdim=True)
-        rest_TE = logits_TE.detach()
-        if self.sample:
-            rest_TE = rest_TE + gumbel(rest_TE)
-        second_T1 = rest_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True)
-        pruned_TK, total_KE, _ = self._prune(torch.cat([first_T1, second_T1], 1), tokens)
-        weight_TK = prob_TE.gather(1, pruned_TK.clamp(min=0)).masked_fill(pruned_TK < 0, 0)
-        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).eps)
-        num_tokens = max(x_TD.shape[0], 1)
-        loss = self._importance_loss(total_KE[0] / num_tokens, prob_TE, num_tokens)
-        return self._routing(pruned_TK, weight_TK, loss, x_TD.shape[0])
-
-
-def gumbel(like: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of this shape, dtype and device: the bits that torch.distributions.Gumbel(0, 1) draws, as DeepSpeed does,
-    in 7 operations instead of 17."""
-    info = torch.finfo(like.dtype)
-    uniform = torch.rand_like(like).mul_(1 - info.eps - info.tiny).add_(info.tiny)
-    return uniform.log_().neg_().log_().neg_()
 
 
 class SmartMoE(MoE):
