@@ -22,6 +22,7 @@ MECHANISMS = {
     "basic": LayerConfig(),
     "loop": LayerConfig(experts="loop"),
     "padded": LayerConfig(dispatcher="padded"),
+    "tutel": LayerConfig(dispatcher="pipelined", experts="batched"),
     "overlapped": LayerConfig(dispatcher="overlapped", overlap_groups=3),
     "shadowing": LayerConfig(dispatcher="overlapped", shadowing=True),
 }

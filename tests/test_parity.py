@@ -257,6 +257,7 @@ SYSTEM_PLANS = {
     "fastmoe": None,
     "fastermoe": None,
     "padded": None,
+    "tutel": None,
     "alpa": ParallelPlan(pp=2, dp=2, ep=2),
     "smartmoe_static": ParallelPlan(dp=4, ep=2),
     "smartmoe": ParallelPlan(pp=2, dp=2, ep=2),
@@ -289,7 +290,7 @@ def test_every_system_follows_fastmoe():
 
 def test_the_systems_with_global_capacity_follow_fastmoe():
     curves = spawn(_run_systems, 4, GATES["capacity"], timeout_s=600)[0]
-    for name in set(curves) - {"padded"}:
+    for name in set(curves) - {"padded", "tutel"}:
         assert not compare(curves[name], curves["fastmoe"], name)
 
 

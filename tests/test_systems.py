@@ -18,7 +18,7 @@ BASE = {"model": ModelConfig(), "gate": GateConfig(), "workload": Workload(), "c
 PLAN = ParallelPlan(pp=2, dp=2, ep=2)
 
 
-@pytest.mark.parametrize("system", ["fastmoe", "fastermoe", "padded", "deepspeed"])
+@pytest.mark.parametrize("system", ["fastmoe", "fastermoe", "padded", "tutel", "deepspeed"])
 def test_baselines_bring_their_own_plan(system):
     config = systems.build(system, **BASE)
     assert config.system == system and config.plan == ParallelPlan(dp=4, ep=4)
@@ -27,10 +27,13 @@ def test_baselines_bring_their_own_plan(system):
 
 
 def test_mechanisms_differ_as_described():
-    built = {name: systems.build(name, **BASE) for name in ("fastmoe", "fastermoe", "padded", "deepspeed")}
+    built = {name: systems.build(name, **BASE) for name in ("fastmoe", "fastermoe", "padded", "tutel", "deepspeed")}
     assert built["fastmoe"].layer.dispatcher == "basic" and built["fastmoe"].gate.scope == "global"
     assert built["fastermoe"].layer.dispatcher == "overlapped" and built["fastermoe"].layer.shadowing
     assert built["padded"].layer.dispatcher == "padded" and built["padded"].gate.scope == "local"
+    tutel = built["tutel"]
+    assert (tutel.layer.dispatcher, tutel.layer.experts, tutel.gate.scope) == ("pipelined", "batched", "local")
+    assert tutel.layer.overlap_degree == 0, "the number of pieces is searched"
     assert built["deepspeed"].workload.zero == 1 and built["padded"].workload.zero == 0
 
 
@@ -97,10 +100,8 @@ def test_only_smartmoe_moves_experts():
         systems.build("fastmoe", online=OnlineConfig(policy="greedy"), **BASE)
 
 
-def test_unknown_unavailable_and_misfitting_are_errors():
+def test_unknown_and_misfitting_are_errors():
     with pytest.raises(ValueError, match="fastmoe, fastermoe"):
         systems.build("fastmoo", **BASE)
-    with pytest.raises(ValueError, match="not available yet"):
-        systems.build("tutel", **BASE)
     with pytest.raises(ValueError, match="8 ranks, but cluster"):
         systems.build("alpa", plan=ParallelPlan(dp=8, ep=8), **BASE)

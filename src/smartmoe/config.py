@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace")
-DISPATCHERS = ("basic", "overlapped", "padded", "direct", "auto")
-EXPERT_IMPLS = ("grouped", "loop")
+DISPATCHERS = ("basic", "overlapped", "padded", "pipelined", "direct", "auto")
+EQUAL_BLOCKS = ("padded", "pipelined")  # dispatchers that give every slot equally many rows
+EXPERT_IMPLS = ("grouped", "loop", "batched")
+OVERLAP_DEGREES = (0, 1, 2, 4, 8)
 ONLINE_POLICIES = ("static", "greedy", "least_move", "auto")
 REPLICATE_MODES = ("never", "history", "exact")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -67,7 +69,8 @@ class LayerConfig:
 
     `row_factor`: room for rows of a rank in dispatcher "direct", in multiples of what the fullest rank needed so far
     (an even share at least); as many as there are ranks has room for any routing from the start. "auto" is "direct"
-    where the GPUs of a group are linked by NVLink, else, and where links are slowed down, "basic".
+    where the GPUs of a group are linked by NVLink, else, and where links are slowed down, "basic". `overlap_degree`: pieces
+    of an exchange of "pipelined", 0 = as many as is fastest, tried out. `experts` "batched": for dispatchers of equal blocks.
     """
 
     dispatcher: str = "basic"
@@ -81,6 +84,7 @@ class LayerConfig:
 class OnlineConfig:
     """Online expert placement: the policy, and after how many iterations it is asked again.
 
+    overlap_degree: int = 0
     "greedy" and "least_move" place by the load of the iteration just done; "auto" decides by a decayed history, measured
     times and costs whether to keep, migrate (unless `migrate` is false), replicate or both, and takes a change back that
     measures worse. A change must make the fullest rank's load (with "auto" the layer's time) fall by more than the fraction
@@ -297,6 +301,16 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(
             'layer.dispatcher = "direct" stores into the memory of other GPUs, which cluster.slow_links_gbytes_per_s does '
             'not slow down: take "auto" or "basic"'
+        )
+    if config.layer.overlap_degree not in OVERLAP_DEGREES:
+        degrees = ", ".join(map(str, OVERLAP_DEGREES))
+        problems.append(f"layer.overlap_degree = {config.layer.overlap_degree} is not one of {degrees}; 0 is tried out")
+    if config.layer.overlap_degree and config.layer.dispatcher != "pipelined":
+        problems.append('layer.overlap_degree is part of layer.dispatcher = "pipelined"')
+    if config.layer.experts == "batched" and config.layer.dispatcher not in EQUAL_BLOCKS:
+        problems.append(
+            'layer.experts = "batched" needs equally many rows for every expert: set layer.dispatcher to '
+            f'{" or ".join(EQUAL_BLOCKS)}, or layer.experts = "grouped"'
         )
     if config.layer.shadowing and config.layer.dispatcher != "overlapped":
         problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from smartmoe.config import ModelConfig, RunConfig
-from smartmoe.dispatch import build_dispatcher
+from smartmoe.dispatch import build_dispatcher, nodes_of
 from smartmoe.gates import Routing, build_gate
 from smartmoe.ops.activation import widening
 from smartmoe.ops.all_to_all import group_rank, group_size
@@ -142,7 +141,7 @@ class MoELayer(nn.Module):
         placement = placement or Placement.identity(model.num_experts, group_size(ep_group))
         self.layer_idx, self.ep_group = layer_idx, ep_group
         self.observers: list[Callable[[int, Routing, torch.Tensor], None]] = []
-        self._node_of_rank_W = _nodes(ep_group, config.cluster.ranks_per_node)
+        self._node_of_rank_W = list(nodes_of(ep_group, config.cluster.ranks_per_node))
         self.gate = build_gate(
             model,
             config.gate,
@@ -233,10 +232,3 @@ class MoELayer(nn.Module):
         plan = self.replication.plan(routing.expert_idx_TK, token_id_T)
         experts = HeldExperts(self.experts, self.replication, plan)
         return experts.finish(self.dispatcher(x_TD, routing, plan.slot_TK, experts))
-
-
-def _nodes(ep_group, ranks_per_node: int) -> list[int]:
-    """The node of each ep_rank."""
-    if group_size(ep_group) == 1:
-        return [0]
-    return [world_rank // ranks_per_node for world_rank in dist.get_process_group_ranks(ep_group)]

@@ -38,7 +38,6 @@ class System:
     host: str = ""
     zero: int = 0
     artifact: bool = False
-    unavailable: str = ""
 
 
 # FastMoE launches one GEMM per expert, and so do FasterMoE and DeepSpeed's Experts: layer.experts = "loop". Alpa's row
@@ -46,6 +45,7 @@ class System:
 # plan alone.
 _LOOP = LayerConfig(dispatcher="basic", experts="loop")
 _PADDED = LayerConfig(dispatcher="padded", experts="loop")
+_TUTEL = LayerConfig(dispatcher="pipelined", experts="batched")
 _OURS = LayerConfig(dispatcher="auto", experts="grouped")
 
 SYSTEMS: dict[str, System] = {
@@ -87,9 +87,10 @@ SYSTEMS: dict[str, System] = {
         zero=1,
     ),
     "tutel": System(
-        about="adaptive parallelism and pipelining of padded exchanges",
-        unavailable="its adaptive switching of parallelism and pipelining degree is not built, and without it the "
-        "numbers would not be Tutel's",
+        about="FastMoE's plan with Tutel's exchange in our code: equal buffers in 1 to 8 pieces, whichever is fastest, which "
+        "travel while batched experts compute; each rank limits its own tokens. Without Tutel's switching of parallelism",
+        layer=_TUTEL,
+        scope="local",
     ),
     "alpa": System(about="plan of a data-insensitive search (given), run by our layer", layer=_OURS, plan_given=True),
     "smartmoe_static": System(about="a skew-aware plan (given); experts stay in place", layer=_OURS, plan_given=True),
@@ -115,8 +116,8 @@ def build(
 
     `plan` belongs to alpa, smartmoe_static and smartmoe; the others have their own (dp = ep = all ranks). `online`
     belongs to smartmoe (default: greedy, every 10 iterations, as in the paper; policy "auto" decides by measured time and
-    cost, and with `replicate` makes copies as well). Raises ValueError when the system is unknown or not
-    available, when something is missing or does not belong to it, and when sizes do not fit.
+    cost, and with `replicate` makes copies as well). Raises ValueError when the system is unknown, when
+    something is missing or does not belong to it, and when sizes do not fit.
     """
     chosen = get(system)
     if chosen.plan_given and plan is None:
@@ -168,9 +169,7 @@ def _as_in_artifact(config: RunConfig) -> RunConfig:
 
 
 def get(system: str) -> System:
-    """The entry of `system` in SYSTEMS. Raises ValueError when it is unknown or not available yet."""
+    """The entry of `system` in SYSTEMS. Raises ValueError when it is unknown."""
     if system not in SYSTEMS:
         raise ValueError(f'unknown system "{system}"; known: {", ".join(SYSTEMS)}')
-    if SYSTEMS[system].unavailable:
-        raise ValueError(f'system "{system}" is not available yet: {SYSTEMS[system].unavailable}')
     return SYSTEMS[system]

@@ -136,6 +136,7 @@ def test_two_ranks_measure_every_dispatcher_and_the_file_says_so(tmp_path):
     assert len(rows) == len(data["rows"])
     for label in ("balanced", "zipf 2"):
         for key in [("torch", "grouped"), ("fastmoe", "loop"), ("basic", "grouped"), ("padded", "loop"),
+                    ("tutel", "batched"),
                     ("overlapped", "grouped")]:  # fmt: skip
             row = rows[label, *key]
             assert row["status"] == "ok", row

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from smartmoe.dispatch.basic import BasicDispatcher
+from smartmoe.dispatch.degree_search import Choice, DegreeSearch
 from smartmoe.dispatch.overlapped import OverlappedDispatcher
 from smartmoe.dispatch.padded import PaddedDispatcher
+from smartmoe.dispatch.pipelined import PipelinedDispatcher
 from smartmoe.dispatch.shadow import ShadowCost
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.plan import slots_of
@@ -107,11 +109,22 @@ def dispatchers(group, slots_per_rank: int) -> dict:
     return {
         "basic": BasicDispatcher(group, slots_per_rank),
         "padded": PaddedDispatcher(group, slots_per_rank),
+        "pipelined 1": PipelinedDispatcher(group, slots_per_rank, 1),
+        "pipelined 4": PipelinedDispatcher(group, slots_per_rank, 4),
+        **({"two steps": in_two_steps(group, slots_per_rank, 2)} if group is not None and group.size() == 4 else {}),
         "overlapped 1": OverlappedDispatcher(group, slots_per_rank, 1),
         "overlapped 2": OverlappedDispatcher(group, slots_per_rank, 2),
         "overlapped all": OverlappedDispatcher(group, slots_per_rank, 99),
         "shadowing": OverlappedDispatcher(group, slots_per_rank, 2, EAGER),
     }
+
+
+def in_two_steps(group, slots_per_rank: int, degree: int) -> PipelinedDispatcher:
+    """One that takes the group's ranks for two nodes and always sends inside them first."""
+    nodes = tuple(2 * rank // group.size() for rank in range(group.size()))
+    dispatcher = PipelinedDispatcher(group, slots_per_rank, degree, nodes)
+    dispatcher.search = DegreeSearch((Choice(degree, in_two_steps=True),))
+    return dispatcher
 
 
 def carry(case: Case, dispatcher, impl: str, ep_rank: int, dtype, device, max_copies=None) -> dict:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from tests.dispatch import cases
 from tests.dist import spawn
 
+BATCHED = ("padded", "pipelined 4", "two steps")  # that give every slot equally many rows
+
 
 def _run_all(world_rank: int, num_ranks: int, device_type: str, dtype: torch.dtype, impls: tuple[str, ...]):
     """{(case, dispatcher, impl): answer} of this rank."""
@@ -16,7 +18,8 @@ def _run_all(world_rank: int, num_ranks: int, device_type: str, dtype: torch.dty
     answers = {}
     for case in cases.cases(num_ranks):
         for name, dispatcher in cases.dispatchers(group, case.placement().slots_per_rank).items():
-            for impl in impls:
+            blocks = ("batched",) if name in BATCHED else ()
+            for impl in (*impls, *blocks):
                 answers[case.name, name, impl] = cases.carry(case, dispatcher, impl, world_rank, dtype, device)
     return answers
 

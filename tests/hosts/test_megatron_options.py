@@ -96,7 +96,7 @@ def test_a_file_says_layer_and_placement(tmp_path):
         options.run_config(arguments(smartmoe=str(file)))
 
 
-@pytest.mark.parametrize("name", ["smartmo", "deepspeed", "tutel", "missing.toml"])
+@pytest.mark.parametrize("name", ["smartmo", "deepspeed", "missing.toml"])
 def test_a_wrong_name_ends_the_command_with_what_there_is(name, capsys):
     parser = options.add_arguments(argparse.ArgumentParser())
     with pytest.raises(SystemExit) as ended:

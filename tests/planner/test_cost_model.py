@@ -121,13 +121,15 @@ def test_mechanisms_differ_as_they_should():
         found = layer_times(PRIMITIVES, _setting(layer=LayerConfig(**layer), ranks_per_node=4), copies)
         return float(found.forward_ms() + found.backward_ms())
 
-    basic, overlapped, padded, direct, loop = (
+    basic, overlapped, padded, pipelined, direct, loop = (
         took(**layer)
         for layer in (
-            {}, dict(dispatcher="overlapped"), dict(dispatcher="padded"), dict(dispatcher="direct"), dict(experts="loop")
+            {}, dict(dispatcher="overlapped"), dict(dispatcher="padded"), dict(dispatcher="pipelined"),
+            dict(dispatcher="direct"), dict(experts="loop"),
         )
     )  # fmt: skip
-    assert overlapped < basic < padded and direct < basic < loop
+    assert overlapped < basic < padded and direct < basic < loop and pipelined < padded
+    assert took(dispatcher="pipelined", overlap_degree=1) == pytest.approx(padded)
     assert not _setting(layer=LayerConfig(dispatcher="direct")).has_sync and _setting().has_sync
     local = GateConfig(capacity=1.2, scope="local")
     assert not _setting(layer=LayerConfig(dispatcher="padded"), gate=local).has_sync

@@ -156,7 +156,6 @@ BROKEN = {
     "unknown top key": ("extra = 1\n" + GRID, 'unknown key "extra"'),
     "unknown model": (GRID.replace('"tiny"', '"tinny"'), 'unknown model "tinny"; did you mean "tiny"'),
     "unknown system": (GRID.replace('"fastmoe"', '"fastmoo"'), 'unknown system "fastmoo"'),
-    "unavailable system": (GRID.replace('"fastmoe"', '"tutel"'), "not available yet"),
     "no system": (GRID.replace('system = "fastmoe"', 'series = "x"'), 'needs system = "NAME"'),
     "plan does not fit": (GRID.replace("pp = 2", "pp = 3"), "grid 1: .*6 ranks"),
     "plan missing": (GRID.replace("plan = { pp = 2, dp = 2, ep = 2 }", ""), "needs a plan"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from smartmoe.bench.measure import (
 from smartmoe.bench.peers import PlainTorch
 from smartmoe.bench.report import DTYPES, HOW, Report, add_options, checked, dtype_of, settings_of, timing_of
 from smartmoe.bench.shapes import PASSES, SHAPES, Shape, parse_shape
-from smartmoe.config import EXPERT_IMPLS, ClusterSpec, LayerConfig, ModelConfig
+from smartmoe.config import EQUAL_BLOCKS, EXPERT_IMPLS, ClusterSpec, LayerConfig, ModelConfig
 from smartmoe.dispatch import build_dispatcher
 from smartmoe.gates import Routing
 from smartmoe.layer import Experts
@@ -44,11 +44,14 @@ DISPATCHERS = {
     "fastmoe": "the fastmoe preset: basic with --experts loop",
     "basic": "counts first, then all-to-all-v (FastMoE)",
     "overlapped": "exchange and experts in overlapping steps (FasterMoE); no shadowing",
-    "padded": "equal buffers as large as the fullest expert needs (GShard, DeepSpeed, Tutel)",
+    "padded": "equal buffers as large as the fullest expert needs (GShard, DeepSpeed)",
+    "pipelined": "the same in pieces that travel while experts compute; how many is tried out before (Tutel)",
+    "tutel": "the tutel preset: pipelined with --experts batched",
     "direct": "stores into the peers' memory inside one NVLink domain",
     "direct+graph": "the same, captured once in a CUDA graph and replayed",
     "direct+compile": "direct through torch.compile as one graph",
 }
+PRESETS = {"fastmoe": ("basic", "loop"), "tutel": ("pipelined", "batched")}
 ALONE = "experts"  # the row of a one_gpu shape that has no dispatch at all
 
 
@@ -106,6 +109,8 @@ class Bench:
         forward = self._forward_of(name, impl)
         meter = MemoryMeter(self.world)
         difference = self._check(forward)
+        for _ in range(getattr(self.dispatcher, "num_trial_passes", 0)):
+            self._check(forward)
         if how == "compile":
             forward = torch.compile(forward, fullgraph=True, dynamic=False)
             difference = self._check(forward)
@@ -116,6 +121,9 @@ class Bench:
             parts, _ = time_steps(self.world, lambda mark: self._step(forward, mark), timing, self._drop_gradients)
         result = {"times": parts.tolist(), "difference": difference, **meter.read()}
         result |= {"shared_bytes": getattr(self.dispatcher, "shared_bytes", 0), "sends_once": name == "direct"}
+        if hasattr(self.dispatcher, "search"):
+            known = self.dispatcher.search.known()
+            result["degrees"] = {str(capacity): list(astuple(choice)) for capacity, choice in known.items()}
         if self.group is not None and not how:
             result |= self._time_exchange(name, impl, timing)
         return result
@@ -195,7 +203,10 @@ class Bench:
 
     def _time_exchange(self, name: str, impl: str, timing: Timing) -> dict:
         """The forward pass with experts that return their rows: dispatch, permutation and combine."""
+        search = getattr(self.dispatcher, "search", None)
         forward = self._forward_of(name, impl)
+        if search is not None:
+            self.dispatcher.search = search
         with torch.no_grad():
             try:
                 times, _ = time_steps(self.world, lambda mark: forward(_Identity(self.experts)), timing)
@@ -237,6 +248,8 @@ def make_row(shape: Shape, facts_W: list[dict], results_W: list[dict], ceiling_t
         "floor_fullest_rank_ms": floor_ms and float(f"{floor_ms * skew:.6g}"),
         "difference": max((r["difference"] for r in results_W if r["difference"] is not None), default=None),
     }
+    if results_W[0].get("degrees"):
+        row["degrees"] = results_W[0]["degrees"]  # capacity -> (pieces, in two steps)
     memory = ("peak_bytes", "outside_bytes", "shared_bytes")
     row |= {key: max(result[key] for result in results_W) for key in memory}
     return row | exchange_of(facts_W, results_W, once=all(result["sends_once"] for result in results_W))
@@ -268,7 +281,8 @@ COLUMNS = (
 
 
 def format_row(row: dict) -> str:
-    name = row["dispatcher"] + (" loop" if row["experts"] == "loop" and row["dispatcher"] != "fastmoe" else "")
+    is_plain = row["experts"] == "grouped" or row["dispatcher"] in PRESETS
+    name = row["dispatcher"] + ("" if is_plain else f" {row['experts']}")
     start = f"{row['shape']:14.14s} {row['routing']:11.11s} {name:15.15s}"
     if row["status"] != "ok":
         return f"{start} {row['status']}: {row['reason']}"
@@ -321,7 +335,7 @@ def _run_shape(args, shape, world, dtype, timing, ceiling, report) -> None:
             report.begin(row)
             status, reason, results = routed
             if status == "ok":
-                name = "basic" if dispatcher == "fastmoe" else dispatcher
+                name = PRESETS.get(dispatcher, (dispatcher,))[0]
                 measure = lambda name=name, impl=impl, bench=bench: bench.measure(name, impl, timing)  # noqa: E731
                 status, reason, results = attempt(world, measure)
             row |= {"sizes": asdict(shape), "status": status, "reason": reason}
@@ -342,15 +356,16 @@ def _memory_over_torch(row, rows) -> float | None:
 
 def _cases(args, shape) -> list[tuple[str, str]]:
     """(dispatcher, expert implementation) in the order of the table, none twice."""
-    cases = [(ALONE, impl) for impl in args.experts] if shape.one_gpu else []
+    cases = [(ALONE, impl) for impl in args.experts if impl != "batched"] if shape.one_gpu else []
+    names = {parts: name for name, parts in PRESETS.items()}
     for dispatcher in args.dispatchers:
-        if dispatcher == "fastmoe":
-            cases.append(("fastmoe", "loop"))
+        if dispatcher in PRESETS:
+            cases.append((dispatcher, PRESETS[dispatcher][1]))
         elif dispatcher.startswith(("torch", "direct")):
             cases.append((dispatcher, "grouped"))
         else:
-            named = [("fastmoe" if (dispatcher, impl) == ("basic", "loop") else dispatcher, impl) for impl in args.experts]
-            cases += named
+            impls = [impl for impl in args.experts if impl != "batched" or dispatcher in EQUAL_BLOCKS]
+            cases += [(names.get((dispatcher, impl), dispatcher), impl) for impl in impls]
     return list(dict.fromkeys(cases))
 
 

@@ -7,7 +7,7 @@ gradients of the first product are made. Backward uses the memory of the pre-act
 with the extension; for swiglu only with its products): a second backward pass through one graph (retain_graph) is then
 torch's error about a tensor modified in place. Where the extension has products of its own, biases, the activation and
 its slope are applied as the product is written. On a CPU, "grouped" is the composition that autograd differentiates.
-"loop" is that of FastMoE everywhere.
+"loop" is that of FastMoE everywhere, "batched" that of Tutel: equal blocks, one product of all.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, 
     impl "grouped" the gradients of w1 and w2 go into their sinks where they have one (ops.grad_sink), and autograd gets none.
     Returns [R, D]. impl "grouped": two grouped GEMMs, no host synchronisation on CUDA in bfloat16 where torch has them
     (ops.extension.choose_path); "loop": one GEMM pair for each expert, reads the counts on the host (FastMoE's form in
-    the SmartMoE artifact). The result of a slot depends on its own rows and weights only, in bits too, not on which
-    slot it is.
+    the SmartMoE artifact); "batched": two batched products, of R / L rows for each slot, as buffers of equal size have; count_L
+    is not read (ValueError unless L divides R). The result of a slot depends on its own rows and weights only, in bits too, not
+    on which slot it is.
     """
     if activation not in _NAMES:
         raise ValueError(f'activation = "{activation}" is not one of {", ".join(_NAMES)}')
@@ -57,7 +58,9 @@ def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, 
         return _grouped(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
     if impl == "loop":
         return _loop(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
-    raise ValueError(f'experts = "{impl}" is not one of grouped, loop')
+    if impl == "batched":
+        return _batched(rows_RD, w1_LDF, b1_LF, w2_LFD, b2_LD, activation)
+    raise ValueError(f'experts = "{impl}" is not one of grouped, loop, batched')
 
 
 def _check_strides(rows_RD, w1_LDF, w2_LFD):
@@ -286,6 +289,23 @@ def _loop(rows, count_L, w1, b1, w2, b2, activation):
 
 def _affine(rows, matrix, bias):
     return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+
+
+def _batched(rows, w1, b1, w2, b2, activation):
+    if rows.shape[0] % w1.shape[0]:
+        raise ValueError(
+            f'experts = "batched": {rows.shape[0]} rows are not {w1.shape[0]} equal blocks: take dispatcher = "padded" or '
+            f'"pipelined", or experts = "grouped"'
+        )
+    rows_LCD = rows.view(w1.shape[0], -1, rows.shape[1])
+    hidden_LCF = _batched_affine(rows_LCD, w1, b1)
+    shape = hidden_LCF.shape
+    act_LCF = activate(hidden_LCF.view(-1, shape[2]), activation).view(shape[0], shape[1], -1)
+    return _batched_affine(act_LCF, w2, b2).view(rows.shape[0], -1)
+
+
+def _batched_affine(blocks, matrix, bias):
+    return torch.bmm(blocks, matrix) if bias is None else torch.baddbmm(bias.unsqueeze(1), blocks, matrix)
 
 
 def _add_bias(rows, bias_LF, count_L, end_L):

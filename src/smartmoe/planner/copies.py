@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smartmoe.config import ClusterSpec, RunConfig
+from smartmoe.config import EQUAL_BLOCKS, ClusterSpec, RunConfig
 from smartmoe.placement import Placement
 from smartmoe.planner import pool
 from smartmoe.planner.cost_model import CostModel, Estimate
@@ -38,7 +38,7 @@ def with_copies(cost: CostModel, estimate: Estimate, value=lambda e: e.mean_ms) 
     """
     plan, shape = estimate.plan, cost.loads.share.shape
     too_many = shape[0] * shape[1] * shape[3] * shape[4] * plan.ep > MOST_SHARES
-    if plan.ep == 1 or too_many or cost.config.layer.dispatcher == "padded":
+    if plan.ep == 1 or too_many or cost.config.layer.dispatcher in EQUAL_BLOCKS:
         return estimate
     modes = ("history", "exact") if shape[1] > 1 else ("history",)
     found = [_judge(cost, estimate, mode, slots) for mode in modes for slots in SLOTS]

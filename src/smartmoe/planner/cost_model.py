@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig
+from smartmoe.config import EQUAL_BLOCKS, ClusterSpec, ParallelPlan, RunConfig
 from smartmoe.placement import Placement
 from smartmoe.planner import memory
 from smartmoe.planner.layer_cost import LayerSetting, LayerTimes, exchange_ms, group_bytes, layer_times
@@ -249,7 +249,7 @@ class CostModel:
             return (count[..., None, :] @ self._host_share)[..., 0, :].max(1)
         if order is not None:
             count = np.take_along_axis(count, order, -1)
-        if setting.layer.dispatcher == "padded":
+        if setting.layer.dispatcher in EQUAL_BLOCKS:
             count = np.broadcast_to(copies.max((-2, -1), keepdims=True)[..., 0, :] * setting.ep, count.shape)
         rows = count.reshape(*count.shape[:-1], setting.ep, -1).sum(-1)
         return rows.max(1)

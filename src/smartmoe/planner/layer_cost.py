@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smartmoe.config import GateConfig, LayerConfig, ModelConfig
+from smartmoe.config import EQUAL_BLOCKS, OVERLAP_DEGREES, GateConfig, LayerConfig, ModelConfig
 from smartmoe.planner.primitives import Primitives, expert_sizes
 from smartmoe.planner.timeline import Work, join
 
@@ -47,7 +47,7 @@ class LayerSetting:
     @property
     def has_sync(self) -> bool:
         """Whether the host waits for the device in every forward pass."""
-        bounded = self.layer.dispatcher == "padded" and self.gate.capacity is not None and self.gate.scope == "local"
+        bounded = self.layer.dispatcher in EQUAL_BLOCKS and self.gate.capacity is not None and self.gate.scope == "local"
         return self.layer.dispatcher not in NO_SYNC and not bounded
 
 
@@ -111,7 +111,7 @@ def layer_times(
     num_sources = copies.shape[-2]
     sent = copies.reshape(*copies.shape[:-1], setting.ep, -1)  # [..., S, W, slots]
     count = sent.sum(-3) * (setting.ep if num_sources == 1 else 1)  # [..., W, slots]
-    if setting.layer.dispatcher == "padded":
+    if setting.layer.dispatcher in EQUAL_BLOCKS:
         return _padded(primitives, setting, sent, count)
     return _times(primitives, setting, sent.sum(-1), count)
 
@@ -131,7 +131,7 @@ def _times(primitives, setting, travel, count):
     parts = {way: {} for way in ways}
     host = {way: {} for way in ways}
     gate = "gate_limited" if setting.gate.capacity is not None else "gate"
-    experts = "experts" if layer.experts == "grouped" else "experts_loop"
+    experts = "experts_loop" if layer.experts == "loop" else "experts"
     sizes = dict(tokens=setting.tokens, width=model.hidden_size, experts=model.num_experts, top_k=model.top_k)
     work = expert_sizes(count)
     rows = work["rows"]
@@ -165,6 +165,10 @@ def _times(primitives, setting, travel, count):
             host[way]["exchange"] = 2 * launch
             if layer.dispatcher == "overlapped":
                 both = _overlapped(once, part["experts"], min(layer.overlap_groups, setting.ep))
+                part["exchange"] = np.maximum(both - part["experts"], 0.0)
+            if layer.dispatcher == "pipelined":  # tried out, or asked for
+                degrees = [layer.overlap_degree] if layer.overlap_degree else OVERLAP_DEGREES[1:]
+                both = np.minimum.reduce([_overlapped(once, part["experts"], degree) for degree in degrees])
                 part["exchange"] = np.maximum(both - part["experts"], 0.0)
     if setting.ep > 1 and layer.dispatcher in ("basic", "overlapped"):
         parts["forward"]["counts"] = exchange_ms(primitives, "all_to_all", setting.ep, 8.0 * model.num_experts, 0.0)

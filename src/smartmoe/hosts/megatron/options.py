@@ -25,7 +25,7 @@ from smartmoe.data import CACHE_DIR
 
 HOST_ONLY = "megatron"  # Megatron's own MoE layer, with SmartMoE's run directory
 TABLES = ("system", "layer", "online")
-PRESETS = tuple(name for name, system in systems.SYSTEMS.items() if not (system.host or system.unavailable))
+PRESETS = tuple(name for name, system in systems.SYSTEMS.items() if not system.host)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,0 +1,94 @@
+"""Tutel's exchange: the search of the number of pieces, its agreement over ranks, and what it refuses."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from smartmoe.config import LayerConfig, RunConfig, check
+from smartmoe.dispatch.degree_search import Choice, DegreeSearch, Trial
+from smartmoe.dispatch.pipelined import PipelinedDispatcher, ranks_per_node
+from smartmoe.ops.expert_ffn import expert_ffn
+from tests import oracle
+from tests.dispatch import cases
+from tests.dist import spawn
+
+FOUR = tuple(Choice(degree) for degree in (1, 2, 4, 8))
+
+
+def _settle(search, capacity, ms_of):
+    """Ask and tell until no trial is asked for; the trials in their order."""
+    asked = []
+    while (answer := search.choose(capacity))[1]:
+        asked.append(answer[0])
+        search.tell(capacity, answer[0], ms_of(answer[0]))
+    return asked, answer[0]
+
+
+def test_each_window_of_capacities_gets_its_fastest_choice():
+    search = DegreeSearch(FOUR, window=128, num_trials=2)
+    asked, best = _settle(search, 1000, lambda choice: abs(choice.degree - 4))
+    assert sorted(asked, key=FOUR.index) == [choice for choice in FOUR for _ in range(2)] and best == Choice(4)
+    assert search.choose(1023) == (Choice(4), False) and search.choose(896) == (Choice(4), False), "one window"
+    assert search.choose(1024) == (Choice(4), True), "a new window begins with what is best beside it"
+    _, best = _settle(search, 1024, lambda choice: choice.degree)
+    assert best == Choice(1) and search.known() == {896: Choice(4), 1024: Choice(1)}
+
+
+def test_the_faster_trial_of_a_choice_counts():
+    search = DegreeSearch(FOUR[:2])
+    for choice, ms in ((FOUR[0], 5.0), (FOUR[0], 5.0), (FOUR[1], 90.0), (FOUR[1], 4.0)):
+        search.tell(10, choice, ms)
+    assert search.choose(10) == (FOUR[1], False)
+    assert DegreeSearch(FOUR[1:2]).choose(10) == (FOUR[1], False), "one choice is no trial"
+
+
+def test_a_trial_takes_the_time_of_both_passes():
+    trial = Trial(8, FOUR[0], is_cuda=False)
+    x = torch.ones(3, requires_grad=True)
+    y = trial.leave(trial.enter(x) * 2)
+    assert not trial.is_done
+    y.sum().backward()
+    assert trial.is_done and trial.ms() > 0 and torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_nodes_are_used_where_they_are_alike():
+    assert ranks_per_node((0, 0, 1, 1)) == 2 and ranks_per_node((4, 4, 4)) == 3 and ranks_per_node((0, 1, 2)) == 1
+    assert ranks_per_node((0, 0, 1)) == 3 and ranks_per_node((0, 1, 0, 1)) == 4 and ranks_per_node((0, 1, 1, 2)) == 4
+
+
+def _train(world_rank: int, num_ranks: int):
+    """Passes at two capacities until all is settled: what each rank knows, and the last answers."""
+    case = next(case for case in cases.cases(num_ranks) if case.name == "even")
+    nodes = tuple(rank // 2 for rank in range(num_ranks))
+    dispatcher = PipelinedDispatcher(dist.group.WORLD, case.placement().slots_per_rank, 0, nodes)
+    for max_copies in (8, 200):
+        for _ in range(dispatcher.num_trial_passes + 1):
+            answer = cases.carry(case, dispatcher, "batched", world_rank, torch.float32, torch.device("cpu"), max_copies)
+    with torch.no_grad():
+        seen = [dispatcher.search.choose(capacity) for capacity in (8, 200)]
+    return dispatcher.search.known(), seen, len(dispatcher.search.choices), answer
+
+
+def test_ranks_agree_on_what_they_tried():
+    results = spawn(_train, 4, 4)
+    known, seen, num_choices, _ = results[0]
+    assert num_choices == 8 and set(known) == {0, 128} and not any(is_trial for _, is_trial in seen)
+    assert all(each[:2] == (known, seen) for each in results)
+    case = next(case for case in cases.cases(4) if case.name == "even")
+    cases.compare(case, [each[3] for each in results], "searched", torch.float32)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="degree = 3 is not 0 .searched. or one of 1, 2, 4, 8"):
+        PipelinedDispatcher(None, 2, 3)
+    for layer, words in (
+        (LayerConfig(dispatcher="pipelined", overlap_degree=3), "overlap_degree = 3 is not one of 0, 1, 2, 4, 8"),
+        (LayerConfig(overlap_degree=2), 'is part of layer.dispatcher = "pipelined"'),
+        (LayerConfig(experts="batched"), "set layer.dispatcher to padded or pipelined"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(RunConfig(layer=layer))
+    weights = oracle.slots_of_rank(cases.cases(1)[0].weights(), cases.cases(1)[0].placement(), 0, torch.float32, "cpu")
+    rows = torch.zeros(5, cases.WIDTH)
+    with pytest.raises(ValueError, match="5 rows are not 2 equal blocks"):
+        expert_ffn(rows, torch.tensor([3, 2]), *weights, activation="gelu", impl="batched")
