@@ -76,6 +76,7 @@ class LayerConfig:
     dispatcher: str = "basic"
     experts: str = "grouped"
     overlap_groups: int = 2
+    overlap_degree: int = 0
     shadowing: bool = False
     row_factor: float = 1.125
 
@@ -84,7 +85,6 @@ class LayerConfig:
 class OnlineConfig:
     """Online expert placement: the policy, and after how many iterations it is asked again.
 
-    overlap_degree: int = 0
     "greedy" and "least_move" place by the load of the iteration just done; "auto" decides by a decayed history, measured
     times and costs whether to keep, migrate (unless `migrate` is false), replicate or both, and takes a change back that
     measures worse. A change must make the fullest rank's load (with "auto" the layer's time) fall by more than the fraction
@@ -293,15 +293,6 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"online.min_gain = {config.online.min_gain} must be in 0 .. 1, or null for the policy's own")
     if config.layer.overlap_groups < 1:
         problems.append(f"layer.overlap_groups = {config.layer.overlap_groups} must be at least 1")
-    if not config.layer.row_factor >= 1:
-        problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, what is needed")
-    if not config.cluster.slow_links_gbytes_per_s >= 0:
-        problems.append("cluster.slow_links_gbytes_per_s must be positive, or 0 for links as they are")
-    if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher == "direct":
-        problems.append(
-            'layer.dispatcher = "direct" stores into the memory of other GPUs, which cluster.slow_links_gbytes_per_s does '
-            'not slow down: take "auto" or "basic"'
-        )
     if config.layer.overlap_degree not in OVERLAP_DEGREES:
         degrees = ", ".join(map(str, OVERLAP_DEGREES))
         problems.append(f"layer.overlap_degree = {config.layer.overlap_degree} is not one of {degrees}; 0 is tried out")
@@ -311,6 +302,15 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(
             'layer.experts = "batched" needs equally many rows for every expert: set layer.dispatcher to '
             f'{" or ".join(EQUAL_BLOCKS)}, or layer.experts = "grouped"'
+        )
+    if not config.layer.row_factor >= 1:
+        problems.append(f"layer.row_factor = {config.layer.row_factor} must be at least 1, what is needed")
+    if not config.cluster.slow_links_gbytes_per_s >= 0:
+        problems.append("cluster.slow_links_gbytes_per_s must be positive, or 0 for links as they are")
+    if config.cluster.slow_links_gbytes_per_s and config.layer.dispatcher == "direct":
+        problems.append(
+            'layer.dispatcher = "direct" stores into the memory of other GPUs, which cluster.slow_links_gbytes_per_s does '
+            'not slow down: take "auto" or "basic"'
         )
     if config.layer.shadowing and config.layer.dispatcher != "overlapped":
         problems.append('layer.shadowing is part of layer.dispatcher = "overlapped"')
