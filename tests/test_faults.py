@@ -44,7 +44,8 @@ def expert_checksums(trainer) -> dict[tuple[str, str, int], int]:
         tensors = {"weight": ref.local, **trainer.optimizer.state_tensors(idx)}
         for slot, expert in enumerate(layer.placement.experts_of_rank(trainer.mesh.ep_rank)):
             for kind, tensor in tensors.items():
-                sums[ref.name, kind, expert] = zlib.crc32(tensor[slot].detach().contiguous().numpy().tobytes())
+                one = tensor[slot].detach().clone(memory_format=torch.contiguous_format)  # torch keeps what numpy has seen
+                sums[ref.name, kind, expert] = zlib.crc32(one.numpy().tobytes())
     return sums
 
 

@@ -109,10 +109,12 @@ class OnlineConfig:
 class Workload:
     """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library.
 
-    `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 0: of
-    all of it; 2, with system "deepspeed" alone: gradients, too. `reduce_early`: ranks sum gradients while the last backward
-    passes run (not with `zero`, nor experts' with replicas); else after them. `cuda_graph`: the passes of a micro-batch are
-    captured once and replayed where that is possible ("auto"; smartmoe.graphs says where), or "never".
+    `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 2: sums
+    of gradients, too, which are reduced in every backward pass; 3: weights, too, which passes gather block by block; 0: all
+    of all. Experts with replicas keep their weights whole, in "history" their gradients, too. `reduce_early`: ranks sum
+    gradients while the last backward passes run (not with `zero`, nor experts' with replicas); else after them.
+    `cuda_graph`: the passes of a micro-batch are captured once and replayed where that is possible ("auto"; smartmoe.graphs
+    says where), or "never".
     """
 
     global_batch_size: int = 16
@@ -424,9 +426,9 @@ def _batch_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"workload.warmup_iterations = {work.warmup_iterations} must be below iterations = {work.iterations}"
         )
-    if work.zero not in (0, 1) and (config.system, work.zero) != ("deepspeed", 2):
+    if work.zero not in (0, 1, 2, 3):
         problems.append(
-            f"workload.zero = {work.zero} must be 0 or 1: gradients (2) and weights (3) are not sharded by this trainer"
+            f"workload.zero = {work.zero} must be 0, 1 (optimizer state sharded), 2 (gradients, too) or 3 (weights, too)"
         )
     if work.clip_grad < 0:
         problems.append(f"workload.clip_grad = {work.clip_grad} must be positive, or 0 for no clipping")

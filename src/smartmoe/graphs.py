@@ -172,7 +172,7 @@ class PassGraphs:
         self.tell: Callable[[str], None] = _log.info
         self._run_pass, self._buffers, self._layers, self._watchers = run_pass, buffers, list(layers), list(watchers)
         self._num_passes, self._tape, self._group = num_passes, tape, group
-        self._device = buffers.refs[0].grad.device
+        self._device = buffers.refs[0].param.device
         self._peak = 0
         self._num_plain = 0  # iterations that ran as they are, since the start or since a recording was dropped
         self._inputs: tuple[torch.Tensor, ...] = ()

@@ -16,14 +16,18 @@ from smartmoe.config import ParallelPlan
 
 
 # torch 2.13 gave both collectives new names and deprecated the old ones; looked up at the call, as slow_links changes them.
-def all_gather(whole: torch.Tensor, part: torch.Tensor, group) -> None:
-    """Fill `whole` with the equal parts of all ranks along dim 0. Collective over `group`."""
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, part, group=group)
+def all_gather(whole: torch.Tensor, part: torch.Tensor, group, async_op: bool = False) -> dist.Work | None:
+    """Fill `whole` with the equal parts of all ranks along dim 0; async_op: when the work that is returned has been waited
+    for. Collective over `group`."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(whole, part, group=group, async_op=async_op)
 
 
-def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group) -> None:
-    """Sum `whole` over the ranks and leave this rank's equal part of it, along dim 0, in `part`. Collective over `group`."""
-    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(part, whole, group=group)
+def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group, async_op: bool = False) -> dist.Work | None:
+    """Sum `whole` over the ranks and leave this rank's equal part of it, along dim 0, in `part`; async_op as in `all_gather`.
+    Collective over `group`."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(part, whole, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)

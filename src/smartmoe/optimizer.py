@@ -54,6 +54,7 @@ class MixedAdamW:
         self.loss_scale = workload.initial_loss_scale if workload.dtype == "float16" else 1.0
         self.good_steps = self.num_steps = 0
         self.masters = [_master(share) for share in buffers.shares]
+        buffers.adopt(self.masters)
         self._decayed = [idx for idx, ref in enumerate(buffers.refs) if _is_matrix(ref)]
         self._others = [idx for idx, ref in enumerate(buffers.refs) if not _is_matrix(ref)]
         groups = ((self._decayed, workload.weight_decay), (self._others, 0.0))

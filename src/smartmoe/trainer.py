@@ -22,10 +22,10 @@ from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
 from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
-from smartmoe.parallel.data import KINDS, GradientBuffers
+from smartmoe.parallel.data import KINDS
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
 from smartmoe.parallel.tensor import apply_tensor_parallel
-from smartmoe.parallel.zero import ShardedBuffers
+from smartmoe.parallel.zero_passes import make_buffers
 from smartmoe.placement import Placement
 from smartmoe.replicas import CollectiveReplication, EarlyReturn, HistoryReplication, return_all, send_all
 
@@ -70,7 +70,7 @@ class Trainer:
         self.chunks = self._build_chunks()
         named = [(name, p) for chunk in self.chunks for name, p in chunk.named_parameters()]
         groups = {"dense": mesh.stage_group, "tensor": mesh.dp_group, "expert": mesh.expert_dp_group}
-        buffers = (ShardedBuffers if work.zero else GradientBuffers)(named, groups)
+        buffers = make_buffers(config, named, groups, self.chunks)
         if work.reduce_early and not work.zero:
             # gradients of replicas come to the owners' behind all passes
             kinds = [kind for kind in KINDS if kind != "expert" or config.online.replicate == "never"]
@@ -160,19 +160,20 @@ class Trainer:
         for idx, ref in enumerate(self.optimizer.buffers.refs):
             if ref.kind == "expert" and layer_of(ref.name) == layer.layer_idx:
                 state = list(self.optimizer.state_tensors(idx).values())
-                shares_master = state[0].data_ptr() == ref.local.data_ptr()
-                tensors += state if shares_master else [ref.local, *state]
+                is_master = state[0].data_ptr() == ref.local.data_ptr() or self.optimizer.buffers.is_away(idx)
+                tensors += state if is_master else [ref.local, *state]
         return tensors
 
     def _sizes(self) -> Sizes:
         """What online placement weighs, before it has measured how fast links are."""
         config = self.config
         model, cluster, element = config.model, config.cluster, self.dtype.itemsize
-        numel = sum(p[0].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
+        numel = sum(p.shape[1:].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
         sharers = config.plan.expert_dp if config.workload.zero else 1
         masters_and_moments = 8 if self.dtype == torch.float32 and sharers == 1 else 12
+        is_away = sharers > 1 and self.config.workload.zero == 3 and config.online.replicate == "never"
         return Sizes(
-            state_bytes=numel * element + numel * masters_and_moments // sharers,
+            state_bytes=numel * element * (not is_away) + numel * masters_and_moments // sharers,
             replica_bytes=bytes_of_replica(config.online, numel, element, config.num_micro_batches),
             copy_bytes=4 * model.hidden_size * element,
             gbytes_per_s=cluster.intra_node_gbytes_per_s,

@@ -34,11 +34,14 @@ SYNTHETIC_TOKENS = 1 << 22
 
 
 def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: int) -> RunConfig:
-    """The run of a system: "name", "name:dispatcher", and behind that "+plain": without a CUDA graph. Raises ValueError when
-    there is no such system or sizes do not fit."""
-    whole, plus, how = name.partition("+")
-    if plus and how != "plain":
-        raise ValueError(f'system "{name}": "+{how}" is not "+plain", without a CUDA graph')
+    """The run of a system: "name", "name:dispatcher", and behind that "+plain": without a CUDA graph, "+zero2": with
+    workload.zero = 2. Raises ValueError when there is no such system or sizes do not fit."""
+    whole, *hows = name.split("+")
+    for how in hows:
+        if how not in ("plain", "zero1", "zero2", "zero3"):
+            raise ValueError(
+                f'system "{name}": "+{how}" is neither "+plain", without a CUDA graph, nor "+zero1" to "+zero3"'
+            )
     system, _, dispatcher = whole.partition(":")
     if dispatcher and dispatcher not in DISPATCHERS:
         raise ValueError(f'system "{name}": dispatcher "{dispatcher}" is not one of {", ".join(DISPATCHERS)}')
@@ -62,7 +65,8 @@ def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: i
         iterations=max(100, args.warmup + args.iterations + 1),
         warmup_iterations=args.warmup,
         seed=args.seed,
-        cuda_graph="never" if plus else "auto",
+        zero=next((int(how[-1]) for how in hows if how != "plain"), base.workload.zero),
+        cuda_graph="never" if "plain" in hows else "auto",
     )
     cluster, _, _ = inputs.read_cluster("local" if args.device == "cuda" else "cpu", args.configs)
     cluster = dataclasses.replace(cluster, num_nodes=1, ranks_per_node=num_ranks)
@@ -218,8 +222,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--systems",
         nargs="+",
-        metavar="NAME[:DISPATCHER][+plain]",
-        help="+plain: the passes of a micro-batch run as they are, not from a CUDA graph",
+        metavar="NAME[:DISPATCHER][+plain][+zeroN]",
+        help="+plain: the passes of a micro-batch run as they are, not from a CUDA graph; +zero2: workload.zero = 2",
         default=["fastmoe", "fastermoe", "padded", "smartmoe_static", "smartmoe"],
     )
     parser.add_argument("--model", default="gpt-l16-h1536", help="a name in models.toml, or a run's .toml file")

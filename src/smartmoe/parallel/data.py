@@ -25,13 +25,14 @@ SMALL, MANY = 1 << 18, 64  # gradients of fewer numbers wait until there are so 
 
 @dataclass(frozen=True)
 class ParamRef:
-    """One parameter as the optimizer and the checkpoint see it: its storage on this rank and its fp32 gradient."""
+    """One parameter as the optimizer and the checkpoint see it: its storage on this rank and its fp32 gradient, None where
+    only a share of that is kept (parallel.zero_passes)."""
 
     name: str
     kind: str
     param: nn.Parameter
     local: torch.Tensor
-    grad: torch.Tensor
+    grad: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,19 @@ class GradientBuffers:
 
     def _add(self, kind: str, members: list[tuple[str, nn.Parameter]]) -> None:
         locals_ = [param.detach() for _, param in members]
-        flat = torch.zeros(sum(t.numel() for t in locals_), dtype=torch.float32, device=locals_[0].device)
-        self._flat[kind] = flat
-        start = 0
-        for (name, param), local in zip(members, locals_, strict=True):
-            grad = flat[start : start + local.numel()].view(local.shape)
-            start += local.numel()
+        for (name, param), local, grad in zip(members, locals_, self._allocate(kind, locals_), strict=True):
             self._empty.add(len(self.refs))
-            param.register_post_accumulate_grad_hook(self._accumulate_into(len(self.refs), grad))
+            if grad is not None:
+                param.register_post_accumulate_grad_hook(self._accumulate_into(len(self.refs), grad))
             param.grad_sink = _BufferSink(weakref.proxy(self), len(self.refs))
             self.refs.append(ParamRef(name, kind, param, local, grad))
+
+    def _allocate(self, kind: str, locals_: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The fp32 gradient of each of these parameters, one behind the other."""
+        flat = torch.zeros(sum(t.numel() for t in locals_), dtype=torch.float32, device=locals_[0].device)
+        self._flat[kind] = flat
+        parts = flat.split([local.numel() for local in locals_])
+        return [part.view(local.shape) for part, local in zip(parts, locals_, strict=True)]
 
     def _accumulate_into(self, ref_idx: int, grad: torch.Tensor):
         mine = weakref.proxy(self)  # a hook that has its parameter through C++, where nobody looks for cycles, keeps it forever
@@ -119,6 +123,17 @@ class GradientBuffers:
         is_first = ref_idx in self._empty
         self._empty.discard(ref_idx)
         return is_first
+
+    def take(self, ref_idx: int) -> tuple[torch.Tensor, bool]:
+        """See GradSink.take."""
+        return self.refs[ref_idx].grad, self.fill(ref_idx)
+
+    def adopt(self, masters: Sequence[torch.Tensor]) -> None:
+        """Told, once, the fp32 values of all shares: the optimizer changes them in place."""
+
+    def is_away(self, ref_idx: int) -> bool:
+        """Whether this parameter's values are on this rank only while passes use them, and its share alone at other times."""
+        return False
 
     def filled(self) -> list[int]:
         """The refs, by index, that have a gradient since `zero`."""
@@ -158,7 +173,8 @@ class GradientBuffers:
         the gradients; `reduce` does so first."""
         self.flush()
         for ref_idx in self._empty:
-            self.refs[ref_idx].grad.zero_()
+            grad = self.refs[ref_idx].grad
+            (self.shares[ref_idx].grad if grad is None else grad).zero_()
         self._empty.clear()
 
     def reduce(self) -> None:
@@ -194,4 +210,4 @@ class _BufferSink:
         self._buffers, self._ref_idx = buffers, ref_idx
 
     def take(self) -> tuple[torch.Tensor, bool]:
-        return self._buffers.refs[self._ref_idx].grad, self._buffers.fill(self._ref_idx)
+        return self._buffers.take(self._ref_idx)

@@ -1,0 +1,140 @@
+"""ZeRO-2 and 3 in a world of two: what is on a rank at which time, and cases where two ranks must agree to the bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from dist import spawn
+from parity import MODEL, WORKLOAD, make_config, make_trainer
+
+from smartmoe.config import GateConfig, ParallelPlan
+from smartmoe.parallel.zero_passes import PassShardedBuffers
+from smartmoe.planner.memory import Parameters
+from smartmoe.planner.sharding import kept_bytes
+
+SMALL = dataclasses.replace(MODEL, num_layers=3)
+BOTH = ParallelPlan(dp=2, ep=1)  # each expert on both ranks
+HALF = dataclasses.replace(WORKLOAD, dtype="float16", initial_loss_scale=2.0**20)
+STAGES = (0, 1, 2, 3)
+
+
+def trainer_of(zero, plan=BOTH, micro_batches=1, workload=WORKLOAD, **changes):
+    config = {"model": SMALL, "gate": GateConfig(kind="naive"), **changes}
+    return make_trainer(make_config(plan, micro_batches, workload=dataclasses.replace(workload, zero=zero), **config))
+
+
+def train(trainer, iterations=3):
+    found = [trainer.run_iteration() for _ in range(iterations)]
+    return [result.lm_loss for result in found], [result.optimizer.skipped for result in found]
+
+
+def run_all(world_rank):
+    return {
+        "one micro-batch": [train(trainer_of(zero))[0] for zero in STAGES],
+        "without gradients": [train(trainer_of(zero, gate=GateConfig(kind="zero")))[0] for zero in (0, 3)],
+        "overflow": [train(trainer_of(zero, workload=HALF), 4) for zero in (0, 3)],
+        "at once": at_once(),
+        "late": too_late(),
+        "kept": [kept(zero) for zero in STAGES],
+    }
+
+
+def at_once():
+    """Of how many blocks the weights are whole where attention begins, forward and backward, of an iteration; when it has
+    ended, and after a pass without backward; and what such passes give before and behind another iteration."""
+    trainer = trainer_of(3, dataclasses.replace(BOTH, recompute=True), micro_batches=2)
+    blocks, counts = list(trainer.chunks[0].blocks.values()), []
+
+    def num_here(*_):
+        # whole, or on their way into the memory that they will have
+        counts.append(sum(block.attention.qkv.weight.untyped_storage().nbytes() > 0 for block in blocks))
+
+    for block in blocks:
+        block.attention.register_forward_pre_hook(num_here)
+        block.attention.register_full_backward_hook(num_here)
+    trainer.run_iteration()
+    in_passes, counts[:] = list(counts), []
+    num_here()
+    losses = [_loss_of(trainer)]
+    trainer.run_iteration()
+    losses.append(_loss_of(trainer))
+    num_here()
+    return in_passes, [counts[0], counts[-1]], losses
+
+
+@torch.no_grad()
+def _loss_of(trainer):
+    tokens, token_id, targets = trainer.batch(0)
+    return trainer.chunks[0](tokens, token_id_BT=token_id, target_BT=targets)[0].item()
+
+
+def too_late():
+    trainer = trainer_of(2)
+    trainer.run_iteration()
+    weight = trainer.chunks[0].head.weight
+    weight.grad = torch.ones_like(weight)
+    try:
+        trainer.optimizer.buffers.complete()
+    except RuntimeError as error:
+        return str(error)
+
+
+def kept(zero):
+    """Bytes of weights and of gradient sums between iterations, and the numbers of parameters in a rank's model."""
+    trainer = trainer_of(zero)
+    trainer.run_iteration()
+    buffers = trainer.optimizer.buffers
+    weights = sum(ref.param.untyped_storage().nbytes() for ref in buffers.refs)
+    sums = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (s.grad for s in buffers.shares)}
+    numel = {kind: sum(ref.param.numel() for ref in buffers.refs if ref.kind == kind) for kind in ("dense", "expert")}
+    return weights, sum(sums.values()), numel["dense"], numel["expert"]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return spawn(run_all, 2)
+
+
+def test_two_ranks_agree_to_the_bit(runs):
+    losses = runs[0]["one micro-batch"]
+    assert all(found == losses[0] for found in losses)
+    for name in ("without gradients", "overflow"):
+        without, sharded = runs[0][name]
+        assert without == sharded, name
+    skipped = runs[0]["overflow"][0][1]
+    assert any(skipped) and not all(skipped)
+
+
+def test_weights_are_whole_where_they_are_used_and_no_longer(runs):
+    for in_passes, between, (before, after) in (result["at once"] for result in runs):
+        assert len(in_passes) == 2 * 3 * 3  # micro-batches, layers; forward, again, backward
+        assert set(in_passes) == {1} and between == [0, 0]
+        assert before != after  # of weights as they are now
+
+
+def test_a_gradient_behind_its_block_is_an_error(runs):
+    assert "head.weight: a gradient came after the backward pass of its block" in runs[0]["late"]
+    assert "workload.zero = 1" in runs[0]["late"]
+
+
+def test_a_rank_keeps_what_the_planner_says(runs):
+    norm = 4 * 2 * SMALL.hidden_size  # the last one is used without being called: its weights stay
+    for zero in STAGES:
+        weights, sums, dense, expert = runs[0]["kept"][zero]
+        told = kept_bytes(Parameters(dense=dense, expert=expert), BOTH, 4, zero)
+        assert (weights - norm * (zero == 3), sums) == told, zero
+        whole = 4 * (dense + expert)
+        assert told == (0 if zero == 3 else whole, whole / 2 if zero >= 2 else whole)
+
+
+def test_whoever_is_alone_keeps_all():
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    chunk = torch.nn.Module()
+    chunk.blocks = torch.nn.ModuleDict()
+    chunk.weight = weight
+    buffers = PassShardedBuffers([("weight", weight)], {"dense": None}, [chunk], away=["dense"])
+    buffers.adopt([weight.detach()])
+    weight.sum().backward()
+    buffers.reduce()
+    (share,) = buffers.shares
+    assert (share.num, share.idx) == (1, 0) and torch.equal(share.grad, torch.ones(3, 4)) and weight.numel() == 12
