@@ -6,6 +6,7 @@ the CPU, tensors asked for on "cuda" are made there, and triton is an empty shel
 
 import contextlib
 import importlib.machinery
+import queue
 import sys
 import types
 import typing
@@ -93,7 +94,12 @@ def install() -> None:
     dist.all_to_all_single = all_to_all_single
     torch._dynamo.config.disable = True  # Megatron compiles small functions
     _OnCpu().__enter__()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
+
+    # A checkpoint is written by threads of the process that saves it; for results Megatron would start another one, which
+    # imports torch and Megatron: 12 s a rank.
+    filesystem_async._results_queue = queue.Queue()
 
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
