@@ -56,26 +56,49 @@ def test_nodes_are_used_where_they_are_alike():
     assert ranks_per_node((0, 0, 1)) == 3 and ranks_per_node((0, 1, 0, 1)) == 4 and ranks_per_node((0, 1, 1, 2)) == 4
 
 
-def _train(world_rank: int, num_ranks: int):
+def _train(world_rank: int, num_ranks: int, device_type: str):
     """Passes at two capacities until all is settled: what each rank knows, and the last answers."""
     case = next(case for case in cases.cases(num_ranks) if case.name == "even")
     nodes = tuple(rank // 2 for rank in range(num_ranks))
+    device = torch.device(device_type, world_rank) if device_type == "cuda" else torch.device("cpu")
     dispatcher = PipelinedDispatcher(dist.group.WORLD, case.placement().slots_per_rank, 0, nodes)
     for max_copies in (8, 200):
         for _ in range(dispatcher.num_trial_passes + 1):
-            answer = cases.carry(case, dispatcher, "batched", world_rank, torch.float32, torch.device("cpu"), max_copies)
+            answer = cases.carry(case, dispatcher, "batched", world_rank, torch.float32, device, max_copies)
     with torch.no_grad():
         seen = [dispatcher.search.choose(capacity) for capacity in (8, 200)]
     return dispatcher.search.known(), seen, len(dispatcher.search.choices), answer
 
 
-def test_ranks_agree_on_what_they_tried():
-    results = spawn(_train, 4, 4)
+def _check_agreement(results, want_choices: int):
     known, seen, num_choices, _ = results[0]
-    assert num_choices == 8 and set(known) == {0, 128} and not any(is_trial for _, is_trial in seen)
+    assert num_choices == want_choices and set(known) == {0, 128} and not any(is_trial for _, is_trial in seen)
     assert all(each[:2] == (known, seen) for each in results)
-    case = next(case for case in cases.cases(4) if case.name == "even")
+    case = next(case for case in cases.cases(len(results)) if case.name == "even")
     cases.compare(case, [each[3] for each in results], "searched", torch.float32)
+
+
+def test_ranks_agree_on_what_they_tried():
+    _check_agreement(spawn(_train, 4, 4, "cpu"), 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks,num_choices", [(2, 4), (4, 8)])
+def test_ranks_agree_by_events_of_the_device(num_ranks, num_choices):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} CUDA devices")
+    _check_agreement(spawn(_train, num_ranks, num_ranks, "cuda", backend="nccl"), num_choices)
+
+
+def _two_steps(world_rank: int, num_ranks: int):
+    case = next(case for case in cases.cases(num_ranks) if case.name == "one choice, swiglu")
+    dispatcher = cases.in_two_steps(dist.group.WORLD, case.placement().slots_per_rank, 2)
+    return cases.carry(case, dispatcher, "batched", world_rank, torch.float32, torch.device("cpu"))
+
+
+def test_two_steps_over_two_nodes_of_three():
+    case = next(case for case in cases.cases(6) if case.name == "one choice, swiglu")
+    cases.compare(case, spawn(_two_steps, 6, 6), "two steps", torch.float32)
 
 
 def test_what_cannot_be_is_refused():

@@ -85,7 +85,8 @@ class PipelinedDispatcher:
         per_piece = -(-capacity // degree)
         num_slots = self.num_ranks * self.slots_per_rank
         plan = make_padded_plan(slot_TK, num_slots, degree * per_piece)
-        pieces = permute(x_TD, plan).view(num_slots, degree, per_piece, width).unbind(1)
+        rows = permute(x_TD, plan)
+        pieces = rows.view(num_slots, degree, per_piece, width).unbind(1) if degree > 1 else [rows]
         ways = [Way(self, self.slots_per_rank * per_piece, choice.in_two_steps) for _ in pieces]
         sent = [way.start(piece.reshape(-1, width)) for way, piece in zip(ways, pieces, strict=True)]
         count_L = torch.full((self.slots_per_rank,), self.num_ranks * per_piece, device=slot_TK.device)
