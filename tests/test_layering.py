@@ -8,23 +8,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
 LAYERS = {
-    "config": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
+    "config": 0, "swin_sizes": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
     "planner": 1, "mesh": 1, "slow_links": 1, "slow_links_kernel": 1, "systems": 1, "controller": 1, "load_map": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
-    "gpt": 5, "swin": 5, "data": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
+    "gpt": 5, "swin": 5, "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7, "sequence": 7,
 }  # fmt: skip
 TORCH_FREE = {
-    "config", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner", "systems",
-    "load_map",
+    "config", "swin_sizes", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner",
+    "systems", "load_map", "images", "samples",
 }  # fmt: skip
 ENTRY_POINTS = {"train", "bench", "hosts", "cli", "sequence"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
-    ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
+    ("config", "swin_sizes"), ("images", "data"), ("samples", "data"), ("samples", "images"), ("models", "gpt"),
+    ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("online", "migrate"), ("online", "observe"), ("online", "timing"),
     ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"), ("hosts", "train"),

@@ -16,9 +16,9 @@ import numpy as np
 
 from smartmoe import hosts, record, systems
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
-from smartmoe.data import load_tokens
 from smartmoe.load_map import fullest_over_mean, load_over_time
 from smartmoe.planner.commands import add_parsers
+from smartmoe.samples import load_data
 from smartmoe.trace import read_trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace) -> int:
     run_dir = args.out or Path("runs", run_id)
     if (run_dir / "run.json").exists() and not args.resume:
         raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
-    load_tokens(config.workload.data, config.model.vocab_size)  # before the ranks ask for it all at once
+    load_data(config)  # before the ranks ask for it all at once
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
     facts = record.provenance(num_ranks=world_size, entry=entry)

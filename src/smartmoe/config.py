@@ -1,6 +1,6 @@
 """Every input of a run as frozen dataclasses, and every check of sizes that needs no GPU.
 
-Layer 0: imports nothing of the project and never imports torch. A configuration comes from TOML or JSON; an unknown key
+Layer 0: never imports torch. A configuration comes from TOML or JSON; an unknown key
 is an error that names the file, the key and the nearest known key.
 """
 
@@ -14,6 +14,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from smartmoe import swin_sizes
+from smartmoe.swin_sizes import SwinConfig, block_sizes, has_experts
 
 GATES = ("naive", "noisy", "switch", "gshard", "swipe", "faster", "zero", "trace")
 DISPATCHERS = ("basic", "overlapped", "padded", "pipelined", "direct", "auto")
@@ -30,7 +33,11 @@ ACTIVATIONS = ("gelu", "relu", "swiglu")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a GPT whose every `moe_every`-th block has an MoE layer instead of a dense MLP."""
+    """Sizes of a GPT whose every `moe_every`-th block has an MoE layer instead of a dense MLP.
+
+    With `swin` it is a Swin transformer: num_layers are the blocks of all stages, and hidden_size, ffn_size, num_heads and
+    seq_len (patches of an image) those of the first stage; vocab_size has no meaning.
+    """
 
     name: str = "custom"
     num_layers: int = 4
@@ -44,6 +51,7 @@ class ModelConfig:
     moe_every: int = 1
     activation: str = "gelu"
     expert_bias: bool = True
+    swin: SwinConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +237,8 @@ def slowed(cluster: ClusterSpec, gbytes_per_s: float) -> ClusterSpec:
 def check(config: RunConfig, where: str = "config") -> RunConfig:
     """Return `config` unchanged, or raise ValueError listing every size that does not fit and how to mend it."""
     parts = (_model_problems, _choice_problems, _plan_problems, _replica_problems, _batch_problems)
-    problems = [problem for part in parts for problem in part(config)]
+    problems = swin_sizes.problems(config.model, config.plan)
+    problems = problems or [problem for part in parts for problem in part(config)]  # which ask for the sizes of its blocks
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
     return config
@@ -241,7 +250,7 @@ def _model_problems(config: RunConfig) -> list[str]:
     problems = [f"model.{key} = {getattr(model, key)} must be at least 1" for key in sizes if getattr(model, key) < 1]
     if problems:
         return problems
-    if model.vocab_size < 257:
+    if model.vocab_size < 257 and model.swin is None:
         problems.append(f"model.vocab_size = {model.vocab_size} must be at least 257 (256 bytes and end-of-text)")
     if model.hidden_size % model.num_heads:
         problems.append(
@@ -390,13 +399,21 @@ def replica_bytes(config: RunConfig) -> int:
     """Most memory that replicas take on a rank, whatever the skew: the weights in the replica slots of its MoE layers, in
     "history" mode their float32 gradients, and what a collective exchange of either stages in both directions."""
     model, plan, slots = config.model, config.plan, config.online.replica_slots
-    wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
-    numel = model.hidden_size * (wide + model.ffn_size) + (wide + model.hidden_size) * model.expert_bias
     layers = -(-model.num_layers // (max(model.moe_every, 1) * max(plan.pp, 1)))
+    numel = expert_numel(model)
+    if model.swin is not None:
+        numels = [expert_numel(block_sizes(model, idx)) for idx in range(model.num_layers) if has_experts(model, idx)]
+        layers, numel = len(numels), max(numels)
     element = 4 if config.workload.dtype == "float32" else 2
     if config.online.replicate == "history":
         return slots * numel * (layers * (element + 4) + 4 * (max(2 * layers, plan.ep) + layers))
     return slots * numel * element * (layers + plan.ep + 1)
+
+
+def expert_numel(model: ModelConfig) -> int:
+    """Weights of one expert."""
+    wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
+    return model.hidden_size * (wide + model.ffn_size) + (wide + model.hidden_size) * model.expert_bias
 
 
 def _batch_problems(config: RunConfig) -> list[str]:
@@ -465,12 +482,16 @@ def _coerce(hint, value, where: str):
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where}: expected a list of strings, got {value!r}")
+        kind = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(item) is kind for item in value):
+            names = {str: "strings", int: "whole numbers"}
+            raise ValueError(f"{where}: expected a list of {names[kind]}, got {value!r}")
         return tuple(value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
+    if isinstance(value, dict) and (tables := [kind for kind in allowed if dataclasses.is_dataclass(kind)]):
+        return from_dict(tables[0], value, where)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):

@@ -76,10 +76,7 @@ class TokenDataset:
     def _epoch_order(self, epoch: int, num_windows: int) -> np.ndarray:
         key = (epoch, num_windows)
         if self._order[0] != key:
-            # A hash of the window's number, not a library's random stream, which may change from version to version.
-            salt = mix(np.array([self.seed % (1 << 64)], np.uint64) + mix(np.array([epoch], np.uint64)))
-            keys = mix(np.arange(num_windows, dtype=np.uint64) + salt)
-            self._order = (key, np.argsort(keys, kind="stable"))
+            self._order = (key, epoch_order(self.seed, epoch, num_windows))
         return self._order[1]
 
     def _checked(self, name: str, tokens: np.ndarray) -> np.ndarray:
@@ -91,6 +88,13 @@ class TokenDataset:
         if tokens.dtype.kind == "f" and not np.array_equal(tokens_S, tokens):
             raise ValueError(f"{name}: holds fractions, not token ids")
         return tokens_S
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The order of an epoch's samples: a permutation [num_samples] int64."""
+    # A hash of the sample's number, not a library's random stream, which may change from version to version.
+    salt = mix(np.array([seed % (1 << 64)], np.uint64) + mix(np.array([epoch], np.uint64)))
+    return np.argsort(mix(np.arange(num_samples, dtype=np.uint64) + salt), kind="stable")
 
 
 def mix(value: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from smartmoe.config import ModelConfig
 from smartmoe.dispatch.direct import same_room
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
+from smartmoe.swin_sizes import has_experts
 
 
 class Attention(nn.Module):
@@ -143,11 +144,6 @@ class GPT(nn.Module):
         return summed_cross_entropy(logits_SV, target_BT.flatten()).view(1), balance_loss
 
 
-def has_experts(model: ModelConfig, layer_idx: int) -> bool:
-    """Whether block `layer_idx` has an MoE layer: the last block of every run of `moe_every`."""
-    return layer_idx % model.moe_every == model.moe_every - 1
-
-
 def flops_per_token(model: ModelConfig) -> float:
     """Model FLOPs of one token, forward and backward: 6 per parameter of the dense matrices, the output projection, the
     router and top_k experts, and three times causal attention, half of 4 * seq_len * hidden_size a layer. What is
@@ -162,14 +158,15 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def init_weights(module: GPT, seed: int, num_layers: int) -> None:
+def init_weights(module: nn.Module, seed: int, num_layers: int) -> None:
     """Initialise everything but the MoE layers, each parameter from (seed, its name) alone: the same values on every rank
-    and under every plan. Normal with std 0.02, output projections scaled by 1/sqrt(2 * num_layers) as in GPT-2."""
+    and under every plan. Normal with std 0.02, output projections scaled by 1/sqrt(2 * num_layers) as in GPT-2; biases
+    are 0."""
     drawn = []
     for name, param in module.named_parameters():
         if ".moe." in name:
             continue
-        if "norm" in name:
+        if "norm" in name or name.endswith("bias"):
             param.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             drawn.append((name, param))

@@ -24,12 +24,15 @@ import torch.distributed as dist
 
 from smartmoe import checkpoint, record
 from smartmoe.config import ParallelPlan, RunConfig, check, from_dict
-from smartmoe.data import TokenDataset, load_tokens
-from smartmoe.gpt import flops_per_token
+from smartmoe.data import TokenDataset
+from smartmoe.images import ImageDataset
 from smartmoe.load_map import load_line
 from smartmoe.mesh import Mesh, shared_mesh
+from smartmoe.models import flops_per_sample
 from smartmoe.online import is_due
+from smartmoe.samples import load_data
 from smartmoe.slow_links import slow_links
+from smartmoe.swin_sizes import block_sizes, has_experts
 from smartmoe.timing import LayerTimer
 from smartmoe.trace import ExpertTrace
 from smartmoe.trainer import IterationResult, Trainer
@@ -67,19 +70,19 @@ def _run(args: argparse.Namespace, meshes: dict[ParallelPlan, Mesh] | None) -> i
     config = check(from_dict(RunConfig, run["config"], f"{args.run_dir}/run.json: config"), str(args.run_dir))
     device = start_world(config)
     extra = {} if args.cache is None else {"cache_dir": args.cache}
-    tokens = load_tokens(config.workload.data, config.model.vocab_size, seed=config.workload.seed, **extra)
+    data = load_data(config, **extra)
     with _explained_memory(config, device):
         mesh = shared_mesh(meshes, config.plan, device)
-        code = _train_on(args, config, mesh, tokens)
+        code = _train_on(args, config, mesh, data)
     if meshes is None and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return code
 
 
-def _train_on(args: argparse.Namespace, config: RunConfig, mesh: Mesh, tokens: TokenDataset) -> int:
-    trainer = Trainer(config, mesh, tokens)
-    notes: list[str] = []
+def _train_on(args: argparse.Namespace, config: RunConfig, mesh: Mesh, data: TokenDataset | ImageDataset) -> int:
+    trainer = Trainer(config, mesh, data)
+    notes: list[str] = [data.describe()] if isinstance(data, ImageDataset) else []
     found = checkpoint.newest_good(args.run_dir / "checkpoints", notes.append) if args.resume else None
     if found is not None:
         trainer.resume(found)
@@ -220,7 +223,7 @@ def write_iteration(
     """Write one iteration into the run's files, and print its line."""
     work = config.workload
     tokens = work.global_batch_size * config.model.seq_len
-    flops = tokens * flops_per_token(config.model) / config.plan.world_size
+    flops = work.global_batch_size * flops_per_sample(config.model) / config.plan.world_size
     metric = {
         "iteration": result.iteration,
         "step_ms": round(result.step_ms, 3),
@@ -312,6 +315,8 @@ def _save_trace(path: Path, parts: list[tuple[int, np.ndarray]], config: RunConf
         return
     if len({counts.shape for _, counts in parts}) > 1:  # resumed under another plan: the ranks are others now
         parts = [(iteration, counts) for iteration, counts in parts if counts.shape == parts[-1][1].shape]
+    model = config.model
+    first = block_sizes(model, next(layer for layer in range(model.num_layers) if has_experts(model, layer)))
     meta = {
         "model": config.model.name,
         "num_experts": config.model.num_experts,
@@ -319,7 +324,7 @@ def _save_trace(path: Path, parts: list[tuple[int, np.ndarray]], config: RunConf
         "gate": config.gate.kind,
         "capacity": config.gate.capacity,
         "plan": config.plan.describe(),
-        "tokens_per_micro_batch_and_rank": config.workload.micro_batch_size * config.model.seq_len // config.plan.tp,
+        "tokens_per_micro_batch_and_rank": config.workload.micro_batch_size * first.seq_len // config.plan.tp,
     }
     ExpertTrace(
         counts=np.stack([counts for _, counts in parts]).astype(np.int32),
@@ -357,7 +362,8 @@ def memory_advice(config: RunConfig) -> str:
         ways.append(f"raise plan.ep ({plan.ep})")
     if online.replica_slots:
         ways.append(f"lower online.replica_slots ({online.replica_slots})")
-    ways.append("spread the layers over more ranks (plan.pp)")
+    if config.model.swin is None:
+        ways.append("spread the layers over more ranks (plan.pp)")
     return (
         f"plan {plan.describe()} and micro-batches of {work.micro_batch_size} x {config.model.seq_len} tokens; to need less: "
         f"{', '.join(ways)}; `smartmoe plan` lists what fits"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.profiler import record_function
 
 from smartmoe import checkpoint
@@ -16,10 +19,12 @@ from smartmoe.config import RunConfig, to_dict
 from smartmoe.controller import Sizes
 from smartmoe.data import TokenDataset
 from smartmoe.dispatch.direct import DirectDispatcher
-from smartmoe.gpt import GPT, init_weights
+from smartmoe.gpt import init_weights
 from smartmoe.graphs import CudaTape, PassGraphs, why_not
+from smartmoe.images import ImageDataset
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
+from smartmoe.models import build_chunk, read_batch
 from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import KINDS
@@ -28,6 +33,7 @@ from smartmoe.parallel.tensor import apply_tensor_parallel
 from smartmoe.parallel.zero_passes import make_buffers
 from smartmoe.placement import Placement
 from smartmoe.replicas import CollectiveReplication, EarlyReturn, HistoryReplication, return_all, send_all
+from smartmoe.swin_sizes import block_sizes, num_targets
 
 
 def _is_direct(layer: MoELayer) -> bool:
@@ -61,8 +67,8 @@ class IterationResult:
 class Trainer:
     """Model, data and optimizer of `config` on this rank of `mesh`. Building it is collective over the world."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, tokens: TokenDataset):
-        self.config, self.mesh, self.tokens = config, mesh, tokens
+    def __init__(self, config: RunConfig, mesh: Mesh, data: TokenDataset | ImageDataset):
+        self.config, self.mesh, self.data = config, mesh, data
         self.iteration = 0
         model, plan, work = config.model, config.plan, config.workload
         self.dtype = getattr(torch, work.dtype)
@@ -116,17 +122,19 @@ class Trainer:
         )
         self.runner.player = self.graphs
 
-    def _build_chunks(self) -> list[GPT]:
+    def _build_chunks(self) -> list[nn.Module]:
         config, mesh = self.config, self.mesh
         model, plan = config.model, config.plan
         ranges = chunk_layers(model.num_layers, plan.pp * plan.vpp)
         chunks = []
         for chunk_idx in chunks_of_stage(mesh.pp_stage, plan.pp, plan.vpp):
-            chunk = GPT(model, self._make_moe, ranges[chunk_idx], recompute=plan.recompute)
+            chunk = build_chunk(model, self._make_moe, ranges[chunk_idx], recompute=plan.recompute)
             init_weights(chunk, config.workload.seed, model.num_layers)
             for name, param in chunk.named_parameters():
                 if ".moe." not in name:  # MoE layers are made in their own precision, on the device
                     param.data = param.data.to(mesh.device, self.dtype)
+            for buffer in chunk.buffers():
+                buffer.data = buffer.data.to(mesh.device)
             apply_tensor_parallel(chunk.blocks, mesh.tp_group)
             chunks.append(chunk)
         return chunks
@@ -134,7 +142,7 @@ class Trainer:
     def _make_moe(self, layer_idx: int) -> MoELayer:
         config, mesh = self.config, self.mesh
         layer = MoELayer(
-            config,
+            dataclasses.replace(config, model=block_sizes(config.model, layer_idx)),
             layer_idx=layer_idx,
             placement=Placement.identity(config.model.num_experts, config.plan.ep),
             ep_group=mesh.ep_group,
@@ -150,9 +158,9 @@ class Trainer:
     def _loss(self, cross_entropy: torch.Tensor, balance_loss: torch.Tensor) -> torch.Tensor:
         """This micro-batch's share of the loss; the sum over micro-batches and ranks is the loss of the global batch."""
         work = self.config.workload
-        tokens = work.global_batch_size * self.config.model.seq_len
+        targets = work.global_batch_size * num_targets(self.config.model)
         weight = self.config.gate.balance_weight / self.config.num_micro_batches
-        return (cross_entropy / tokens + weight * balance_loss).sum() * self._loss_scale
+        return (cross_entropy / targets + weight * balance_loss).sum() * self._loss_scale
 
     def _expert_state(self, layer: MoELayer) -> list[torch.Tensor]:
         """Everything that belongs to the experts of `layer`: weights, fp32 masters, both moments."""
@@ -188,7 +196,8 @@ class Trainer:
         return tuple(rank // self.config.cluster.ranks_per_node for rank in ranks)
 
     def batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's (tokens, token ids, targets) of an iteration counted from 0, each [num_micro_batches * B, T] int64."""
+        """This rank's (tokens, token ids, targets) of an iteration counted from 0, each [num_micro_batches * B, T] int64; of
+        images see read_batch."""
         work, plan, seq_len = self.config.workload, self.config.plan, self.config.model.seq_len
         first = iteration * work.global_batch_size
         offsets = [
@@ -197,7 +206,9 @@ class Trainer:
             for row in range(work.micro_batch_size)
         ]
         sample_B = np.array([first + offset for offset in offsets])
-        tokens = torch.from_numpy(np.stack([self.tokens.sample(int(idx), seq_len) for idx in sample_B]))
+        if isinstance(self.data, ImageDataset):
+            return read_batch(self.data, sample_B, self.config.model, self.mesh.device)
+        tokens = torch.from_numpy(np.stack([self.data.sample(int(idx), seq_len) for idx in sample_B]))
         width = seq_len // plan.tp
         part = slice(self.mesh.tp_rank * width, (self.mesh.tp_rank + 1) * width)
         token_id = torch.from_numpy(sample_B)[:, None] * seq_len + torch.arange(seq_len)[None]
@@ -235,11 +246,11 @@ class Trainer:
         step_ms, load, replica_bytes, peak, stop, is_outgrown = worst.tolist()
         if is_outgrown:
             self.graphs.drop()
-        tokens = work.global_batch_size * self.config.model.seq_len
+        targets = work.global_batch_size * num_targets(self.config.model)
         return IterationResult(
             iteration=self.iteration,
             step_ms=step_ms,
-            lm_loss=losses[0].item() / tokens,
+            lm_loss=losses[0].item() / targets,
             balance_loss=losses[1].item() / self.config.num_micro_batches,
             optimizer=result,
             load_max_over_mean=load,
@@ -326,7 +337,7 @@ class Trainer:
         Raises ValueError when the checkpoint is of another model or batch size, or damaged.
         """
         meta = checkpoint.read_meta(path)
-        mine = to_dict(self.config)
+        mine = json.loads(json.dumps(to_dict(self.config)))  # lists as in the file
         for section, keys in (("model", None), ("workload", ("global_batch_size", "seed"))):
             for key in keys or mine[section]:
                 saved = meta["config"][section].get(key)
