@@ -231,7 +231,7 @@ def test_the_declared_experiments_fit_any_number_of_gpus_of_one_machine(num_gpus
     for run in runs:
         check(run.config)
     places = [(bar["group"], bar["series"]) for run in runs for bar in run.bars if bar["figure"] == "fig8"]
-    systems = ("fastmoe", "deepspeed", "fastermoe", "megatron", "smartmoe_static")
+    systems = ("fastmoe", "deepspeed", "tutel", "fastermoe", "megatron", "smartmoe_static")
     capacities = [f"{num_gpus}/{capacity}" for capacity in ("1.2", "2.4", "4.8", "+inf")]
     bars = [*itertools.product(capacities, systems), *([(capacities[-1], "smartmoe")] if num_gpus > 1 else [])]
     assert sorted(places) == sorted(3 * bars), "three runs of each bar"
