@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dist import spawn
 
-from smartmoe import checkpoint
+from smartmoe import checkpoint, cli
 from smartmoe.config import (
     ClusterSpec,
     GateConfig,
@@ -144,8 +145,6 @@ def test_the_model_of_figure_9_has_the_parameters_of_the_published_run():
 
 
 def _published_model() -> ModelConfig:
-    from pathlib import Path
-
     table = read_table(Path(__file__).resolve().parents[1] / "scripts" / "models.toml")["swin-moe-b"]
     return from_dict(ModelConfig, {"name": "swin-moe-b", **table})
 
@@ -276,6 +275,13 @@ def test_sizes_that_do_not_fit_are_refused(changes, words):
 def test_plans_that_cut_blocks_are_refused(plan):
     with pytest.raises(ValueError, match="must be 1: a Swin transformer is spread by dp and ep"):
         make_config(plan)
+
+
+def test_the_planner_says_what_to_do_instead(capsys):
+    scripts = Path(__file__).resolve().parents[1] / "scripts"
+    command = ["plan", "--model", "swin-moe-b", "--cluster", "cpu", "--gpus", "4", "--configs", str(scripts)]
+    assert cli.main(command) == 2
+    assert "swin-moe-b is a Swin transformer, which is not planned" in capsys.readouterr().err
 
 
 def test_a_config_survives_its_file():

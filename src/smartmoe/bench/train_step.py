@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N -m smartmoe.bench.train_step --systems fastmoe padded smartmoe_static smartmoe:direct
 
-All systems train the same model on the same text from the same weights. Tokens/s and TFLOP/s of model FLOPs
-(gpt.flops_per_token) are those of the median iteration after warm-up; with --profile one more iteration runs under
-torch's profiler, which says where the GPU's time goes. A system that runs out of memory or fails is a row, and the others
+All systems train the same model on the same text, or images, from the same weights. Tokens/s (of images: patches) and TFLOP/s
+of model FLOPs (models.flops_per_sample) are those of the median iteration after warm-up; with --profile one more iteration runs
+under torch's profiler, which says where the GPU's time goes. A system that runs out of memory or fails is a row, and the others
 go on.
 """
 
@@ -24,10 +24,12 @@ from smartmoe.bench.kernel_times import format_breakdown, profile
 from smartmoe.bench.measure import LeftAloneError, World, run_in_world, spread
 from smartmoe.bench.report import Report, add_options, at_least, dtype_of
 from smartmoe.config import DISPATCHERS, GATES, OnlineConfig, ParallelPlan, RunConfig, check
-from smartmoe.data import TokenDataset, load_tokens
-from smartmoe.gpt import flops_per_token
+from smartmoe.data import TokenDataset
+from smartmoe.images import ImageDataset
 from smartmoe.mesh import build_mesh
+from smartmoe.models import flops_per_sample
 from smartmoe.planner import inputs, pool
+from smartmoe.samples import load_data
 from smartmoe.trainer import Trainer
 
 SYNTHETIC_TOKENS = 1 << 22
@@ -91,25 +93,29 @@ def config_of(args: argparse.Namespace, base: RunConfig, name: str, num_ranks: i
     return check(config, f'system "{name}"')
 
 
-def read_tokens(args: argparse.Namespace, base: RunConfig) -> TokenDataset:
-    """The text of --data, or with --synthetic independent tokens of Zipf's frequencies."""
-    vocab_size = base.model.vocab_size
-    if not args.synthetic:
-        return load_tokens(args.data or base.workload.data, vocab_size, seed=args.seed)
+def read_data(args: argparse.Namespace, base: RunConfig) -> TokenDataset | ImageDataset:
+    """The text, or images, of --data; with --synthetic independent tokens of Zipf's frequencies, or made-up images."""
+    vocab_size, is_text = base.model.vocab_size, base.model.swin is None
+    if not args.synthetic or not is_text:
+        paths = ("synthetic",) if args.synthetic else tuple(args.data or base.workload.data)
+        work = dataclasses.replace(base.workload, data=paths, seed=args.seed)
+        return load_data(dataclasses.replace(base, workload=work))
     share = 1.0 / np.arange(1, vocab_size + 1)
     place = np.random.default_rng(args.seed).random(SYNTHETIC_TOKENS)
     tokens = np.searchsorted(share.cumsum() / share.sum(), place).clip(max=vocab_size - 1)
     return TokenDataset([("synthetic", tokens)], vocab_size, args.seed)
 
 
-def measure(config: RunConfig, world: World, tokens: TokenDataset, args: argparse.Namespace, is_profiled: bool) -> dict:
+def measure(
+    config: RunConfig, world: World, data: TokenDataset | ImageDataset, args: argparse.Namespace, is_profiled: bool
+) -> dict:
     """Train with one system: times, losses and memory of this rank, and the profile of rank 0. Collective."""
     is_cuda = world.device.type == "cuda"
     gc.collect()
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(config, build_mesh(config.plan, world.device), tokens)
+    trainer = Trainer(config, build_mesh(config.plan, world.device), data)
     said = [trainer.graphs.reason]
     trainer.graphs.tell = said.append
     results = [trainer.run_iteration() for _ in range(args.warmup + args.iterations)]
@@ -140,7 +146,7 @@ def make_row(config: RunConfig, results: list[dict], warmup: int) -> dict:
     return {
         "step_ms": step,
         "tokens_per_s": round(tokens / seconds, 1),
-        "tflops_per_gpu": round(flops_per_token(config.model) * tokens / seconds / num_ranks / 1e12, 3),
+        "tflops_per_gpu": round(flops_per_sample(config.model) * work.global_batch_size / seconds / num_ranks / 1e12, 3),
         "peak_bytes": max(result["peak_bytes"] for result in results),
         "max_over_mean": round(spread(results[0]["max_over_mean"][warmup:])["median"], 3),
         "each_max_over_mean": [round(load, 3) for load in results[0]["max_over_mean"]],
@@ -173,15 +179,15 @@ HEADER = f"{'system':26s} step ms, median (p10 - p90)     tokens/s  TFLOP/s  pea
 def run(args: argparse.Namespace, world: World) -> list[dict]:
     """Measure all systems, print and write. Collective."""
     base = inputs.read_model(args.model, args.configs)
-    tokens = read_tokens(args, base)
+    data = read_data(args, base)
     configs = {name: config_of(args, base, name, world.num_ranks) for name in args.systems}
     first = next(iter(configs.values()))
     settings = {
         "model": dataclasses.asdict(first.model),
         "workload": dataclasses.asdict(first.workload),
         "gate": dataclasses.asdict(first.gate),
-        "data": [name for name, _ in tokens.parts],
-        "flops_per_token": flops_per_token(first.model),
+        "data": [data.describe()] if isinstance(data, ImageDataset) else [name for name, _ in data.parts],
+        "flops_per_token": flops_per_sample(first.model) / first.model.seq_len,
         "note": args.note,
     }
     report = Report("train_step", world, args.json, settings, keys=("system",))
@@ -203,7 +209,7 @@ def run(args: argparse.Namespace, world: World) -> list[dict]:
             }
             report.measure(
                 row,
-                lambda name=name, config=config: measure(config, world, tokens, args, is_profiled(name)),
+                lambda name=name, config=config: measure(config, world, data, args, is_profiled(name)),
                 lambda results, config=config: make_row(config, results, args.warmup),
                 lambda row: format_row(row, args.top),
             )
@@ -241,8 +247,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--interval", type=at_least(1), default=10, help="iterations between decisions; default: 10")
     parser.add_argument("--replicate", default="never", help="copies of experts, for smartmoe; default: never")
     parser.add_argument("--slots", type=at_least(0), default=0, help="copies a rank has room for; default: 0")
-    parser.add_argument("--data", nargs="+", help="text files or a .bin/.idx prefix; default: Python's library")
-    parser.add_argument("--synthetic", action="store_true", help="no text: independent tokens of Zipf's frequencies")
+    parser.add_argument("--data", nargs="+", help="text files or a .bin/.idx prefix; default: Python's library; for a Swin "
+                        "model a folder of IDX files; default: Fashion-MNIST")  # fmt: skip
+    parser.add_argument("--synthetic", action="store_true", help="no text: independent tokens of Zipf's frequencies; no "
+                        "images: made-up ones")  # fmt: skip
     parser.add_argument("--warmup", type=at_least(1), default=3, help="untimed iterations; default: 3")
     parser.add_argument("--iterations", type=at_least(1), default=8, help="timed iterations; default: 8")
     parser.add_argument(

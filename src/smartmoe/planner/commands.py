@@ -135,6 +135,7 @@ def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     cluster, rates, cluster_file = inputs.read_cluster(args.cluster, args.configs)
     cluster = slowed(cluster, args.slow_links)
     config = inputs.read_model(args.model, args.configs)
+    inputs.refuse_swin(config.model)
     by_name = not args.model.endswith((".toml", ".json"))
     work, gate = config.workload, config.gate
     work = dataclasses.replace(

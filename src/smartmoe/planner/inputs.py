@@ -30,6 +30,15 @@ def read_model(text: str, folder: Path) -> RunConfig:
     return RunConfig(model=from_dict(ModelConfig, {"name": text, **tables[text]}, f"{path}: [{text}]"))
 
 
+def refuse_swin(model: ModelConfig) -> None:
+    """Raise ValueError for a Swin transformer: what its blocks of different sizes cost is not modelled."""
+    if model.swin is not None:
+        raise ValueError(
+            f"{model.name} is a Swin transformer, which is not planned: its plans are dp = all ranks, ep any divisor; "
+            f"time each with `python -m smartmoe.bench.train_step --model {model.name} --plan dp2-ep1 ..`"
+        )
+
+
 def read_cluster(text: str, folder: Path) -> tuple[ClusterSpec, described.Rates | None, Path]:
     """(cluster, its [rates] or None, its file) of a name in folder/clusters, or of a .toml file."""
     path = Path(text) if text.endswith(".toml") else folder / "clusters" / f"{text}.toml"
