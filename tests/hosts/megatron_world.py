@@ -5,6 +5,7 @@ FOLDER gets a run directory for every case, and in error.txt what went wrong.
 """
 
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ def plan(name: str, words: tuple[str, ...], systems=tuple(SYSTEMS)) -> list[Case
 def worlds() -> dict[int, list[Case]]:
     """Number of ranks -> the cases that they run."""
     return {
+        1: [Case("alone-first", LAUNCHED), Case("alone-second", LAUNCHED)],
         2: [
             *plan("ep2", EP2),
             *plan("tp2", TP2_EP2),
@@ -134,6 +136,9 @@ def run_case(case: Case, folder: Path) -> None:
                 record.create_run(folder / case.name, case.name, to_dict(launched_config()), [])
             dist.barrier()
             run.main([str(folder / case.name)], stay=True)
+            gc.collect()
+            left = [one for one in gc.get_objects() if type(one).__name__ == "DistributedDataParallel"]
+            assert not left or dist.get_world_size() > 1, "the model outlives its run: a shared world would run out of memory"
         else:
             assert pretrain_gpt.main() == 0
     except SystemExit as ended:
@@ -145,14 +150,16 @@ def run_case(case: Case, folder: Path) -> None:
 
 
 def launched_config():
-    """The smallest run of figure 8's kind: GShard's capacity, biases, ZeRO-1."""
+    """The smallest run of figure 8's kind: GShard's capacity, biases, ZeRO-1; in bfloat16 where one rank has all experts."""
+    ranks = dist.get_world_size()
     sizes = {"num_layers": 2, "hidden_size": 32, "ffn_size": 32, "num_heads": 2, "seq_len": 16, "num_experts": 4}
     return systems.build(
         "megatron",
         model=ModelConfig(**sizes),
         gate=GateConfig(kind="gshard", capacity=1.2),
-        workload=Workload(global_batch_size=4, micro_batch_size=1, iterations=ITERATIONS, lr=1e-2),
-        cluster=ClusterSpec(device="cuda", ranks_per_node=2),
+        workload=Workload(global_batch_size=4, micro_batch_size=1, iterations=ITERATIONS, lr=1e-2,
+                          dtype="bfloat16" if ranks == 1 else "float32"),
+        cluster=ClusterSpec(device="cuda", ranks_per_node=ranks),
     )
 
 

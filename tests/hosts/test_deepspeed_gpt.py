@@ -4,6 +4,7 @@ costs seconds."""
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from smartmoe import gates, layer, record
 from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check, to_dict
 from smartmoe.data import load_tokens
+from smartmoe.gpt import GPT
 from smartmoe.hosts.deepspeed.limits import PADDED
 from smartmoe.mesh import build_mesh
 from smartmoe.trainer import Trainer
@@ -117,8 +119,15 @@ def world(rank: int, folder: str) -> dict[str, Curve]:
     if rank == 0:
         record.create_run(folder, "ds", to_dict(cases["ep 2"]), [], provenance={})
     dist.barrier()
+    before = num_models()
     pretrain_gpt._run(argparse.Namespace(run_dir=Path(folder), cache=CACHE))
+    assert num_models() == before, "the model outlives its run: a shared world would run out of memory"
     return curves
+
+
+def num_models() -> int:
+    gc.collect()
+    return sum(isinstance(one, GPT) for one in gc.get_objects())
 
 
 @pytest.fixture(scope="module")

@@ -183,5 +183,7 @@ def test_a_launched_run_of_megatrons_own_layer(runs):
     """As scripts/launch.py starts figure 8's: the run directory says all."""
     run = record.read_run(runs / "launched-megatron")
     assert (run["status"], run["system"]) == ("ok", "megatron") and run["bars"] == []
+    for name in ("alone-first", "alone-second"):  # one rank with all experts, which have biases; two runs of one process
+        assert losses(runs, name)[-1] < losses(runs, name)[0] - 0.2
     curve = losses(runs, "launched-megatron")
     assert len(curve) == world.ITERATIONS and curve[-1] < curve[0] - 0.2
