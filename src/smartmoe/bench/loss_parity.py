@@ -119,6 +119,7 @@ MODES = {
                  online=OnlineConfig(policy="auto", replicate="history", interval=10)),
     "zero": Mode(about="optimizer state sharded (ZeRO-1)", zero=1),
     "zero_moved": Mode(about="sharded state, and random owners every --interval iterations", zero=1, before=move_all),
+    "zero3_moved": Mode(about="sharded weights, gradients and state (ZeRO-3), owners as before", zero=3, before=move_all),
 }  # fmt: skip
 
 

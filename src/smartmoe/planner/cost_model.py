@@ -23,6 +23,7 @@ from smartmoe.planner.loads import Loads
 from smartmoe.planner.memory import Memory, Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
 from smartmoe.planner.schedule import makespan
+from smartmoe.planner.sharding import pass_traffic, step_traffic
 from smartmoe.planner.timeline import Work, fold, join
 from smartmoe.solvers import solve_greedy
 
@@ -394,13 +395,23 @@ class CostModel:
         return Work.piece(0.0, self.primitives.host_ms("point_to_point", ranks=2, intra_bytes=0, inter_bytes=0))
 
     def _accumulate(self, plan: ParallelPlan) -> Work:
-        """[C] adding the gradients of a micro-batch up, apart from those that the products of experts add themselves."""
+        """[C] adding the gradients of a micro-batch up, apart from those that the products of experts add themselves, and
+        bringing them to where they are added."""
         held = self.parameters(plan)
         if self.config.layer.experts == "grouped":
             held = [p.without_experts() for p in held]
         numel, tensors = (np.array([getattr(p, key) for p in held]) for key in ("total", "tensors"))
         key = ("accumulate", len(held), plan.tp, plan.ep)
-        return self._once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
+        summed = self._once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
+        if self.config.workload.zero < 2:
+            return summed
+        key = ("sharded", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
+        return summed.then(self._once(key, lambda: self._make_sharded(plan)))
+
+    def _make_sharded(self, plan: ParallelPlan) -> Work:
+        """[C] what ZeRO-2 and 3 exchange for each micro-batch, beside what a chunk computes: it takes as long as it takes."""
+        args = plan, self.dtype_bytes, self.config.workload.zero, self.config.online.replicate
+        return Work.piece(np.array([self._ring_ms(pass_traffic(mine, *args)) for mine in self.parameters(plan)]))
 
     def _ends(self, plan: ParallelPlan, micro_batch: int) -> tuple[tuple[Work, Work], tuple[Work, Work]]:
         """(forward, backward) of the embedding, and of head and loss."""
@@ -435,33 +446,30 @@ class CostModel:
         leaves = [(node[c % plan.pp] != node[(c + 1) % plan.pp]).any() for c in range(num_chunks - 1)]
         return np.where(leaves, float(far), float(near))
 
+    def _ring_ms(self, traffic: list[tuple[float, int, int]]) -> float:
+        """Exchanges one after the other, see planner.sharding; the unit is half an all-reduce."""
+        rpn, total = self.cluster.ranks_per_node, 0.0
+        for num_bytes, ranks, stride in traffic:
+            spread = group_bytes(num_bytes, ranks, stride, rpn)
+            total += float(exchange_ms(self.primitives, "all_reduce", ranks, *spread))
+        return total
+
     def _after(self, plan: ParallelPlan) -> tuple[float, dict[str, float]]:
         """What comes after the pipeline: gradient reduction, optimizer, and the step's own small collectives."""
         key = ("after", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
         return self._once(key, lambda: self._make_after(plan))
 
     def _make_after(self, plan):
-        rpn, worst, zero = self.cluster.ranks_per_node, None, self.config.workload.zero
-        # numbers travel twice: summed float32 gradients, and with ZeRO-1 the weights that come of them
-        width = 4 + self.dtype_bytes if zero else 2 * 4
+        worst, zero = None, self.config.workload.zero
         stages = {sum(self.parameters(plan)[stage :: plan.pp], Parameters()) for stage in range(plan.pp)}
         for mine in stages:
-            reduce = 0.0
-            for numel, ranks, stride in (
-                (mine.dense, plan.stage_size, 1),
-                (mine.tensor, plan.dp, plan.tp),
-                (mine.expert, plan.expert_dp, plan.ep),
-            ):
-                if ranks > 1 and numel:
-                    spread = group_bytes(width * numel, ranks, stride, rpn)
-                    reduce += float(exchange_ms(self.primitives, "all_reduce", ranks, *spread))
+            reduce = self._ring_ms(step_traffic(mine, plan, self.dtype_bytes, zero, self.config.online.replicate))
             update = self._update_ms(mine.shared_out(plan) if zero else mine)
             if worst is None or reduce + update > sum(worst):
                 worst = (reduce, update)
         parts = {"gradient reduction": worst[0], "optimizer": worst[1]}
         small = 0.0
         if plan.world_size > 1:
-            spread = group_bytes(2 * 8 * 64, plan.world_size, 1, rpn)
-            small = 2 * float(exchange_ms(self.primitives, "all_reduce", plan.world_size, *spread))
+            small = 2 * self._ring_ms([(2 * 8 * 64, plan.world_size, 1)])
         parts["step"] = small + self.primitives.facts.get("step_ms", 0.0)
         return sum(parts.values()), parts

@@ -2,7 +2,7 @@
 
 Counts what the code allocates through torch on a GPU. The state: weights in the training dtype (routers in float32),
 float32 masters beside 16-bit weights, two float32 moments, one flat float32 gradient; ZeRO-1 shares masters and moments
-out, not the gradient. Activations: the tensors that
+out, ZeRO-2 gradients and ZeRO-3 weights, too (planner.sharding). Activations: the tensors that
 autograd saves in smartmoe.gpt, gates, ops and dispatch, for as many micro-batches as the schedule holds. The pipeline
 library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from smartmoe.config import ModelConfig, ParallelPlan
 from smartmoe.planner.layer_cost import LayerSetting
 from smartmoe.planner.schedule import num_in_flight
+from smartmoe.planner.sharding import kept_bytes, pass_bytes
 
 OUTSIDE_BYTES = 1.5e9  # device context, code and NCCL: what torch's allocator does not see
 MARGIN = 0.94  # of the device that a plan may take: fragmentation costs the rest
@@ -127,6 +128,15 @@ def _block(model: ModelConfig, plan: ParallelPlan, with_experts: bool) -> Parame
     )  # fmt: skip
 
 
+def _units(model: ModelConfig, plan: ParallelPlan, chunks: list[int]) -> list[Parameters]:
+    """What a rank with these chunks gathers or reduces at once: a block, embeddings, the head."""
+    units = [_block(model, plan, kind) for kind in {has_experts(model, layer) for layer in range(model.num_layers)}]
+    if chunks[0] == 0 or chunks[-1] == plan.pp * plan.vpp - 1:
+        table = model.vocab_size * model.hidden_size
+        units.append(Parameters(dense=table, largest=table, tensors=1))
+    return units
+
+
 def estimate(
     plan: ParallelPlan,
     setting: LayerSetting,
@@ -155,6 +165,7 @@ def estimate(
     rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
     fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
     loss_saved, loss_moment = _head(setting)
+    replicate = "never" if not setting.replica_slots else "exact" if setting.is_exact else "history"
     worst_rows = {}
     best = None
     for pp_stage in range(plan.pp):
@@ -201,14 +212,16 @@ def estimate(
             staged = 4 * (max(2 * copied, plan.ep * copied_in_layer) + copied)
             transient = max(transient, staged - activations)
         masters, moments = optimizer_bytes(mine, plan, bytes_, zero)
-        # ZeRO-1 stages the largest parameter's gradient, when the activations are gone
+        weights, gradients = kept_bytes(mine, plan, bytes_, zero, replicate)
+        # ZeRO stages the largest parameter's gradient, or its weights, when the activations are gone
         staged = 4 * max(mine.largest, mine.largest_expert) if zero and plan.stage_size > 1 else 0.0
         transient = max(transient, staged - activations)
+        transient += max(pass_bytes(unit, plan, bytes_, zero, replicate) for unit in _units(model, plan, chunks))
         memory = Memory(
-            weights=bytes_ * (mine.total - mine.router) + 4 * mine.router,
+            weights=weights,
             masters=masters,
             moments=moments,
-            gradients=4 * mine.total,
+            gradients=gradients,
             activations=activations,
             buffers=buffers,
             transient=transient,

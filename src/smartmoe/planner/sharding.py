@@ -13,44 +13,74 @@ BUCKET_BYTES = 64 << 20  # parallel.zero: staged for one reduction, or as many a
 UNDER_WAY = 2  # parallel.zero_passes: buckets of gradients that travel at once
 
 
-def sharers(mine: Parameters, plan: ParallelPlan) -> tuple[tuple[float, int], ...]:
-    """(numbers of parameters, ranks that have a copy of them) of dense, tensor-parallel and expert parameters."""
-    return (mine.dense, plan.stage_size), (mine.tensor, plan.dp), (mine.expert, plan.expert_dp)
+def _shared(mine: Parameters, plan: ParallelPlan) -> list[tuple[str, float, int, int]]:
+    """(kind, numbers of parameters, ranks that have a copy of them, how far apart these are) of what is shared."""
+    kinds = (
+        ("dense", mine.dense, plan.stage_size, 1),
+        ("tensor", mine.tensor, plan.dp, plan.tp),
+        ("expert", mine.expert, plan.expert_dp, plan.ep),
+    )
+    return [each for each in kinds if each[1] and each[2] > 1]
 
 
-def kept_bytes(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"):
-    """(weights, float32 sums of gradients) that a rank keeps from one micro-batch to the next. Of what it shares ZeRO-2 keeps
-    sums of its part, ZeRO-3 no weights either, as they are made of float32 masters; copies of experts (replicate, as
-    online.replicate) keep their owners' weights whole, those that stay for steps their sums, too."""
+def _in_passes(mine: Parameters, plan: ParallelPlan, zero: int, replicate: str) -> list[tuple[str, float, int, int]]:
+    """Of these, those whose gradients are reduced in passes: not of experts whose copies (online.replicate) stay for steps."""
+    return [each for each in _shared(mine, plan) if zero >= 2 and (each[0] != "expert" or replicate != "history")]
+
+
+def _away(mine: Parameters, plan: ParallelPlan, zero: int, replicate: str) -> list[tuple[str, float, int, int]]:
+    """Of these, those whose weights are gathered for passes: not of experts that have copies."""
+    return [each for each in _shared(mine, plan) if zero == 3 and (each[0] != "expert" or replicate == "never")]
+
+
+def kept_bytes(
+    mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"
+) -> tuple[float, float]:
+    """(weights, float32 sums of gradients) that a rank keeps from one micro-batch to the next. With ZeRO-3 there are no weights
+    beside the float32 masters, of which they are made."""
     weights = dtype_bytes * (mine.total - mine.router) + 4 * mine.router
     sums = 4 * mine.total
-    for numel, num in sharers(mine, plan):
-        is_expert = numel is mine.expert
-        if num > 1 and zero >= 2 and not (is_expert and replicate == "history"):
-            sums -= 4 * numel * (1 - 1 / num)
-        if num > 1 and zero == 3 and not (is_expert and replicate != "never"):
-            weights -= dtype_bytes * numel
-    if zero == 3 and plan.stage_size > 1:
-        weights -= (4 - dtype_bytes) * mine.router
+    for _, numel, num, _ in _in_passes(mine, plan, zero, replicate):
+        sums -= 4 * numel * (1 - 1 / num)
+    for kind, numel, _, _ in _away(mine, plan, zero, replicate):
+        weights -= dtype_bytes * numel + (4 - dtype_bytes) * mine.router * (kind == "dense")
     return weights, sums
 
 
-def pass_bytes(unit: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int) -> float:
-    """The most that passes take for a unit, the largest of a model, at a time: its gradients whole, what travels of them, and
-    with ZeRO-3 the weights of this and the next unit, of which one is still as it came."""
-    shared = [(numel, num) for numel, num in sharers(unit, plan) if num > 1 and numel]
-    if zero < 2 or not shared:
-        return 0.0
-    numel = sum(each for each, _ in shared)
-    grads = dtype_bytes * (unit.total - unit.expert) + 4 * unit.expert * (plan.expert_dp > 1)
-    staged = min(UNDER_WAY * max(BUCKET_BYTES, 4 * max(unit.largest, unit.largest_expert)), 4 * numel)
-    return grads + staged + (3 * dtype_bytes * numel if zero == 3 else 0.0)
+def pass_bytes(
+    unit: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"
+) -> float:
+    """The most that a pass takes for a unit, a block for instance: its gradients whole, what travels of them, and with ZeRO-3
+    the weights of this and of the next unit."""
+    numel = {kind: numel for kind, numel, _, _ in _in_passes(unit, plan, zero, replicate)}
+    away = sum(numel for _, numel, _, _ in _away(unit, plan, zero, replicate))
+    total = sum(numel.values())
+    staged = min(UNDER_WAY * max(BUCKET_BYTES, 4 * max(unit.largest, unit.largest_expert)), 4 * total)
+    return dtype_bytes * total + (4 - dtype_bytes) * numel.get("expert", 0.0) + staged + 2 * dtype_bytes * away
 
 
-def pass_traffic(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int) -> list[tuple[float, int, int]]:
-    """(bytes that pass a rank's links for one micro-batch, ranks, how far apart) by kind of parameter: with ZeRO-2 float32
-    gradients, with ZeRO-3 weights as well, for the forward and for the backward pass."""
-    width = 0 if zero < 2 else 4 + 2 * dtype_bytes * (zero == 3)
-    strides = (1, plan.tp, plan.ep)
-    kinds = zip(sharers(mine, plan), strides, strict=True)
-    return [(width * numel, num, stride) for (numel, num), stride in kinds if num > 1 and numel and width]
+def pass_traffic(
+    mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"
+) -> list[tuple[float, int, int]]:
+    """(bytes that a micro-batch sends round a ring, ranks of it, how far apart they are), by kind of parameter: float32
+    gradients, and with ZeRO-3 weights for the forward and for the backward pass."""
+    weights = {kind for kind, *_ in _away(mine, plan, zero, replicate)}
+    return [
+        (numel * (4 + 2 * dtype_bytes * (kind in weights)), num, stride)
+        for kind, numel, num, stride in _in_passes(mine, plan, zero, replicate)
+    ]
+
+
+def step_traffic(
+    mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"
+) -> list[tuple[float, int, int]]:
+    """The same of what is sent once a step, behind the passes: without ZeRO float32 gradients there and back, with ZeRO-1
+    gradients, then weights, with ZeRO-2 weights."""
+    in_passes = {kind for kind, *_ in _in_passes(mine, plan, zero, replicate)}
+    away = {kind for kind, *_ in _away(mine, plan, zero, replicate)}
+    found = []
+    for kind, numel, num, stride in _shared(mine, plan):
+        width = 4 * (kind not in in_passes) + (dtype_bytes * (kind not in away) if zero else 4)
+        if width:
+            found.append((width * numel, num, stride))
+    return found
