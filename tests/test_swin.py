@@ -192,6 +192,7 @@ CASES = {
     "expert parallel": (BOTH, {}),
     "data parallel": (ParallelPlan(dp=2), {}),
     "recomputed, ZeRO-1": (dataclasses.replace(BOTH, recompute=True), {"workload": {"zero": 1}}),
+    "recomputed, ZeRO-3": (ParallelPlan(dp=2, recompute=True), {"workload": {"zero": 3}}),
     "gradients reduced early": (BOTH, {"workload": {"reduce_early": True}}),
     "moved by greedy": (BOTH, {"online": OnlineConfig(policy="greedy", interval=1)}),
     "copies for each micro-batch": (BOTH, {"online": OnlineConfig(replicate="exact", replica_slots=1)}),
