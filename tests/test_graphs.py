@@ -26,7 +26,7 @@ ITERATIONS = 11
 SMALL = dataclasses.replace(MODEL, num_layers=2)
 DIRECT = LayerConfig(dispatcher="direct", row_factor=2.0)
 HISTORY = OnlineConfig(replicate="history", replica_slots=2)
-TWO = ParallelPlan(dp=2, ep=2)
+TWO, PIPE = ParallelPlan(dp=2, ep=2), ParallelPlan(pp=2)
 
 
 def trainer_of(config, device="cpu") -> Trainer:
@@ -45,7 +45,7 @@ class StandIn:
         self.trainer, self.buffers = trainer, trainer.optimizer.buffers
         self.replays = self.recordings = 0
 
-    def record(self, call):
+    def record(self, call, room=None):
         tensors = [*self.buffers._flat.values(), self.trainer.runner._totals]
         for layer in self.trainer.layers.values():
             tensors += getattr(layer.replication, "grads", [])
@@ -63,7 +63,8 @@ class StandIn:
             others = self.trainer.graphs._watchers
             for watcher in others:
                 watcher.begin()
-            call()
+            with torch.enable_grad():  # wherever it is played
+                call()
             fresh = [watcher.end() for watcher in others][0]
             for (_, rows), (_, now) in zip(captured, fresh, strict=True):
                 rows.copy_(now)
@@ -115,7 +116,17 @@ CASES = {
         dataclasses.replace(TWO, recompute=True), 2, {"workload": dataclasses.replace(WORKLOAD, zero=1)}, None,
     ),
     "a router without gradients": (TWO, 2, {"gate": GateConfig(kind="zero")}, None),
+    "a pipeline": (PIPE, 5, {"online": OnlineConfig(policy="greedy", interval=3)}, _shuffle_at(7)),
+    "a pipeline that is never full": (dataclasses.replace(PIPE, recompute=True), 2, {}, None),
+    "chunks in turn": (
+        dataclasses.replace(PIPE, vpp=2), 6,
+        {"model": MODEL, "workload": dataclasses.replace(WORKLOAD, zero=1), "gate": GateConfig(kind="gshard")}, None,
+    ),
 }  # fmt: skip
+
+
+# the first micro-batch, and one for each that can be in flight, in each chunk
+PAIRS = {"a pipeline": (3, 2), "a pipeline that is never full": (2, 2), "chunks in turn": (8, 6)}
 
 
 def _config(name) -> tuple[RunConfig, object]:
@@ -137,7 +148,8 @@ def _with_and_without(world_rank):
         trainer.graphs.join(timer)
         recorded = curve(trainer, before)
         times = timer.take()
-        facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, len(times))
+        num_timed = len(times) - len(trainer.layers)
+        facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, num_timed)
         found[name] = plain, recorded, facts
     found["outgrown"] = _outgrown()
     found["no room"] = _no_room()
@@ -224,8 +236,8 @@ def _fails(world_rank):
     trainer.graphs.tell = said.append
     record = tape.record
 
-    def failing(call):
-        replay = record(call)
+    def failing(call, room):
+        replay = record(call, room)
         if world_rank == 1 and tape.recordings == 2:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         return replay
@@ -249,10 +261,13 @@ def test_recorded_passes_change_no_bit():
         for name, (plain, recorded, facts) in found.items():
             recordings, replays_of, num_passes, words, why, num_timed = facts
             assert recorded == plain, f"rank {rank}: {name}"
-            assert not why and replays_of == (ITERATIONS - WARM_UP) * num_passes, name
-            assert num_timed == SMALL.num_layers and "captured in" in words[0], name
+            pairs = PAIRS.get(name)  # of forward and backward, by rank
+            num_parts = 1 if pairs is None else 2 * _config(name)[0].plan.vpp
+            assert not why and replays_of == (ITERATIONS - WARM_UP) * num_passes * num_parts, name
+            assert not num_timed and "captured in" in words[0], name
             times = 2 if name.startswith("copies") else 1  # without any; from then on with
-            assert recordings == min(num_passes, 2) * times and len(words) == times, name
+            assert recordings == (2 * pairs[rank] if pairs else min(num_passes, 2) * times), (name, recordings)
+            assert len(words) == times, name
         assert states == [(False, 0)] * 2 + [(True, 2)] * 3 + [(False, 2)] * 2 + [(True, 4)], states
         assert same and replays == 0 and len(said) == 1 and "run without" in said[0]
         wanted = "RuntimeError: operation not permitted when stream is capturing" if rank else "another rank could not"
@@ -273,7 +288,6 @@ class _Layer:
     "changes,words",
     [
         ({"workload": Workload(cuda_graph="never")}, '"never"'),
-        ({"plan": ParallelPlan(pp=2)}, "pp = 2"),
         ({"online": dataclasses.replace(HISTORY, return_early=True)}, "return_early"),
         ({"layer": LayerConfig()}, "layer 3: the host takes part in the exchange of BasicDispatcher"),
         ({"layer": LayerConfig(dispatcher="padded")}, "PaddedDispatcher"),
@@ -291,7 +305,7 @@ def test_where_nothing_is_recorded_it_is_said_why(changes, words):
 def test_a_cpu_runs_as_it_is_and_the_setting_is_checked():
     trainer = trainer_of(make_config(layer=DIRECT))
     assert isinstance(trainer.graphs, PassGraphs) and trainer.graphs.reason == "it runs on a CPU"
-    assert trainer.graphs.peak_bytes() == 0 and not trainer.graphs.play(0)
+    assert trainer.graphs.peak_bytes() == 0 and trainer.graphs.pick(0, 0) is None
     with pytest.raises(ValueError, match='workload.cuda_graph = "always" is not one of auto, never'):
         check(RunConfig(workload=Workload(cuda_graph="always")))
 
@@ -329,6 +343,17 @@ def _ask(trainer, iteration):
         layer.gate.register_forward_hook(lambda gate, args, routing: (routing.weight_TK.sum().item(), None)[1])
 
 
+def _grow(trainer, iteration):
+    """Routings that seem to need more rows, after passes were recorded."""
+    for layer in trainer.layers.values():
+        dispatcher = layer.dispatcher
+        dispatcher.num_careful = 4
+        if iteration == 9:
+            dispatcher.told.most.fill_(int(dispatcher.num_rows / 1.05))
+
+
+CHUNKS = ParallelPlan(pp=2, vpp=2)
+PIPES = ParallelPlan(pp=2, dp=2, ep=2)
 GPU_CASES = {
     ASKS: ({}, _ask),
     "experts move": ({"online": OnlineConfig(policy="greedy", interval=4)}, _shuffle_at(9)),
@@ -339,13 +364,36 @@ GPU_CASES = {
     "reduced early": ({"ep": 1, "workload": {"reduce_early": True}}, None),
     "policy auto": ({"online": OnlineConfig(policy="auto", interval=100)}, None),
 }
+GPU_PIPELINES = {
+    "a pipeline": ({"plan": PIPE, "num_passes": 5}, _shuffle_at(9)),
+    "a pipeline that is never full": ({"plan": PIPE, "num_passes": 2, "recompute": True}, None),
+    "a pipeline that asks": ({"plan": PIPE}, _ask),
+    "chunks in turn": ({"plan": CHUNKS, "num_passes": 6, "workload": {"zero": 1}}, None),
+    "chunks recomputed": ({"plan": CHUNKS, "num_passes": 4, "recompute": True}, _shuffle_at(9)),
+    "capacity in a pipeline": ({"plan": PIPE, "gate": GateConfig(kind="gshard", capacity=1.5)}, None),
+    "tensor-parallel stages": ({"plan": ParallelPlan(pp=2, tp=2, ep=2), "num_passes": 4}, _shuffle_at(9)),
+    "stages of expert groups": ({"plan": PIPES, "num_passes": 5}, _shuffle_at(9)),
+    "their chunks": ({"plan": dataclasses.replace(CHUNKS, dp=2, ep=2), "num_passes": 4}, _shuffle_at(9)),
+    "room that grows": ({"plan": PIPES, "row_factor": 1.5}, _grow),
+    "history copies in a pipeline": ({"plan": PIPES, "online": HISTORY}, _come_and_go),
+    "exact copies in a pipeline": ({"plan": PIPES, "online": EXACT}, _shuffle_at(9)),
+    "exact copies of chunks": (
+        {"plan": dataclasses.replace(CHUNKS, dp=2, ep=2), "num_passes": 4, "online": EXACT}, None,
+    ),
+    "reduced early in a pipeline": (
+        {"plan": dataclasses.replace(PIPES, ep=1), "workload": {"reduce_early": True}}, None,
+    ),
+}  # fmt: skip
+GPU_CASES |= GPU_PIPELINES
 
 
 def gpu_curves(world_rank, num_ranks, name, iterations=20):
     """(plain, recorded) curves, and what was said. One process a GPU."""
     changes, before = copy.deepcopy(GPU_CASES[name][0]), GPU_CASES[name][1]
-    plan = ParallelPlan(dp=num_ranks, ep=changes.pop("ep", num_ranks), recompute=changes.pop("recompute", False))
-    layer = LayerConfig(dispatcher="direct", row_factor=max(num_ranks, 1))
+    plan = changes.pop("plan", ParallelPlan(dp=num_ranks, ep=changes.pop("ep", num_ranks)))
+    plan = dataclasses.replace(plan, recompute=changes.pop("recompute", False))
+    layer = LayerConfig(dispatcher="direct", row_factor=changes.pop("row_factor", num_ranks))
+    num_passes = changes.pop("num_passes", 3)
     found, said = [], []
     device = gpu_of(world_rank)
     torch.cuda.set_device(device)
@@ -353,7 +401,7 @@ def gpu_curves(world_rank, num_ranks, name, iterations=20):
     for cuda_graph in ("never", "auto"):
         work = dataclasses.replace(WORKLOAD, dtype="bfloat16", iterations=100, cuda_graph=cuda_graph, **own)
         settings = {"layer": layer, "gate": GateConfig(kind="naive"), "model": GPU_MODEL, "workload": work, **changes}
-        config = make_config(plan, 3, **settings)
+        config = make_config(plan, num_passes, **settings)
         trainer = trainer_of(config, str(device))
         trainer.graphs.tell = said.append
         # the one way of attention whose backward pass is deterministic
@@ -370,16 +418,30 @@ def _gpu_world(world_rank, num_ranks, names):
     return {name: gpu_curves(world_rank, num_ranks, name) for name in names}
 
 
+def _cases(num_ranks: int) -> list[str]:
+    """Those for so many ranks: all without a plan, of which one rank has no copies."""
+    return [
+        name
+        for name, (changes, _) in GPU_CASES.items()
+        if (changes["plan"].world_size == num_ranks if "plan" in changes else num_ranks < 3)
+        and (num_ranks > 1 or "copies" not in name)
+    ]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_on_gpus_a_graph_changes_no_bit(num_ranks):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     backend = gpu_backend(num_ranks)
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
-    names = [name for name in GPU_CASES if num_ranks > 1 or "copies" not in name]
-    for found in spawn(_gpu_world, num_ranks, num_ranks, names, backend=backend, timeout_s=300):
+    ranks = spawn(_gpu_world, num_ranks, num_ranks, _cases(num_ranks), backend=backend, timeout_s=300)
+    for rank, found in enumerate(ranks):
         for name, (plain, recorded, said, num_bytes) in found.items():
-            assert said[0] == 'workload.cuda_graph = "never"' and bool(said[-1]) == (name == ASKS), f"{name}: {said}"
-            assert any("captured in" in words for words in said) == (num_bytes > 0) == (name != ASKS), f"{name}: {said}"
+            asks = GPU_CASES[name][1] is _ask
+            fails = asks and (rank == num_ranks - 1 or name not in GPU_PIPELINES)  # of stages each by itself
+            assert said[0] == 'workload.cuda_graph = "never"' and bool(said[-1]) == fails, f"{name}: {said}"
+            assert any("captured in" in words for words in said) == (num_bytes > 0) == (not fails), f"{name}: {said}"
             assert recorded == plain, name
+            if GPU_CASES[name][1] is _grow:
+                assert sum("captured in" in words for words in said) == 2, said

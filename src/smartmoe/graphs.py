@@ -2,9 +2,12 @@
 
 Layer 5. Forward and backward of a micro-batch are captured once, after a few iterations that ran as they are, and replayed
 for every micro-batch from then on: one graph for the first micro-batch of an iteration, whose gradients overwrite those of
-the last, and one for all others, whose gradients are added. What changes from one micro-batch or iteration to the next lies
-in memory that keeps its place: tokens, the scale of the loss, routing tables, weights, gradients, and what the device itself
-decides. Where the host takes part in a pass nothing is captured, and `why_not` says why.
+the last, and one for all others, whose gradients are added. In a pipeline, where passes of several micro-batches interleave,
+forward and backward are graphs of their own, and there are as many pairs as micro-batches can be in flight in a chunk: what
+a forward pass leaves for its backward pass keeps its place, beside that of the others. Stages exchange activations between
+the graphs. What changes from one micro-batch or iteration to the next lies in memory that keeps its place: tokens, the scale
+of the loss, routing tables, weights, gradients, and what the device itself decides. Where the host takes part in a pass
+nothing is captured, and `why_not` says why.
 
 A replay runs nothing of Python. Whoever follows the passes from the host is a Watcher; hooks of modules and tensors run at
 the capture and not again.
@@ -17,8 +20,8 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +29,10 @@ import torch.distributed as dist
 
 from smartmoe.config import RunConfig
 from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.extension import path_for
 from smartmoe.parallel.data import GradientBuffers
+from smartmoe.parallel.pipeline_passes import Pass, Source
 from smartmoe.replicas import ExactReplication, HistoryReplication
 
 WARM_UP = 2  # iterations that run as they are: kernels are compiled, libraries choose theirs, ranks connect
@@ -52,9 +57,10 @@ class Tape(Protocol):
 
     num_bytes: int
 
-    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+    def record(self, call: Callable[[], None], room: Hashable = None) -> Callable[[], None]:
         """Call `call`, which launches nothing now, and return what launches it. What fails in it is raised, and then
-        nothing of it is left."""
+        nothing of it is left. room: recordings in one room share memory: tensors that are alive now stay as they are when
+        the recording is played, other tensors that recordings of this room made do not; those of other rooms do."""
 
     def clear(self) -> None:
         """Let go of all recordings and their memory."""
@@ -67,30 +73,30 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 class CudaTape:
-    """A Tape of CUDA graphs. They share one pool of memory, so they must be replayed one after the other."""
+    """A Tape of CUDA graphs, replayed one after the other. Each room is a pool of memory."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, _stream_of(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._pool = None
+        self._pools: dict[Hashable, Any] = {}
         self.num_bytes = 0
 
-    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+    def record(self, call: Callable[[], None], room: Hashable = None) -> Callable[[], None]:
         torch.cuda.synchronize(self._device)
         gc.collect()
         torch.cuda.empty_cache()  # what passes have needed so far is what the graph needs
-        before, self._pool = torch.cuda.memory_reserved(self._device), self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        before, graph = torch.cuda.memory_reserved(self._device), torch.cuda.CUDAGraph()
+        pool = self._pools.get(room) or self._pools.setdefault(room, torch.cuda.graph_pool_handle())
         with torch.cuda.stream(self._stream):
             # other threads, such as the one in which NCCL looks after its collectives, may go on
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 call()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # says once more that the capture has failed
                     graph.capture_end()
                 with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                    torch._C._cuda_endAllocateToPool(self._device.index or 0, pool)
                 raise
             graph.capture_end()
         self._graphs.append(graph)
@@ -101,16 +107,33 @@ class CudaTape:
         torch.cuda.synchronize(self._device)
         for graph in self._graphs:
             graph.reset()
-        self._graphs, self._pool, self.num_bytes = [], None, 0
+        self._graphs, self._pools, self.num_bytes = [], {}, 0
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Play:
-    """A recorded pass, and what each watcher saw of it."""
+    """A recorded pass: what launches each of its parts, and what each watcher saw of it. fills: the gradients, by ref, that
+    it overwrites. num_launched: parts that have been, 0 = all or none."""
 
-    replay: Callable[[], None]
-    seen: list
+    work: Pass
+    watchers: Sequence[Watcher]
+    buffers: GradientBuffers
+    replays: list[Callable[[], None]] = field(default_factory=list)
+    seen: list[list] = field(default_factory=list)
+    fills: list[int] = field(default_factory=list)
+    num_launched: int = 0
+
+    def launch(self, part_idx: int) -> None:
+        """Run a part; they come in turn."""
+        assert part_idx == self.num_launched, "more micro-batches in flight than there are recordings for"
+        self.num_launched = (part_idx + 1) % len(self.replays)
+        self.replays[part_idx]()
+        if self.num_launched == 0:
+            for ref_idx in self.fills:
+                self.buffers.fill(ref_idx)
+        for watcher, seen in zip(self.watchers, self.seen[part_idx], strict=True):
+            watcher.replayed(seen)
 
 
 def why_not(config: RunConfig, layers: Iterable, device: torch.device) -> str:
@@ -119,8 +142,6 @@ def why_not(config: RunConfig, layers: Iterable, device: torch.device) -> str:
         return 'workload.cuda_graph = "never"'
     if device.type != "cuda":
         return "it runs on a CPU"
-    if config.plan.pp > 1:
-        return f"plan.pp = {config.plan.pp}: passes of several micro-batches interleave in a pipeline"
     if config.online.return_early:
         return "online.return_early: the host starts exchanges inside backward passes"
     for layer in layers:
@@ -143,22 +164,23 @@ def _layer_reason(layer) -> str:
 class PassGraphs:
     """Plays the passes of a run's micro-batches from recordings, once there are some.
 
-    reason: why nothing is recorded, "" = it is, or will be. All ranks record in the same iteration or none does.
+    reason: why nothing is recorded, "" = it is, or will be. All ranks of a pipeline stage record in the same iteration or
+    none does; stages need not do alike.
 
     Args:
-        run_pass: forward and backward of one micro-batch from (token, token_id, target), each [B, T] int64.
+        sources: where the passes of each chunk of this rank come from.
         buffers: where gradients go.
         layers: the MoELayers of this rank.
         watchers: all that follow the layers' passes; more may `join`.
         num_passes: micro-batches of an iteration.
         reason: see `why_not`.
         tape: what records, None = nothing will.
-        group: all ranks of the run, None = one.
+        group: all ranks of the stage, None = one.
     """
 
     def __init__(
         self,
-        run_pass: Callable[..., None],
+        sources: Sequence[Source],
         buffers: GradientBuffers,
         layers: Sequence,
         watchers: Sequence[Watcher],
@@ -170,16 +192,14 @@ class PassGraphs:
     ):
         self.reason = reason
         self.tell: Callable[[str], None] = _log.info
-        self._run_pass, self._buffers, self._layers, self._watchers = run_pass, buffers, list(layers), list(watchers)
+        self._sources, self._buffers, self._layers, self._watchers = sources, buffers, list(layers), list(watchers)
         self._num_passes, self._tape, self._group = num_passes, tape, group
         self._device = buffers.refs[0].param.device
         self._peak = 0
         self._num_plain = 0  # iterations that ran as they are, since the start or since a recording was dropped
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._plays: list[_Play] = []
+        self._plays: dict[tuple[int, int], _Play] = {}
         self._recorded_places: list[int] = []
         self._num_rows: list[int] = []
-        self._filled: list[int] = []
 
     @property
     def is_recorded(self) -> bool:
@@ -197,7 +217,7 @@ class PassGraphs:
 
     def prepare(self, *sample: torch.Tensor) -> None:
         """To be called before the first pass of an iteration: records when it is time. sample: inputs of a micro-batch.
-        Collective over the run's ranks where it records."""
+        Collective over the stage where it records."""
         if self.reason:
             return
         for replication in self._history():
@@ -211,20 +231,12 @@ class PassGraphs:
             return
         self._record(sample)
 
-    def play(self, place: int, *inputs: torch.Tensor) -> bool:
-        """Run micro-batch `place` of the iteration from its recording; False = there is none, nothing was done."""
+    def pick(self, chunk: int, place: int) -> _Play | None:
+        """The recording for micro-batch `place` of the iteration on this rank's chunk; None = there is none."""
         if not self._plays:
-            return False
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        play = self._plays[min(place, len(self._plays) - 1)]
-        play.replay()
-        if place == 0:
-            for ref_idx in self._filled:
-                self._buffers.fill(ref_idx)
-        for watcher, seen in zip(self._watchers, play.seen, strict=True):
-            watcher.replayed(seen)
-        return True
+            return None
+        # the first micro-batch of all has its own, from then on they take turns
+        return self._plays[chunk, (place - 1) % self._sources[chunk].num_slots + 1 if place else 0]
 
     def peak_bytes(self) -> int:
         """The most that tensors, and graphs on top of them, have taken of the GPU since its peak was last reset; 0 on a
@@ -247,7 +259,7 @@ class PassGraphs:
             self._num_plain = num_plain
 
     def _forget(self) -> None:
-        self._plays, self._inputs, self._filled = [], (), []
+        self._plays = {}
         for replication in self._history():
             replication.adds_always = False
         self._tape.clear()
@@ -258,6 +270,9 @@ class PassGraphs:
 
     def _history(self) -> list[HistoryReplication]:
         return [layer.replication for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
+
+    def _exact(self) -> list[SymmetricReplication]:
+        return [layer.replication for layer in self._layers if isinstance(layer.replication, SymmetricReplication)]
 
     def _places(self) -> list[int]:
         return [ref.param.data_ptr() for ref in self._buffers.refs]
@@ -278,16 +293,16 @@ class PassGraphs:
         start, failed = time.perf_counter(), self._strangers()
         before = self.peak_bytes()
         if not failed:
-            self._inputs, self._recorded_places = tuple(torch.empty_like(t).copy_(t) for t in sample), self._places()
+            self._recorded_places = self._places()
             for replication in self._history():  # so that copies that come later need no other recording
                 replication.adds_always = any(each.has_copies for each in self._history())
             self._buffers.reduce_late(True)
             transports = {id(each.transport): each.transport for each in self._dispatchers()}.values()
             are_open = [transport.is_open for transport in transports]
             try:
-                for _ in range(min(self._num_passes, 2)):
-                    self._plays.append(self._record_pass())
-                    self._filled = self._filled or self._buffers.filled()
+                for chunk, source in enumerate(self._sources):
+                    for place in range(min(self._num_passes, source.num_slots + 1)):
+                        self._plays[chunk, place] = self._record_pass(chunk, source, place, sample)
             except Exception as error:
                 _log.warning("the capture of a micro-batch failed here", exc_info=True)
                 failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -308,17 +323,23 @@ class PassGraphs:
             took, gbytes = time.perf_counter() - start, self.num_bytes / 1e9
             self.tell(f"CUDA graph: the passes of a micro-batch were captured in {took:.1f} s and keep {gbytes:.2f} GB")
 
-    def _record_pass(self) -> _Play:
-        for watcher in self._watchers:
-            watcher.begin()
-        try:
-            replay = self._tape.record(self._whole_pass)
-        finally:
-            seen = [watcher.end() for watcher in self._watchers]
-        return _Play(replay, seen)
+    def _record_pass(self, chunk: int, source: Source, place: int, sample: Sequence[torch.Tensor]) -> _Play:
+        play, filled = _Play(source.make(*sample), self._watchers, self._buffers), set(self._buffers.filled())
+        for part in play.work.parts:
+            for watcher in self._watchers:
+                watcher.begin()
+            try:
+                play.replays.append(self._tape.record(functools.partial(self._whole, part), (chunk, place % source.num_slots)))
+            finally:
+                play.seen.append([watcher.end() for watcher in self._watchers])
+            if source.num_slots > 1:
+                for replication in self._exact():
+                    replication.forget_weights()  # of other micro-batches, by the time of the backward pass
+        play.fills = [ref_idx for ref_idx in self._buffers.filled() if ref_idx not in filled]
+        return play
 
-    def _whole_pass(self) -> None:
-        self._run_pass(*self._inputs)
+    def _whole(self, part: Callable[[], None]) -> None:
+        part()
         self._buffers.flush()
 
     def _any_rank(self, mine: bool) -> bool:

@@ -111,14 +111,14 @@ class Trainer:
         )
         reason = why_not(config, self.layers.values(), mesh.device)
         self.graphs = PassGraphs(
-            self.runner.one_pass,
+            self.runner.sources,
             buffers,
             list(self.layers.values()),
             self.online.watchers,
             num_passes=config.num_micro_batches,
             reason=reason,
             tape=None if reason else CudaTape(mesh.device),
-            group=mesh.world_group,
+            group=mesh.stage_group,
         )
         self.runner.player = self.graphs
 

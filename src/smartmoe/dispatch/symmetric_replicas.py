@@ -49,8 +49,8 @@ class SymmetricReplication:
 
     Building a layer (`allocate`, the first `set_placement`) is collective over the group. So are `plan` and `return_grads`,
     by flags in the peers' memory, without host synchronisation; they can be captured in a CUDA graph. All ranks make the
-    same calls in the same order. Which micro-batch filled the slots last is known on the host: a graph must hold a pass
-    with its backward pass, or be replayed with no other forward pass between the two.
+    same calls in the same order. Which micro-batch filled the slots last is known on the host: where a graph holds a backward
+    pass, and other forward passes may be replayed before it, `forget_weights` must be called before that is captured.
     Between the filling of replica slots and the next change of any owner's weights there must be an exchange of the whole
     group on the stream of the layer, as the combine of the direct dispatcher is: it tells owners that all have read.
     """
@@ -144,6 +144,10 @@ class SymmetricReplication:
         """Start to fill the replica slots as `plan` had them, unless they are so still."""
         if self._held is not plan:
             self.send_weights(plan)
+
+    def forget_weights(self) -> None:
+        """Take the slots for filled by nobody knows whom."""
+        self._held = None
 
     def wait_weights(self) -> None:
         """What is launched from now on reads filled slots."""
