@@ -119,3 +119,18 @@ def test_zero_shares_out_masters_and_moments():
     assert (with_it.weights, with_it.gradients) == (without.weights, without.gradients)
     alone = [_cost(each).memory(ParallelPlan(), 4) for each in (config, sharing)]
     assert alone[0] == alone[1]
+
+
+def test_captured_passes_of_a_pipeline_have_rooms_of_their_own():
+    """A micro-batch in flight keeps what its passes need for a moment, too, and a place for what comes in and goes out."""
+    found = {}
+    for way in ("auto", "never"):
+        config = _config(dispatcher="direct")
+        work = dataclasses.replace(config.workload, cuda_graph=way)
+        cluster = ClusterSpec(ranks_per_node=2, device="cuda")
+        config = dataclasses.replace(config, workload=work, cluster=cluster)
+        found[way] = _cost(config).memory(ParallelPlan(pp=2), 4)
+    captured, plain = found["auto"], found["never"]
+    assert captured.pp_stage == plain.pp_stage == 0  # which holds two micro-batches of the four
+    assert captured.activations == pytest.approx(plain.activations + 2 * plain.transient) and captured.transient == 0
+    assert captured.buffers - plain.buffers == 3 * 4 * SIZES["seq_len"] * SIZES["hidden_size"] * 2

@@ -28,6 +28,8 @@ from smartmoe.planner.timeline import Work, fold, join
 from smartmoe.solvers import solve_greedy
 
 PLACEMENTS = ("identity", "balanced")
+# What the host launches for a captured pass of a pipeline, forward and backward: the graph, copies into its places and out.
+_PLAYED = (6, 5)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class CostModel:
         rows_SLW = self._rows(setting)
         return memory.estimate(
             plan, setting, micro_batch, self.num_micro_batches(plan, micro_batch), rows_SLW, self.parameters(plan),
-            self.config.workload.zero,
+            self.config.workload.zero, self.is_captured(plan, micro_batch),
         )  # fmt: skip
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
@@ -195,11 +197,11 @@ class CostModel:
         )  # fmt: skip
 
     def is_captured(self, plan: ParallelPlan, micro_batch: int) -> bool:
-        """Whether the passes of a micro-batch are launched as one CUDA graph, so that its launches cost nothing: the rule of
+        """Whether each pass of a micro-batch is launched as one CUDA graph, so that its launches cost nothing: the rule of
         smartmoe.graphs, which sees the layers (in other dtypes than bfloat16 the host loops over the experts)."""
         config, dispatcher = self.config, self.setting(plan, micro_batch).layer.dispatcher
         return (
-            config.workload.cuda_graph == "auto" and self.cluster.device == "cuda" and plan.pp == 1
+            config.workload.cuda_graph == "auto" and self.cluster.device == "cuda"
             and config.workload.dtype == "bfloat16" and dispatcher == "direct" and config.layer.experts == "grouped"
             and not config.online.return_early
         )  # fmt: skip
@@ -363,12 +365,17 @@ class CostModel:
         backward = fold(blocks[1], [list(part)[::-1] for part in layers])
         embedding, head = self._ends(plan, micro_batch)
         first, last = ([end.at(place, len(layers)) for end in ends] for place, ends in ((0, embedding), (-1, head)))
-        message = self._message(plan)
+        message, is_captured = self._message(plan), self.is_captured(plan, micro_batch)
         passes = (
             join([message, first[0], forward, last[0]]),
             join([message, last[1], backward, first[1], self._accumulate(plan)]),
         )
-        return tuple(Work.piece(way.device) for way in passes) if self.is_captured(plan, micro_batch) else passes
+        if not is_captured:
+            return passes
+        if plan.pp == 1:
+            return tuple(Work.piece(way.device) for way in passes)
+        launch = self.primitives.host_ms("launch")
+        return tuple(message.then(Work.piece(way.device, num * launch)) for way, num in zip(passes, _PLAYED, strict=True))
 
     def _parts(self, plan: ParallelPlan, micro_batch: int, mine: list[int]) -> dict[str, float]:
         """Mean ms of the device for one micro-batch of the chunks `mine`, by part."""

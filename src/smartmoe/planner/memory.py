@@ -4,7 +4,8 @@ Counts what the code allocates through torch on a GPU. The state: weights in the
 float32 masters beside 16-bit weights, two float32 moments, one flat float32 gradient; ZeRO-1 shares masters and moments
 out, ZeRO-2 gradients and ZeRO-3 weights, too (planner.sharding). Activations: the tensors that
 autograd saves in smartmoe.gpt, gates, ops and dispatch, for as many micro-batches as the schedule holds. The pipeline
-library keeps receive buffers for every micro-batch of a step. Bytes everywhere.
+library keeps receive buffers for every micro-batch of a step. Where a pipeline's passes are captured in CUDA graphs, every
+micro-batch that can be in flight in a chunk has memory of its own for all that its passes need. Bytes everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from smartmoe.config import ModelConfig, ParallelPlan
 from smartmoe.planner.layer_cost import LayerSetting
-from smartmoe.planner.schedule import num_in_flight
+from smartmoe.planner.schedule import most_in_flight, num_in_flight
 from smartmoe.planner.sharding import kept_bytes, pass_bytes
 
 OUTSIDE_BYTES = 1.5e9  # device context, code and NCCL: what torch's allocator does not see
@@ -145,11 +146,12 @@ def estimate(
     rows_SLW: np.ndarray,
     parameters: list[Parameters],
     zero: int = 0,
+    is_captured: bool = False,
 ) -> Memory:
     """Memory of the fullest stage.
 
     rows_SLW: rows that each rank of an expert group computes in a micro-batch, by sample and MoE layer; the worst sample
-    counts. parameters: of each chunk. zero: as workload.zero.
+    counts. parameters: of each chunk. zero: as workload.zero. is_captured: whether passes are CUDA graphs.
     """
     model, width = setting.model, setting.model.hidden_size
     bytes_ = setting.dtype_bytes
@@ -171,7 +173,17 @@ def estimate(
     for pp_stage in range(plan.pp):
         chunks = [pp_stage + turn * plan.pp for turn in range(plan.vpp)]
         mine = sum((parameters[chunk] for chunk in chunks), Parameters())
-        held = num_in_flight(pp_stage, plan.pp, plan.vpp, num_micro_batches)
+        has_rooms = is_captured and plan.pp > 1
+        flights_of = most_in_flight if has_rooms else num_in_flight
+        held = flights_of(pp_stage, plan.pp, plan.vpp, num_micro_batches)
+        # products of experts add gradients to their sums themselves, all others hand them over
+        largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
+        # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
+        rows_wide = _hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
+        transient = bytes_ * fullest_row * rows_wide + bytes_ * largest
+        if plan.recompute:
+            transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
+        transient_at_head = max(transient - loss_saved, loss_moment)  # the logits are gone when the blocks' turn comes
         activations, buffers = 0.0, 0.0
         for chunk, flights in zip(chunks, held, strict=True):
             first, last = layers[chunk][0], layers[chunk][-1] + 1
@@ -192,20 +204,18 @@ def estimate(
                 saved += 0 if is_last else token_bytes  # the output stays until its backward
                 saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
                 buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
+            if has_rooms:  # and places for what comes in, of the first micro-batch too
+                saved += transient_at_head if is_last else transient
+                buffers += min(flights + 1, num_micro_batches) * token_bytes * ((chunk > 0) + (not is_last))
             activations += flights * saved
-        # products of experts add gradients to their sums themselves, all others hand them over
-        largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
         # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes)
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
         copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
         buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
-        # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
-        rows_wide = _hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
-        transient = bytes_ * fullest_row * rows_wide + bytes_ * largest
-        if plan.recompute:
-            transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
-        if plan.pp * plan.vpp - 1 in chunks:
-            transient = max(transient - loss_saved, loss_moment)  # the logits are gone when the blocks' turn comes
+        if has_rooms:
+            transient = 0.0
+        elif num_chunks - 1 in chunks:
+            transient = transient_at_head
         if setting.is_exact:  # a collective exchange stages both directions, layer by layer
             transient += bytes_ * copied_in_layer * (plan.ep + 1)
         else:  # or all layers', when the activations are gone

@@ -178,3 +178,18 @@ def num_in_flight(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> t
         if sum(held) > sum(best):
             best = held.copy()
     return tuple(best)
+
+
+@functools.lru_cache(maxsize=65536)
+def most_in_flight(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> tuple[int, ...]:
+    """For each chunk of a pipeline rank, the most micro-batches whose forward pass is done and whose backward pass is not."""
+    if vpp == 1:
+        return num_in_flight(pp_stage, pp, vpp, num_micro_batches)
+    if num_micro_batches > 3 * pp:  # as in num_in_flight
+        return most_in_flight(pp_stage, pp, vpp, 3 * pp)
+    held, most = [0] * vpp, [0] * vpp
+    for is_backward, chunk, _ in order_of_rank(pp_stage, pp, vpp, num_micro_batches):
+        turn = chunk // pp
+        held[turn] += -1 if is_backward else 1
+        most[turn] = max(most[turn], held[turn])
+    return tuple(most)
