@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from smartmoe.mesh import Mesh
-from smartmoe.parallel.pipeline_passes import ChunkSource, PlayChunk, Player, Source, WholeSource, most_in_flight
+from smartmoe.parallel.pipeline_passes import ChunkSource, PlayChunk, Player, Source, WholeSource
+from smartmoe.planner.schedule import most_in_flight
 
 
 def chunk_layers(num_layers: int, num_chunks: int) -> list[range]:

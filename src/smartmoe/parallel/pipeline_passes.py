@@ -11,8 +11,6 @@ from typing import Protocol
 
 import torch
 
-from smartmoe.planner.schedule import order_of_rank
-
 
 class Pass(Protocol):
     """One micro-batch's way through a chunk. inputs: tensors in their places; parts: the calls, to be made in this order,
@@ -143,16 +141,6 @@ class PlayChunk(torch.autograd.Function):
         # copies, as whoever gets them may keep them, or add to them
         found = [grad.clone() for grad in work.input_grads]
         return None, None, *found, *[None] * (ctx.num_inputs - len(found))
-
-
-def most_in_flight(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> list[int]:
-    """For each chunk of a pipeline rank, the most micro-batches whose forward pass is done and whose backward pass is not."""
-    held, most = [0] * vpp, [0] * vpp
-    for is_backward, chunk, _ in order_of_rank(pp_stage, pp, vpp, num_micro_batches):
-        turn = chunk // pp
-        held[turn] += -1 if is_backward else 1
-        most[turn] = max(most[turn], held[turn])
-    return most
 
 
 def _fill(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
