@@ -6,7 +6,7 @@ from smartmoe import gpt
 from smartmoe.config import ModelConfig
 from smartmoe.parallel import pipeline
 from smartmoe.planner import memory
-from smartmoe.planner.schedule import makespan, num_in_flight, order_of_rank
+from smartmoe.planner.schedule import makespan, most_in_flight, num_in_flight, order_of_rank
 from smartmoe.planner.timeline import Work
 
 SHAPES = [(2, 1, 2), (2, 1, 7), (4, 1, 9), (2, 2, 4), (3, 2, 9), (4, 3, 12)]
@@ -99,6 +99,13 @@ def test_what_is_in_flight_and_who_has_which_layers():
     assert [num_in_flight(s, 4, 1, 8) for s in range(4)] == [(4,), (3,), (2,), (1,)]
     assert num_in_flight(0, 4, 1, 2) == (2,)
     assert sum(num_in_flight(0, 2, 2, 4)) == 5
+    for pp, vpp, n in (*SHAPES, (2, 3, 16), (4, 2, 32)):
+        for stage in range(pp):
+            held, most = np.zeros(vpp, int), np.zeros(vpp, int)
+            for is_backward, chunk, _ in order_of_rank(stage, pp, vpp, n):
+                held[chunk // pp] += -1 if is_backward else 1
+                most = np.maximum(most, held)
+            assert most_in_flight(stage, pp, vpp, n) == tuple(most), (pp, vpp, n, stage)
     for layers, chunks in ((7, 3), (8, 4), (5, 5)):
         assert memory.chunk_layers(layers, chunks) == pipeline.chunk_layers(layers, chunks)
     model = ModelConfig(moe_every=2)
