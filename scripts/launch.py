@@ -36,6 +36,8 @@ from worlds import Worlds, gpu_ids  # noqa: E402
 
 from smartmoe import data, hosts, record  # noqa: E402
 from smartmoe.config import ClusterSpec, slowed  # noqa: E402
+from smartmoe.images import FASHION_MNIST, SYNTHETIC, why_no_images  # noqa: E402
+from smartmoe.samples import load_data  # noqa: E402
 
 HERE = ("cpu", "local")  # clusters that are this machine
 
@@ -57,10 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("nothing to run: all the figures asked for are left out")
         runs = only(runs, args.only)
         if args.data:
-            for run in runs:
-                run.config = dataclasses.replace(
-                    run.config, workload=dataclasses.replace(run.config.workload, data=tuple(args.data))
-                )
+            give_data(runs, args.data)
         wanted = runs
         runs, skipped = without_what_lacks(wanted, site)
         if args.dry_run:
@@ -96,8 +95,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "side by side (default: on all GPUs of the machine)")  # fmt: skip
     parser.add_argument("--only", default="", metavar="REGEX",
                         help="of their runs only those in whose path this is found, and traces that these replay")  # fmt: skip
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", type=lambda name: str(Path(name).absolute()),
-                        help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library)")  # fmt: skip
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE",
+                        type=lambda name: name if name == SYNTHETIC else str(Path(name).absolute()),
+                        help="text files or Megatron .bin/.idx prefixes to train on (default: Python's library), and for "
+                        f"figure 9 a folder of images in IDX files, or {SYNTHETIC} (default: {FASHION_MNIST})")  # fmt: skip
     parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S", help="slow every exchange between ranks "
                         "down to this rate, to stand in for a slow network; panels say so (default: as links are)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
@@ -217,16 +218,29 @@ def only(runs: list[Run], pattern: str) -> list[Run]:
     return [run for run in runs if run.key in keys]
 
 
+def give_data(runs: list[Run], names: list[str]) -> None:
+    """Let each run train on those of `names` that suit its model: images, which are folders, or text."""
+    for run in runs:
+        wants_images = run.config.model.swin is not None
+        suiting = [name for name in names if (name == SYNTHETIC or Path(name).is_dir()) == wants_images]
+        if suiting:
+            work = dataclasses.replace(run.config.workload, data=tuple(suiting))
+            run.config = dataclasses.replace(run.config, workload=work)
+
+
 def without_what_lacks(runs: list[Run], site: Site | None) -> tuple[list[Run], dict[str, list[Run]]]:
-    """The runs that this Python can start, and the others by reason: a program that is not installed. What a container or
-    another Python on the nodes of a Slurm cluster has, only the runs find out."""
+    """The runs that this Python can start, and the others by reason: a program or images that are not installed. What a
+    container or another Python on the nodes of a Slurm cluster has, only the runs find out."""
     skipped: dict[str, list[Run]] = {}
     if site and (site.container or site.python):
         return runs, skipped
     for run in runs:
         host = hosts.HOSTS.get(run.entry)
-        if host and host.lacking:
-            skipped.setdefault(host.lacking, []).append(run)
+        reason = host.lacking if host else ""
+        if run.config.model.swin is not None and not site:
+            reason = reason or why_no_images(run.config.workload.data)
+        if reason:
+            skipped.setdefault(reason, []).append(run)
     lacking = {run.key for group in skipped.values() for run in group}
     return [run for run in runs if run.key not in lacking], skipped
 
@@ -244,9 +258,17 @@ def launch(
             raise ValueError(f"cluster {cluster.name}, as its file in clusters/ describes it: {error}") from None
     if root.exists() and any(root.iterdir()) and not args.resume:
         raise ValueError(f"{root} has runs already: add --resume to go on there, or give another --out")
-    trained = {(run.config.workload.data, run.config.model.vocab_size) for run in runs if run.entry in TRAINING}
-    for files, vocab_size in sorted(trained):  # before the ranks ask for them all at once
-        tokens = data.load_tokens(files, vocab_size, cache_dir=ROOT / data.CACHE_DIR)
+    trained = {}
+    for run in runs:
+        if run.entry in TRAINING:
+            model, files = run.config.model, run.config.workload.data
+            trained.setdefault((files, model.swin.num_classes if model.swin else model.vocab_size), run.config)
+    for (files, _), config in sorted(trained.items(), key=lambda item: item[0]):  # before the ranks ask for them all at once
+        if config.model.swin is not None:
+            if not why_no_images(files):  # else the nodes of a cluster have them, or the runs say what is missing
+                print(load_data(config).describe(), flush=True)
+            continue
+        tokens = load_data(config, cache_dir=ROOT / data.CACHE_DIR)
         print(f"{tokens.num_tokens} tokens of {', '.join(files) or 'Python library source'}", flush=True)
     root.mkdir(parents=True, exist_ok=True)
     with (args.out / ".lock").open("w") as lock:

@@ -18,10 +18,10 @@ from smartmoe.data import epoch_order, mix
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SYNTHETIC = "synthetic"
 _NUM_SYNTHETIC, _SYNTHETIC_SIDE, _SYNTHETIC_CLASSES = 1024, 28, 10
-_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _HELP = (
     "install Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist: 60,000 images, 31 MB), or give "
-    f'workload.data (--data) the folder of {_FILES[0]} and {_FILES[1]}, .gz or not; workload.data = ["{SYNTHETIC}"] makes '
+    f'workload.data (--data) the folder of {FILES[0]} and {FILES[1]}, .gz or not; workload.data = ["{SYNTHETIC}"] makes '
     "images up, which says nothing about learning"
 )
 
@@ -65,7 +65,7 @@ def load_images(data: Sequence[str] = (), num_classes: int = 10, seed: int = 123
         images = ImageDataset("nowhere: they are synthetic", *_made_up(seed), seed)
     else:
         folder = Path(data[0]) if data else FASHION_MNIST
-        image_NRC, label_N = (_read_idx(folder, name) for name in _FILES)
+        image_NRC, label_N = (_read_idx(folder, name) for name in FILES)
         if image_NRC.ndim != 3 or label_N.ndim != 1 or len(image_NRC) != len(label_N) or not image_NRC.size:
             shapes = f"{list(image_NRC.shape)} and {list(label_N.shape)}"
             raise ValueError(f"{folder}: images and labels have shapes {shapes}, expected [N, rows, columns] and [N]")
@@ -81,7 +81,7 @@ def why_no_images(data: Sequence[str]) -> str:
     if list(data) == [SYNTHETIC]:
         return ""
     folder = Path(data[0]) if data else FASHION_MNIST
-    lacking = [name for name in _FILES if _path(folder, name) is None]
+    lacking = [name for name in FILES if _path(folder, name) is None]
     return f"{folder}: no {lacking[0]}(.gz) there: {_HELP}" if lacking else ""
 
 

@@ -59,6 +59,9 @@ def host_of(system: str) -> Host | None:
 def check(config: RunConfig, where: str) -> RunConfig:
     """Return `config` unchanged, or raise ValueError with all that the host of its system cannot do."""
     host = host_of(config.system)
-    if host and (found := host.problems(config)):
+    found = host.problems(config) if host else []
+    if host and config.model.swin is not None:
+        found = ["it trains GPTs, model.swin makes a Swin transformer", *found]
+    if found:
         raise ValueError(f'{where}: system "{config.system}" cannot do this run: ' + "; ".join(found))
     return config
