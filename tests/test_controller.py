@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smartmoe.config import OnlineConfig
-from smartmoe.controller import Controller, Sizes
+from smartmoe.controller import Controller, Sizes, build_controller
 from smartmoe.placement import EMPTY, Placement, Replicas
 
 W, E = 4, 16
@@ -188,3 +188,32 @@ def test_what_a_checkpoint_keeps_serves_another_number_of_ranks():
     np.testing.assert_allclose(other.history_YWE.sum(axis=1), np.stack([skewed().sum(axis=0)] * 2), atol=1)
     with pytest.raises(ValueError, match="another model"):
         other.restore(30, [[1.0] * 3] * 2)
+
+
+def test_layers_of_each_size_are_judged_among_themselves():
+    home, online = Placement.identity(E, W), OnlineConfig(policy="auto", interval=10)
+    small, large = Sizes(state_bytes=1_000_000, gbytes_per_s=100), Sizes(state_bytes=4_000_000, gbytes_per_s=100)
+    sizes_Y = [small, large, small]
+    whole = build_controller([home] * 3, online, sizes_Y)
+    parts = [([0, 2], Controller([home] * 2, online, small)), ([1], Controller([home], online, large))]
+    assert isinstance(build_controller([home] * 3, online, [small] * 3), Controller)
+    assert whole.saved() is None and whole.history_YWE is None
+    in_force = [(home, Replicas.none(home, 0))] * 3
+    for iteration in range(1, 10):
+        count_YWE = np.stack([skewed(shift, scale) for shift, scale in ((0, 400), (3, 100), (5, 400))])
+        costs = (COPY_MS, 10 * COPY_MS, COPY_MS)  # a copy of the large layer takes ten times as long
+        ms = [FIXED_MS + cost * each.sum(0).max() for cost, each in zip(costs, count_YWE, strict=True)]
+        whole.take_in(iteration, count_YWE, ms)
+        for layers, part in parts:
+            part.take_in(iteration, count_YWE[layers], [ms[layer] for layer in layers])
+    whole.moved(6.0, 2)
+    parts[0][1].moved(3.0, 2)  # the mean expert has twice the bytes of a small one
+    parts[1][1].moved(12.0, 2)
+    assert whole.saved() == [parts[0][1].saved()[0], parts[1][1].saved()[0], parts[0][1].saved()[1]]
+    assert np.array_equal(whole.history_YWE[1], parts[1][1].history_YWE[0])
+    assert whole.max_over_mean == pytest.approx((2 * parts[0][1].max_over_mean + parts[1][1].max_over_mean) / 3)
+    decided, wanted = whole.decide(10, in_force), [part.decide(10, in_force[: len(layers)]) for layers, part in parts]
+    assert decided == [wanted[0][0], wanted[1][0], wanted[0][1]] and {change.kind for change in decided} == {"migrate"}
+    again = build_controller([home] * 3, online, sizes_Y)
+    again.restore(9, whole.saved())
+    assert again.saved() == whole.saved()

@@ -195,6 +195,10 @@ CASES = {
     "recomputed, ZeRO-3": (ParallelPlan(dp=2, recompute=True), {"workload": {"zero": 3}}),
     "gradients reduced early": (BOTH, {"workload": {"reduce_early": True}}),
     "moved by greedy": (BOTH, {"online": OnlineConfig(policy="greedy", interval=1)}),
+    "moved by auto": (BOTH, {"online": OnlineConfig(policy="auto", interval=1, min_gain=0.0, horizon=10**6)}),
+    "copies from history": (
+        BOTH, {"online": OnlineConfig(policy="auto", interval=1, replicate="history", replica_slots=1, horizon=10**6)}
+    ),
     "copies for each micro-batch": (BOTH, {"online": OnlineConfig(replicate="exact", replica_slots=1)}),
     **{kind: (BOTH, changes) for kind, changes in DISPATCHERS.items()},
 }

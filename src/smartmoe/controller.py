@@ -264,3 +264,74 @@ class Controller:
             raise ValueError(f"saved loads of shape {load_YE.shape} are of another model")
         shares_YWE = np.repeat(load_YE[:, None], placement.num_ranks, axis=1) / placement.num_ranks
         self.history_YWE, self._history_iteration = shares_YWE, iteration
+
+
+class ControllersBySize:
+    """A Controller for the layers of each size, where a model has several: what a copy costs in one says nothing of another. As
+    a Controller, with sizes_Y, those of each layer."""
+
+    def __init__(
+        self,
+        placements: Sequence[Placement],
+        online: OnlineConfig,
+        sizes_Y: Sequence[Sizes],
+        node_of_rank_W: tuple[int, ...] | None = None,
+    ):
+        self._parts: list[tuple[list[int], Controller]] = []
+        self._bytes_of_part: list[float] = []  # of an expert, over the mean of all layers
+        mean_bytes = float(np.mean([sizes.state_bytes for sizes in sizes_Y]))
+        for sizes in dict.fromkeys(sizes_Y):
+            layers = [layer for layer, its in enumerate(sizes_Y) if its == sizes]
+            part = Controller([placements[layer] for layer in layers], online, sizes, node_of_rank_W)
+            self._parts.append((layers, part))
+            self._bytes_of_part.append(sizes.state_bytes / mean_bytes if mean_bytes else 1.0)
+
+    @property
+    def max_over_mean(self) -> float:
+        num_layers = sum(len(layers) for layers, _ in self._parts)
+        return sum(len(layers) * part.max_over_mean for layers, part in self._parts) / num_layers
+
+    @property
+    def history_YWE(self) -> np.ndarray | None:
+        histories = [part.history_YWE for _, part in self._parts]
+        return None if histories[0] is None else np.stack(self._in_order(histories))
+
+    def take_in(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float] | None = None) -> None:
+        for layers, part in self._parts:
+            part.take_in(iteration, count_YWE[layers], None if ms_Y is None else [ms_Y[layer] for layer in layers])
+
+    def moved(self, ms: float, num_experts: int) -> None:
+        """As of a Controller, for experts of an average size."""
+        for (_, part), share in zip(self._parts, self._bytes_of_part, strict=True):
+            part.moved(ms * share, num_experts)
+
+    def decide(self, iteration: int, in_force: Sequence[tuple[Placement, Replicas]], no_room: str = "") -> list[Change]:
+        decided = [part.decide(iteration, [in_force[layer] for layer in layers], no_room) for layers, part in self._parts]
+        return self._in_order(decided)
+
+    def saved(self) -> list[list[float]] | None:
+        loads = [part.saved() for _, part in self._parts]
+        return None if loads[0] is None else self._in_order(loads)
+
+    def restore(self, iteration: int, load_YE: Sequence[Sequence[float]]) -> None:
+        for layers, part in self._parts:
+            part.restore(iteration, [load_YE[layer] for layer in layers])
+
+    def _in_order(self, of_parts: Sequence[Sequence]) -> list:
+        """What each part says of its layers, by layer."""
+        said = {}
+        for (layers, _), values in zip(self._parts, of_parts, strict=True):
+            said |= zip(layers, values, strict=True)
+        return [said[layer] for layer in sorted(said)]
+
+
+def build_controller(
+    placements: Sequence[Placement],
+    online: OnlineConfig,
+    sizes_Y: Sequence[Sizes],
+    node_of_rank_W: tuple[int, ...] | None = None,
+) -> Controller | ControllersBySize:
+    """Who decides for layers of these sizes."""
+    if len(set(sizes_Y)) == 1:
+        return Controller(placements, online, sizes_Y[0], node_of_rank_W)
+    return ControllersBySize(placements, online, sizes_Y, node_of_rank_W)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from smartmoe import controller, policy
 from smartmoe.config import OnlineConfig
-from smartmoe.controller import Change, Controller, Sizes
+from smartmoe.controller import Change, Sizes, build_controller
 from smartmoe.migrate import STAGING_BYTES, Staging, migrate
 from smartmoe.observe import LoadRecorder, StageView
 from smartmoe.ops.all_to_all import group_rank, group_size
@@ -87,7 +87,7 @@ class OnlinePlacement:
         online: see OnlineConfig.
         ep_group, stage_group: ProcessGroups (ep inside stage), or None for this process alone.
         state_of: all tensors [N, ...] that belong to the experts of a layer, for `migrate`.
-        sizes: bytes and speeds for auto's first decisions; None = as the layer tells them, see `guessed_sizes`.
+        sizes: of each layer, bytes and speeds for auto's first decisions; None = as the layers tell them, see `guessed_sizes`.
         node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
         layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
         free_bytes: the device memory that is free; None = as CUDA says, and unlimited on a CPU.
@@ -101,7 +101,7 @@ class OnlinePlacement:
         ep_group,
         stage_group,
         state_of: Callable[..., list[torch.Tensor]],
-        sizes: Sizes | None = None,
+        sizes: Sequence[Sizes] | None = None,
         node_of_rank_W: tuple[int, ...] | None = None,
         layer_ms: Callable[[], dict[int, float]] | None = None,
         free_bytes: Callable[[], int | None] | None = None,
@@ -118,7 +118,7 @@ class OnlinePlacement:
             layer.observers.append(self._recorder)
         self._auto = None
         if online.policy == "auto" and self._layers:
-            sizes = sizes or guessed_sizes(self._layers[0], online, state_of(self._layers[0]))
+            sizes = sizes or [guessed_sizes(layer, online, state_of(layer)) for layer in self._layers]
             self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms)
 
     def after_step(self, iteration: int) -> list[dict]:
@@ -278,7 +278,7 @@ class _Auto:
     """Policy "auto": counts and times of an iteration are reduced over the stage while the next one runs, and read after
     it; nothing waits for them. When a decision is due the controller takes it, and here it is carried out."""
 
-    def __init__(self, online: OnlinePlacement, sizes: Sizes, node_of_rank_W, layer_ms):
+    def __init__(self, online: OnlinePlacement, sizes: Sequence[Sizes], node_of_rank_W, layer_ms):
         self._online, self._layers, self._config = online, online._layers, online._online
         self._device, self._layer_ms = online._device, layer_ms
         self.timer: LayerTimer | None = None
@@ -286,7 +286,7 @@ class _Auto:
             self.timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
             self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in self.timer.take().items()}
         placements = [layer.placement for layer in self._layers]
-        self.controller = Controller(placements, self._config, sizes, node_of_rank_W)
+        self.controller = build_controller(placements, self._config, sizes, node_of_rank_W)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._sent: _Sent | None = None
         self._move_ms, self._num_moved, self._has_room = 0.0, 0, False

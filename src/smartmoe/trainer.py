@@ -105,7 +105,7 @@ class Trainer:
             ep_group=mesh.ep_group,
             stage_group=mesh.stage_group,
             state_of=self._expert_state,
-            sizes=self._sizes(),
+            sizes=[self._sizes(layer) for layer in self.layers.values()],
             node_of_rank_W=self._nodes(),
             free_bytes=lambda: free_device_bytes(mesh.device, self.graphs.num_bytes),
         )
@@ -172,11 +172,11 @@ class Trainer:
                 tensors += state if is_master else [ref.local, *state]
         return tensors
 
-    def _sizes(self) -> Sizes:
-        """What online placement weighs, before it has measured how fast links are."""
+    def _sizes(self, layer: MoELayer) -> Sizes:
+        """What online placement weighs for a layer, before it has measured how fast links are."""
         config = self.config
-        model, cluster, element = config.model, config.cluster, self.dtype.itemsize
-        numel = sum(p.shape[1:].numel() for layer in list(self.layers.values())[:1] for p in layer.experts.parameters())
+        model, cluster, element = block_sizes(config.model, layer.layer_idx), config.cluster, self.dtype.itemsize
+        numel = sum(p.shape[1:].numel() for p in layer.experts.parameters())
         sharers = config.plan.expert_dp if config.workload.zero else 1
         masters_and_moments = 8 if self.dtype == torch.float32 and sharers == 1 else 12
         is_away = sharers > 1 and self.config.workload.zero == 3 and config.online.replicate == "never"
