@@ -87,8 +87,8 @@ SYSTEMS: dict[str, System] = {
         zero=1,
     ),
     "tutel": System(
-        about="FastMoE's plan with Tutel's exchange in our code: equal buffers in 1 to 8 pieces, whichever is fastest, which "
-        "travel while batched experts compute; each rank limits its own tokens. Without Tutel's switching of parallelism",
+        about="FastMoE's plan with Tutel's exchange in our code: equal buffers in 1 to 8 pieces that travel while batched "
+        "experts compute, or weights that travel instead, whichever is fastest; each rank limits its own tokens",
         layer=_TUTEL,
         scope="local",
     ),

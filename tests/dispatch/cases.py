@@ -111,6 +111,7 @@ def dispatchers(group, slots_per_rank: int) -> dict:
         "padded": PaddedDispatcher(group, slots_per_rank),
         "pipelined 1": PipelinedDispatcher(group, slots_per_rank, 1),
         "pipelined 4": PipelinedDispatcher(group, slots_per_rank, 4),
+        "weights travel": always(PipelinedDispatcher(group, slots_per_rank), Choice(1, weights_travel=group is not None)),
         **({"two steps": in_two_steps(group, slots_per_rank, 2)} if group is not None and group.size() == 4 else {}),
         "overlapped 1": OverlappedDispatcher(group, slots_per_rank, 1),
         "overlapped 2": OverlappedDispatcher(group, slots_per_rank, 2),
@@ -122,8 +123,12 @@ def dispatchers(group, slots_per_rank: int) -> dict:
 def in_two_steps(group, slots_per_rank: int, degree: int) -> PipelinedDispatcher:
     """One that takes the group's ranks for two nodes and always sends inside them first."""
     nodes = tuple(2 * rank // group.size() for rank in range(group.size()))
-    dispatcher = PipelinedDispatcher(group, slots_per_rank, degree, nodes)
-    dispatcher.search = DegreeSearch((Choice(degree, in_two_steps=True),))
+    return always(PipelinedDispatcher(group, slots_per_rank, degree, nodes), Choice(degree, in_two_steps=True))
+
+
+def always(dispatcher: PipelinedDispatcher, choice: Choice) -> PipelinedDispatcher:
+    """One that has no choice."""
+    dispatcher.search, dispatcher._out_of_question = DegreeSearch((choice,)), lambda *args: ()
     return dispatcher
 
 

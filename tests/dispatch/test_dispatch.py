@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tests.dispatch import cases
 from tests.dist import spawn
 
-BATCHED = ("padded", "pipelined 4", "two steps")  # that give every slot equally many rows
+BATCHED = ("padded", "pipelined 4", "two steps", "weights travel")  # that give every slot equally many rows
 
 
 def _run_all(world_rank: int, num_ranks: int, device_type: str, dtype: torch.dtype, impls: tuple[str, ...]):

@@ -51,6 +51,22 @@ def test_a_trial_takes_the_time_of_both_passes():
     assert trial.is_done and trial.ms() > 0 and torch.equal(x.grad, torch.full((3,), 2.0))
 
 
+def test_weights_are_tried_only_where_they_are_fewer_bytes_than_rows():
+    class Two:
+        size = staticmethod(lambda: 2)
+        rank = staticmethod(lambda: 0)
+
+    dispatcher = PipelinedDispatcher(Two, 2)
+    weights = oracle.slots_of_rank(cases.cases(2)[0].weights(), cases.cases(2)[0].placement(), 0, torch.float32, "cpu")
+    experts = cases.StackedExperts(weights, "gelu", "batched")
+    travel = Choice(1, weights_travel=True)
+    assert travel in dispatcher.search.choices
+    # [2, D, F] and [2, F, D], gathered and summed, against 4 * 2 * capacity * D; F = 24: even at 24 rows, a window begins at 0
+    assert dispatcher._out_of_question(127, experts) == (travel,) and dispatcher._out_of_question(128, experts) == ()
+    assert dispatcher._out_of_question(128, lambda rows, count: rows) == (travel,), "experts with copies"
+    assert travel not in PipelinedDispatcher(Two, 2, degree=4).search.choices
+
+
 def test_nodes_are_used_where_they_are_alike():
     assert ranks_per_node((0, 0, 1, 1)) == 2 and ranks_per_node((4, 4, 4)) == 3 and ranks_per_node((0, 1, 2)) == 1
     assert ranks_per_node((0, 0, 1)) == 3 and ranks_per_node((0, 1, 0, 1)) == 4 and ranks_per_node((0, 1, 1, 2)) == 4
@@ -62,11 +78,12 @@ def _train(world_rank: int, num_ranks: int, device_type: str):
     nodes = tuple(rank // 2 for rank in range(num_ranks))
     device = torch.device(device_type, world_rank) if device_type == "cuda" else torch.device("cpu")
     dispatcher = PipelinedDispatcher(dist.group.WORLD, case.placement().slots_per_rank, 0, nodes)
+    dispatcher.search.num_trials = 1
     for max_copies in (8, 200):
         for _ in range(dispatcher.num_trial_passes + 1):
             answer = cases.carry(case, dispatcher, "batched", world_rank, torch.float32, device, max_copies)
-    with torch.no_grad():
-        seen = [dispatcher.search.choose(capacity) for capacity in (8, 200)]
+    travel = Choice(1, weights_travel=True)  # fewer bytes than the rows at 200 only
+    seen = [dispatcher.search.choose(8, (travel,)), dispatcher.search.choose(200)]
     return dispatcher.search.known(), seen, len(dispatcher.search.choices), answer
 
 
@@ -79,11 +96,11 @@ def _check_agreement(results, want_choices: int):
 
 
 def test_ranks_agree_on_what_they_tried():
-    _check_agreement(spawn(_train, 4, 4, "cpu"), 8)
+    _check_agreement(spawn(_train, 4, 4, "cpu"), 9)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks,num_choices", [(2, 4), (4, 8)])
+@pytest.mark.parametrize("num_ranks,num_choices", [(2, 5), (4, 9)])
 def test_ranks_agree_by_events_of_the_device(num_ranks, num_choices):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} CUDA devices")

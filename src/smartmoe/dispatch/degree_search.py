@@ -1,10 +1,11 @@
-"""Which degree of pipelining is fastest at which capacity: tried while training runs, remembered by capacity.
+"""Which parallelism and degree of pipelining is fastest at which capacity: tried while training runs, remembered by capacity.
 
-Source: Tutel (Hwang et al., MLSys 2023), its dictionary from windows of capacities to the best degree and all-to-all.
+Source: Tutel (Hwang et al., MLSys 2023), its dictionary from windows of capacities to what is best there.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ NUM_TRIALS = 2  # of each choice, of which the faster one counts: the first may 
 
 @dataclass(frozen=True)
 class Choice:
-    """Pieces that a buffer is cut into, and whether they travel in two steps, inside nodes and between them."""
+    """Pieces that a buffer is cut into, and whether they travel in two steps, inside nodes and between them. weights_travel:
+    no rows travel, but the weights of all experts."""
 
     degree: int
     in_two_steps: bool = False
+    weights_travel: bool = False
 
 
 class DegreeSearch:
@@ -31,33 +34,35 @@ class DegreeSearch:
         self.choices, self.window, self.num_trials = choices, window, num_trials
         self._times_ms: dict[int, dict[Choice, list[float]]] = {}
 
-    def choose(self, capacity: int) -> tuple[Choice, bool]:
+    def choose(self, capacity: int, without: tuple[Choice, ...] = ()) -> tuple[Choice, bool]:
         """The choice for the next pass at `capacity` rows of an expert, and whether it is still a trial, whose time is
-        wanted. Trials go through the choices in turn, those that were fast at the nearest known capacity first."""
-        if len(self.choices) == 1:
-            return self.choices[0], False
+        wanted. Trials go through the choices in turn, those that were fast at the nearest known capacity first. without:
+        choices that are out of the question."""
+        left = [choice for choice in self._in_order(capacity) if choice not in without]
+        if len(left) == 1:
+            return left[0], False
         known = self._times_ms.get(capacity // self.window, {})
         for turn in range(self.num_trials):
-            for choice in self._in_order(capacity):
+            for choice in left:
                 if len(known.get(choice, ())) <= turn:
                     return choice, True
-        return min(self.choices, key=lambda choice: min(known[choice])), False
+        return min(left, key=lambda choice: min(known[choice])), False
 
     def tell(self, capacity: int, choice: Choice, ms: float) -> None:
         """What a pass at `capacity` with `choice` took, on the slowest rank."""
         self._times_ms.setdefault(capacity // self.window, {}).setdefault(choice, []).append(ms)
 
     def known(self) -> dict[int, Choice]:
-        """The choices that are settled: first capacity of a window -> the fastest."""
-        windows = {window: self.choose(window * self.window) for window in sorted(self._times_ms)}
-        return {window * self.window: choice for window, (choice, is_trial) in windows.items() if not is_trial}
+        """The fastest of what was tried: first capacity of a window -> choice."""
+        windows = sorted(self._times_ms.items())
+        return {window * self.window: min(times, key=lambda choice: min(times[choice])) for window, times in windows}
 
     def _in_order(self, capacity: int) -> list[Choice]:
-        others = [window for window, known in self._times_ms.items() if len(known) == len(self.choices)]
-        if not others:
+        if not self._times_ms:
             return list(self.choices)
-        nearest = min(others, key=lambda window: (abs(window - capacity // self.window), window))
-        return sorted(self.choices, key=lambda choice: min(self._times_ms[nearest][choice]))
+        nearest = min(self._times_ms, key=lambda window: (abs(window - capacity // self.window), window))
+        known = self._times_ms[nearest]
+        return sorted(self.choices, key=lambda choice: min(known.get(choice, [math.inf])))
 
 
 class Trial:

@@ -1,4 +1,5 @@
-"""Tutel's exchange: equal buffers in pieces, experts computing while other pieces travel; how many pieces is tried out."""
+"""Tutel's exchange: equal buffers in pieces, experts computing while other pieces travel, or the experts' weights travel; what
+is fastest is tried out."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from smartmoe.dispatch.degree_search import DEGREES, Choice, DegreeSearch, Trial
-from smartmoe.ops.all_to_all import group_rank, group_size, start_exchange, wait_exchange
+from smartmoe.mesh import reduce_scatter
+from smartmoe.ops.all_to_all import gather_all, group_rank, group_size, start_exchange, wait_exchange
 from smartmoe.ops.permute import combine, permute
 from smartmoe.ops.plan import count_slots, make_padded_plan
 
@@ -20,10 +22,11 @@ class PipelinedDispatcher:
     degree: 1, 2, 4 or 8, or 0 = the fastest, tried out for each window of capacities in the first passes with gradients at
     it (`DegreeSearch`): after such a trial the host waits for the device and ranks agree by an all-reduce. Where the group
     spans nodes with equally many ranks each, an exchange may also travel in two steps, to the ranks of the own node first,
-    then to ranks of the same place on other nodes: fewer, larger messages between nodes; that is tried out, too.
-    Of Tutel's this has neither the switching between parallelisms (data parallel experts, sharded ones) nor its fast
-    encode and decode, whose place `permute` and `combine` have.
-    Collective over the group: 2 * degree all-to-alls of equal parts (twice as many in two steps).
+    then to ranks of the same place on other nodes: fewer, larger messages between nodes; that is tried out, too. So is data
+    parallelism of experts (`weights_travel`) where the weights are fewer bytes than the rows: each rank gathers all weights,
+    computes its own rows, and gradients are summed at the owners; that is Tutel's P1. Its P2, experts that several ranks
+    share, is for fewer experts than ranks, which no plan here has; its fast encode and decode are `permute` and `combine`.
+    Collective over the group: 2 * degree all-to-alls of equal parts (twice as many in two steps), or a gathering of weights.
     """
 
     def __init__(self, ep_group, slots_per_rank: int, degree: int = 0, node_of_rank_W: tuple[int, ...] | None = None):
@@ -40,7 +43,8 @@ class PipelinedDispatcher:
             return (Choice(1),)  # nothing travels
         degrees = (degree,) if degree else DEGREES
         ways = (False, True) if 1 < self.ranks_per_node < self.num_ranks else (False,)
-        return tuple(Choice(each, way) for way in ways for each in degrees)
+        data_parallel = () if degree else (Choice(1, weights_travel=True),)
+        return (*(Choice(each, way) for way in ways for each in degrees), *data_parallel)
 
     @property
     def num_trial_passes(self) -> int:
@@ -52,13 +56,23 @@ class PipelinedDispatcher:
         pieces."""
         self._settle_trials()
         capacity = routing.max_copies or self._largest_count(slot_TK)
-        choice, is_trial = self.search.choose(capacity)
+        choice, is_trial = self.search.choose(capacity, self._out_of_question(capacity, experts))
         trial = Trial(capacity, choice, x_TD.is_cuda) if is_trial and x_TD.requires_grad and torch.is_grad_enabled() else None
         if trial is None:
             return self._carry(x_TD, routing.weight_TK, slot_TK, experts, capacity, choice)
         y_TD = self._carry(trial.enter(x_TD), routing.weight_TK, slot_TK, experts, capacity, choice)
         self._trials.append(trial)
         return trial.leave(y_TD)
+
+    def _out_of_question(self, capacity: int, experts) -> tuple[Choice, ...]:
+        """Weights do not travel where rows are fewer bytes, both ways and back, nor those of experts with copies."""
+        if not (hasattr(experts, "weights") and hasattr(experts, "compute")):
+            return tuple(choice for choice in self.search.choices if choice.weights_travel)
+        first = capacity // self.search.window * self.search.window  # one answer for a window
+        w1_LDF, _, w2_LFD, _ = experts.weights()
+        numel_weights = 2 * (w1_LDF.numel() + w2_LFD.numel())  # gathered, and their gradients summed
+        numel_rows = 4 * self.slots_per_rank * first * w1_LDF.shape[1]
+        return tuple(choice for choice in self.search.choices if choice.weights_travel and numel_weights >= numel_rows)
 
     def _settle_trials(self) -> None:
         """Tell the search of trials that are over. Collective over the group when there are some, which all ranks know."""
@@ -81,6 +95,8 @@ class PipelinedDispatcher:
 
     def _carry(self, x_TD, weight_TK, slot_TK, experts, capacity: int, choice: Choice) -> torch.Tensor:
         """The order of the calls is the schedule, and its reverse is the schedule of backward."""
+        if choice.weights_travel:
+            return self._carry_weights(x_TD, weight_TK, slot_TK, experts, capacity)
         degree, width = choice.degree, x_TD.shape[1]
         per_piece = -(-capacity // degree)
         num_slots = self.num_ranks * self.slots_per_rank
@@ -101,6 +117,13 @@ class PipelinedDispatcher:
         done = [way.finish_back(rows).view(num_slots, per_piece, width) for way, rows in zip(ways, back, strict=True)]
         rows = torch.stack(done, 1) if degree > 1 else done[0]
         return combine(rows.view(-1, width), weight_TK, plan)
+
+    def _carry_weights(self, x_TD, weight_TK, slot_TK, experts, capacity: int) -> torch.Tensor:
+        num_slots = self.num_ranks * self.slots_per_rank
+        weights = [None if each is None else _Gather.apply(each, self.group) for each in experts.weights()]
+        plan = make_padded_plan(slot_TK, num_slots, capacity)
+        count_S = torch.full((num_slots,), capacity, device=slot_TK.device)
+        return combine(experts.compute(permute(x_TD, plan), count_S, weights), weight_TK, plan)
 
     def _by_slot(self, rows_RD, per_piece: int):
         """Rows by (source rank, slot) to rows by (slot, source rank)."""
@@ -160,6 +183,21 @@ class Way:
             return rows_RD
         parts = rows_RD.view(*grid, self._part_rows, rows_RD.shape[1])
         return parts.transpose(0, 1).reshape(rows_RD.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """The weights of all ranks' slots [W * L, ...]; gradients are summed at their owner."""
+
+    @staticmethod
+    def forward(ctx, weight, group):
+        ctx.group = group
+        return gather_all(weight, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        part = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
+        reduce_scatter(part, grad.contiguous(), ctx.group)
+        return part, None
 
 
 def ranks_per_node(node_of_rank_W: tuple[int, ...]) -> int:
