@@ -274,12 +274,13 @@ def test_other_stages_are_refused():
 
 
 def compare_on_gpus(world_rank):
-    """By plan and precision, losses and norms without and with ZeRO-1, and with copies that return late and early."""
+    """By plan and precision, losses and norms without and with each stage of ZeRO, and with copies that return late and
+    early."""
     torch.backends.cuda.matmul.allow_tf32 = False
     device, found = f"cuda:{world_rank}", {}
-    for plan in (ParallelPlan(dp=2, ep=1), ParallelPlan(dp=2, ep=2), ParallelPlan(tp=2, ep=1)):
+    for plan in (ParallelPlan(dp=2, ep=1, recompute=True), ParallelPlan(dp=2, ep=2), ParallelPlan(tp=2, ep=1)):
         for work in (WORKLOAD, HALF):
-            configs = [config_of(plan, zero, workload=work) for zero in (0, 1)]
+            configs = [config_of(plan, zero, workload=work) for zero in (0, 1, 2, 3)]
             found[plan.describe(), work.dtype] = [losses_of(config, device=device) for config in configs]
     late = replica_config(ParallelPlan(dp=2, ep=2), "history")
     early = dataclasses.replace(late, online=dataclasses.replace(late.online, return_early=True))
@@ -290,5 +291,6 @@ def compare_on_gpus(world_rank):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 def test_losses_and_norms_on_two_gpus_are_those_without():
-    for (name, dtype), (wanted, found) in spawn(compare_on_gpus, 2, backend="nccl")[0].items():
-        np.testing.assert_allclose(found, wanted, rtol=1e-4 if dtype == "float32" else 2e-2, err_msg=f"{name} {dtype}")
+    for (name, dtype), (wanted, *others) in spawn(compare_on_gpus, 2, backend="nccl")[0].items():
+        for found in others:
+            np.testing.assert_allclose(found, wanted, rtol=1e-4 if dtype == "float32" else 2e-2, err_msg=f"{name} {dtype}")
