@@ -1,13 +1,15 @@
 """ZeRO-2 and 3 in a world of two: what is on a rank at which time, and cases where two ranks must agree to the bit."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from dist import spawn
+from dist import gpu_backend, gpu_of, spawn
 from parity import MODEL, WORKLOAD, make_config, make_trainer
+from test_graphs import GPU_MODEL
 
-from smartmoe.config import GateConfig, ParallelPlan
+from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan
 from smartmoe.parallel.zero_passes import PassShardedBuffers
 from smartmoe.planner.memory import Parameters
 from smartmoe.planner.sharding import kept_bytes
@@ -138,3 +140,41 @@ def test_whoever_is_alone_keeps_all():
     buffers.reduce()
     (share,) = buffers.shares
     assert (share.num, share.idx) == (1, 0) and torch.equal(share.grad, torch.ones(3, 4)) and weight.numel() == 12
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+
+ROUTES = {"weights on both": 1, "experts on one each": 2}
+
+
+def recorded_on_gpus(world_rank):
+    """By stage and where experts are: losses and norms of passes that run as they are and of recorded ones, and what was
+    said of those."""
+    device, found = gpu_of(world_rank), {}
+    layer = LayerConfig(dispatcher="direct", row_factor=2.0)
+    for (name, ep), zero in itertools.product(ROUTES.items(), (2, 3)):
+        online = OnlineConfig() if ep == 1 else OnlineConfig(replicate="exact", replica_slots=2)
+        plan, curves, said = ParallelPlan(dp=2, ep=ep, recompute=zero == 3), [], []
+        for cuda_graph in ("never", "auto"):
+            work = dataclasses.replace(WORKLOAD, dtype="bfloat16", iterations=100, cuda_graph=cuda_graph, zero=zero)
+            gate = GateConfig(kind="naive")
+            config = make_config(plan, 3, layer=layer, gate=gate, model=GPU_MODEL, workload=work, online=online)
+            trainer = make_trainer(config, str(device))
+            trainer.graphs.tell = said.append
+            # the one way of attention whose backward pass is deterministic
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                results = [trainer.run_iteration() for _ in range(8)]
+            curves.append([(result.lm_loss, result.optimizer.grad_norm) for result in results])
+            trainer.close()
+        found[name, zero] = *curves, said
+    return found
+
+
+@pytest.mark.gpu
+def test_recorded_passes_gather_and_reduce_as_those_that_run():
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    for found in spawn(recorded_on_gpus, 2, backend=gpu_backend(2)):
+        for case, (plain, recorded, said) in found.items():
+            assert recorded == plain, case
+            assert any("captured in" in words for words in said), (case, said)
