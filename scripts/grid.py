@@ -53,9 +53,10 @@ class Machine:
 class Grid:
     """One [[grid]] of an experiment: all its systems x all its gates, on one kind of cluster.
 
-    `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars;
-    {ranks} and {capacity} are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run and the
-    progress line estimate with. `repeats`: each run so many times, the later ones with the next seeds: the figure's error bars.
+    `ranks` 0 fits any number of ranks from `min_ranks` on. `panel` and `group` are what the figure calls the bars; {ranks},
+    {gpus} ("1 GPU", "2 GPUs") and {capacity} are filled in. `start_s` and `step_s` (seconds an iteration) are what --dry-run
+    and the progress line estimate with. `repeats`: each run so many times, the later ones with the next seeds: the figure's
+    error bars.
     `samples_per_rank`: the global batch is so many samples a rank, in place of workload.global_batch_size.
     A system with a host of its own (smartmoe.hosts) is trained by that.
     """
@@ -225,7 +226,8 @@ class Configs:
 
     def _run(self, figure, grid, row, parts, gate, cluster, source, where) -> Run:
         label = capacity_label(gate)
-        names, slow = {"ranks": cluster.num_ranks, "capacity": label}, cluster.slow_links_gbytes_per_s
+        num_ranks, slow = cluster.num_ranks, cluster.slow_links_gbytes_per_s
+        names = {"ranks": num_ranks, "capacity": label, "gpus": f"{num_ranks} GPU{'s' * (num_ranks > 1)}"}
         bar = {
             "figure": figure,
             "panel": _fill(grid.panel, names, where) + (f", links slowed to {slow:g} GB/s" if slow else ""),
@@ -413,7 +415,7 @@ def _fill(text: str, names: dict, where: str) -> str:
     try:
         return text.format_map(names)
     except (KeyError, IndexError, ValueError, AttributeError):
-        raise ValueError(f'{where}: "{text}": only {{ranks}} and {{capacity}} are filled in') from None
+        raise ValueError(f'{where}: "{text}": only {{ranks}}, {{gpus}} and {{capacity}} are filled in') from None
 
 
 def _relative(path: Path, start: Path) -> Path:

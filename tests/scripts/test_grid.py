@@ -164,7 +164,7 @@ BROKEN = {
     "gate subset": (GRID.replace('["+inf"]', '["3.6"]'), "no capacity 3.6"),
     "no gates": (GRID.replace("gates = [{", "# gates = [{"), "needs gates"),
     "entry": (GRID.replace("panel", 'entry = "rm -rf"\npanel'), "entry"),
-    "template": (GRID.replace("{capacity}", "{panel.__class__}"), "only {ranks} and {capacity}"),
+    "template": (GRID.replace("{capacity}", "{panel.__class__}"), "only {ranks}, {gpus} and {capacity}"),
     "name of the figure": (GRID.replace('"fig8"', '"fig10"'), "must be the name of the file"),
     "nothing": ('figure = "fig8"\n', "give a .*waits_for"),
     "not toml": ("figure = ", "fig8.toml: cannot read"),
