@@ -27,7 +27,7 @@ from smartmoe.config import (
 from smartmoe.images import why_no_images
 from smartmoe.mesh import build_mesh
 from smartmoe.models import flops_per_sample
-from smartmoe.placement import Placement
+from smartmoe.placement import Placement, Replicas
 from smartmoe.samples import load_data
 from smartmoe.swin import PatchMerging, Swin, WindowAttention
 from smartmoe.swin_sizes import SwinConfig, block_sizes, has_experts
@@ -47,7 +47,7 @@ def make_config(plan=None, model=MODEL, samples=8, **changes) -> RunConfig:
         global_batch_size=samples, micro_batch_size=samples // 2 // plan.dp, iterations=20, lr=3e-3, data=("synthetic",)
     )
     work = dataclasses.replace(work, **changes.pop("workload", {}))
-    cluster = ClusterSpec(name="test", ranks_per_node=plan.world_size)
+    cluster = ClusterSpec(name="test", ranks_per_node=plan.world_size, intra_node_gbytes_per_s=1e6)  # a copy costs nothing
     gate = changes.pop("gate", GateConfig(kind="gshard", capacity=1.5))
     return check(RunConfig(model=model, gate=gate, workload=work, plan=plan, cluster=cluster, **changes))
 
@@ -173,17 +173,27 @@ def _shuffle(trainer):
     trainer.online.move(targets)
 
 
-def _losses(config, folder=None, before=None, num_steps=NUM_STEPS):
-    """Losses, with a checkpoint in `folder` after half of the steps."""
-    trainer, losses = make_trainer(config), []
-    for step in range(num_steps):
+def _copy(trainer):
+    """The first expert of each rank to the other one, which takes half of its tokens, for the steps to come."""
+    share_EW = np.eye(2)[[0, 0, 1, 1]]
+    share_EW[[0, 2]] = 0.5
+    for layer in trainer.layers.values():
+        layer.set_replicas(Replicas((2, 0), np.stack([share_EW] * 2)))
+
+
+def _losses(config, folder=None, before=None):
+    """Losses, with a checkpoint in `folder` after half of the steps; (experts moved, bytes sent for copies)."""
+    trainer, losses, done = make_trainer(config), [], [0, 0]
+    for step in range(NUM_STEPS):
         if before and step == 2:
             before(trainer)
         result = trainer.run_iteration()
         losses.append((result.lm_loss, result.balance_loss))
-        if folder and step == num_steps // 2 - 1:
+        done[0] += sum(event["num_moved"] for event in result.events)
+        done[1] += result.replica_bytes
+        if folder and step == NUM_STEPS // 2 - 1:
             trainer.save(folder)
-    return losses
+    return losses, done
 
 
 BOTH = ParallelPlan(dp=2, ep=2)
@@ -193,22 +203,21 @@ CASES = {
     "data parallel": (ParallelPlan(dp=2), {}),
     "recomputed, ZeRO-1": (dataclasses.replace(BOTH, recompute=True), {"workload": {"zero": 1}}),
     "recomputed, ZeRO-3": (ParallelPlan(dp=2, recompute=True), {"workload": {"zero": 3}}),
+    "ZeRO-3": (ParallelPlan(dp=2), {"workload": {"zero": 3}}),
     "gradients reduced early": (BOTH, {"workload": {"reduce_early": True}}),
     "moved by greedy": (BOTH, {"online": OnlineConfig(policy="greedy", interval=1)}),
     "moved by auto": (BOTH, {"online": OnlineConfig(policy="auto", interval=1, min_gain=0.0, horizon=10**6)}),
-    "copies from history": (
-        BOTH, {"online": OnlineConfig(policy="auto", interval=1, replicate="history", replica_slots=1, horizon=10**6)}
-    ),
     "copies for each micro-batch": (BOTH, {"online": OnlineConfig(replicate="exact", replica_slots=1)}),
     **{kind: (BOTH, changes) for kind, changes in DISPATCHERS.items()},
 }
 
 
 def _run_cases(world_rank, folder):
-    curves = {name: _losses(make_config(plan, **changes)) for name, (plan, changes) in CASES.items()}
-    curves["shuffled"] = _losses(make_config(BOTH), before=_shuffle)
-    saved = _losses(make_config(BOTH), folder)
-    return curves, saved
+    found = {name: _losses(make_config(plan, **changes)) for name, (plan, changes) in CASES.items()}
+    found["shuffled"] = _losses(make_config(BOTH), before=_shuffle)
+    copies = OnlineConfig(replicate="history", replica_slots=1)
+    found["copies for steps"] = _losses(make_config(BOTH, online=copies), before=_copy)
+    return found, _losses(make_config(BOTH), folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +227,12 @@ def two_ranks(tmp_path_factory):
 
 
 def test_plans_mechanisms_and_dispatchers_follow_one_process(two_ranks):
-    reference = np.array(_losses(make_config()))
+    reference, found = np.array(_losses(make_config())[0]), two_ranks[0]
     assert np.ptp(reference[:, 0]) > 0.01
-    for name, curve in two_ranks[0].items():
+    for name, (curve, _) in found.items():
         np.testing.assert_allclose(np.array(curve), reference, rtol=TOLERANCE, err_msg=name)
+    assert found["moved by greedy"][1][0] > 0
+    assert found["copies for steps"][1][1] > 0 < found["copies for each micro-batch"][1][1]
 
 
 def test_one_process_goes_on_where_two_ranks_stopped(two_ranks):
