@@ -91,3 +91,18 @@ def test_noise_of_rare_numbers_is_exact_on_a_gpu():
     second_T = (logits_TE + noise_TE).scatter(1, first_T1, -torch.inf).argmax(-1)
     # numbers a rounding apart may change places: none here is so close
     assert torch.equal(pruned_TK[:, 0], first_T1[:, 0]) and (pruned_TK[:, 1] != second_T).float().mean() < 1e-3
+
+
+@pytest.mark.gpu
+def test_logits_of_bfloat16_are_those_of_float32_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    generator = torch.Generator().manual_seed(7)
+    x_TD, weight_ED = (torch.randn(shape, generator=generator).cuda().bfloat16() for shape in ((500, 768), (16, 768)))
+    slope_TE, seen = torch.randn(500, 16, generator=generator).cuda(), []
+    for linear in (gumbel._BfloatLinear.apply, lambda x, weight: torch.nn.functional.linear(x.float(), weight.float())):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x_TD, weight_ED)]
+        logits_TE = linear(*inputs)
+        seen.append((logits_TE, *torch.autograd.grad(logits_TE, inputs, slope_TE)))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(seen[0][1:], seen[1][1:], rtol=1e-2, atol=1e-2)  # rounded to bfloat16 at the end
