@@ -89,8 +89,9 @@ def test_noise_of_rare_numbers_is_exact_on_a_gpu():
     noise_TE = -torch.log(-torch.log(uniform_TE * (1 - info.eps - info.tiny) + info.tiny))
     first_T1 = logits_TE.softmax(-1).argmax(-1, keepdim=True)
     second_T = (logits_TE + noise_TE).scatter(1, first_T1, -torch.inf).argmax(-1)
-    # numbers a rounding apart may change places: none here is so close
-    assert torch.equal(pruned_TK[:, 0], first_T1[:, 0]) and (pruned_TK[:, 1] != second_T).float().mean() < 1e-3
+    assert torch.equal(pruned_TK[:, 0], first_T1[:, 0])
+    # two that are a rounding apart may change places; a logarithm that is wrong next to 1 would change hundreds
+    assert (pruned_TK[:, 1] != second_T).sum() <= 4
 
 
 @pytest.mark.gpu
