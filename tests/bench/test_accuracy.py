@@ -145,6 +145,7 @@ def test_sizes_of_the_layer_profile_follow_from_the_number_of_ranks():
         assert all(380 <= sum(r.sum() for r in part) <= 404 for part in (rows[:4], rows[4:]))
         assert rows[0].sum() == max(r.sum() for r in rows)
     assert (profile_layer._rows_of_slots(100, 4, 1.0, 5.0, 4, 0) > 0).sum() < 4  # some idle
+    assert (profile_layer._rows_of_slots(4096, 4, 1.0, 0.0, 4, 0) % 128).any()  # as routing does, not in whole tiles
 
 
 def test_statistics_by_hand():

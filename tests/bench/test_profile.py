@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from smartmoe.bench import measure, profile_cluster
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
 from smartmoe.planner import inputs
-from smartmoe.planner.primitives import EXCHANGES, KINDS, Primitives, Profile
+from smartmoe.planner.primitives import EXCHANGES, KINDS, Point, Primitives, Profile
 from tests.dist import spawn
 
 TINY = ["--device", "cpu", "--shapes", "16,32,2,4,2,32,300", "--tokens", "16", "64", "128", "--seconds", "0.001"]
@@ -28,6 +29,7 @@ def test_two_ranks_profile_every_primitive(tmp_path):
     spawn(_run, 2, path, tmp_path / "slow.json")
     profile = Profile.load(path)
     assert set(profile.points) == set(KINDS)
+    assert profile.facts["rank_pace"] == [1.0, 1.0]  # cores are shared
     assert profile.facts["ranks"] == 2 and profile.facts["torch"] and profile.dtype == "float32"
     assert any(p.held_out for points in profile.points.values() for p in points)
     exchange = profile.points["all_to_all"]
@@ -56,6 +58,20 @@ def test_rows_of_an_exchange_and_sizes_between():
     assert profile_cluster.parts.share_rows(100, 2, 1.5).tolist() == [75, 25]
     assert profile_cluster.parts.share_rows(100, 2, 0.0).tolist() == [0, 100]
     assert profile_cluster.token_grid([64, 128, 256]) == [(64, False), (128, False), (256, False), (96, True)]
+
+
+def test_times_of_one_chip_become_those_of_the_slowest():
+    profiler = profile_cluster.Profiler.__new__(profile_cluster.Profiler)
+    profiler._has_one_clock, profiler.site = False, None
+    point = Point({}, dict.fromkeys(("median", "p10", "p90"), 3.0), {})
+    profiler.points = {name: [point] * 4 for name in ("experts_forward", "experts_backward")}
+    case = profile_cluster.both_ways("experts", {}, False, None)
+    cases = [dataclasses.replace(case, busiest=busiest) for busiest in (None, 0, 1, None)]
+    times_W = [[0.8, 1.0], [9.0, 1.0], [1.0, 9.0], [1.6, 2.0]]
+    profiler._experts = [(case, np.array(times)) for case, times in zip(cases, times_W, strict=True)]
+    assert profiler.settle() == [0.8, 1.0]
+    for found in profiler.points.values():
+        assert [point.device_ms["median"] for point in found] == pytest.approx([3.0, 3.0 / 0.8, 3.0, 3.0])
 
 
 def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():

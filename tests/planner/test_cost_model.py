@@ -238,6 +238,20 @@ def test_a_captured_pass_has_no_launches():
     assert find(flat, workload=half).parts[waits] > 0
 
 
+def test_a_slower_chip_counts_where_it_is_known_which_rank_has_it():
+    """Only where one expert group is all there is: of several groups each has other chips."""
+    cluster, plan = dataclasses.replace(NODES, num_nodes=1), ParallelPlan(dp=4, ep=4)
+    config = dataclasses.replace(CONFIG, layer=LayerConfig(dispatcher="direct"))
+    took = {}
+    for name, pace, where in (("alike", [1.0] * 4, cluster), ("other", [0.5, 0.5, 0.5, 1.0], cluster),
+                              ("fast", [0.5] * 4, cluster), ("groups", [0.5] * 4, NODES)):  # fmt: skip
+        known = described.describe(NODES, described.Rates(), "bfloat16")
+        known.facts["rank_pace"] = pace
+        cost = CostModel(config, where, known, loads.uniform(MODEL))
+        took[name] = float(cost.layer_times(plan, 2).forward["experts"].mean())
+    assert took["other"] == took["alike"] == took["groups"] == pytest.approx(2 * took["fast"])
+
+
 def test_an_update_takes_as_long_as_its_work_or_its_launches():
     cost = _cost()
     work_ms = float(PRIMITIVES.ms("optimizer", numel=1e9))

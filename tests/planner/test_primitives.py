@@ -66,6 +66,11 @@ def test_the_slowest_rank_is_found_among_many():
     sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128, largest=rows / 4)
     slowest = primitives.slowest_ms("experts_forward", **sizes)
     assert slowest == pytest.approx(primitives.ms("experts_forward", **sizes).max(-1))
+    for ranks in (16, 3):  # chips of other speeds: the fullest is not always the slowest
+        few = {key: value[:, :ranks] if isinstance(value, np.ndarray) else value for key, value in sizes.items()}
+        pace = np.linspace(0.5, 1.0, ranks)
+        slowest = primitives.slowest_ms("experts_forward", pace, **few)
+        assert slowest == pytest.approx((primitives.ms("experts_forward", **few) * pace).max(-1))
 
 
 def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):

@@ -9,6 +9,7 @@ smartmoe.planner.primitives.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import platform
 import sys
@@ -43,6 +44,7 @@ _HOST_RUNS = 7
 # Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
 WAITING = ("optimizer", "optimizer_launches", "experts_loop")
 _LEAST_HOST_MS = 2e-3
+EXPERT_SKEWS = (0.0, 0.8, 1.6, 3.0)  # exponents of the Zipf law of rows over a rank's experts; the last leaves some idle
 _SMALL = 64  # numbers of a tensor whose update takes no time but that of its launch
 
 
@@ -69,13 +71,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: the primitive (two, _forward and _backward, when `has_backward`), its sizes, and how to run it."""
+    """One measurement: the primitive (two, _forward and _backward, when `has_backward`), its sizes, and how to run it.
+    busiest: the rank that has the most to do, None = all have the same."""
 
     name: str
     sizes: dict[str, float]
     build: Callable[[], object]
     has_backward: bool
     is_held_out: bool
+    busiest: int | None = None
 
 
 class Profiler:
@@ -84,6 +88,7 @@ class Profiler:
     def __init__(self, world: World, dtype: str, seconds_per_case: float):
         self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
         self.points: dict[str, list[Point]] = {}
+        self._experts: list[tuple[Case, np.ndarray]] = []  # times of each rank, [ranks] ms
         self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
         self._busy = BusyWork(world, self.site.dtype)
         self._call_ms = parts.backward_call_ms(self.site) if world.device.type == "cuda" else 0.0
@@ -103,6 +108,9 @@ class Profiler:
             return
         device_IP = slowest_parts(np.array([w["marks"] for w in words]), self._has_one_clock)
         host_IP = np.array([w["host"] for w in words]).max(0)
+        if case.name == "experts":
+            marks_WIM = np.array([w["marks"] for w in words])
+            self._experts.append((case, np.median(marks_WIM[:, :, -1] - marks_WIM[:, :, 0], axis=1)))
         if case.has_backward:
             host_IP[:, 1] = np.maximum(host_IP[:, 1] - self._call_ms, _LEAST_HOST_MS)
         if case.name in WAITING:
@@ -116,6 +124,22 @@ class Profiler:
             )
             device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
             self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
+
+    def settle(self) -> list[float]:
+        """Bring times of experts that were measured on one rank to those of the slowest one. Returns for each rank its time
+        over the slowest's for the same products: chips whose power is limited differ in their clocks."""
+        alike_CW = np.array([times_W / times_W.max() for case, times_W in self._experts if case.busiest is None])
+        if not len(alike_CW) or self._has_one_clock:
+            return [1.0] * self.site.world.num_ranks
+        pace_W = np.median(alike_CW, axis=0)
+        pace_W /= pace_W.max()
+        for name in ("experts_forward", "experts_backward"):
+            for place, (case, _) in enumerate(self._experts):
+                if case.busiest is not None:
+                    point = self.points[name][place]
+                    slowest = {key: ms / pace_W[case.busiest] for key, ms in point.device_ms.items()}
+                    self.points[name][place] = dataclasses.replace(point, device_ms=slowest)
+        return pace_W.round(4).tolist()
 
     def _time(self, step, reset, gets_ahead: bool) -> tuple[np.ndarray, np.ndarray]:
         """([iterations, parts + 1] ms at which the device passed each mark, [iterations, parts] ms of the host that
@@ -222,9 +246,9 @@ def compute_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Ca
     return cases
 
 
-def both_ways(name: str, sizes: dict, held: bool, build: Callable[[], object]) -> Case:
+def both_ways(name: str, sizes: dict, held: bool, build: Callable[[], object], busiest: int | None = None) -> Case:
     """A piece with a forward and a backward part."""
-    return Case(name, sizes, build, True, held)
+    return Case(name, sizes, build, True, held, busiest)
 
 
 def _token_cases(site, shape, tokens, held) -> list[Case]:
@@ -249,17 +273,16 @@ def _token_cases(site, shape, tokens, held) -> list[Case]:
 
 
 def _expert_cases(site, shape, tokens) -> list[Case]:
-    """Rows over local experts: even, and skewed with an idle expert among them."""
+    """Rows over local experts: about even, and skewed with an idle expert among them. They are drawn, as routing does:
+    numbers that fill whole tiles would be faster."""
     cases = []
-    seeds = np.random.default_rng(0)
+    draw = np.random.default_rng(0)
     for slots in sorted({max(1, shape.experts // 8), max(1, shape.experts // 2), shape.experts}):
         for rows, held in token_grid([*tokens, 2 * tokens[-1], 4 * tokens[-1]]):
-            for skew in (0.0, 1.2, 3.0):
+            for skew in EXPERT_SKEWS if slots > 1 else (0.0,):
                 share = np.arange(1, slots + 1) ** -skew
-                counts = np.floor(seeds.permutation(share / share.sum()) * rows).astype(int)
+                counts = draw.multinomial(rows, draw.permutation(share / share.sum()))
                 sizes = expert_case_sizes(counts, shape.width, 2 * shape.ffn)
-                if sizes["rows"] == 0:
-                    continue
                 for name, impl in (("experts", "grouped"), ("experts_loop", "loop")):
                     if impl == "loop" and (skew or slots == shape.experts):
                         continue  # its time is that of the products: even loads tell it
@@ -399,6 +422,7 @@ def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict
     profiler.points["sync"] = [measure_sync(world)]
     facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
     facts["slow_links_gbytes_per_s"] = slow_links_rate
+    facts["rank_pace"] = profiler.settle()
     profile = Profile(profiler.points, profiler.dtype, facts)
     if world.ep_rank == 0:
         took = time.monotonic() - start

@@ -1,7 +1,7 @@
 """The primitives of one run's MoE layer, measured at the sizes that its routing can reach: a small profile, in seconds.
 
-A hot rank is measured as it occurs: it has many rows while the others share the rest. Sizes follow from the model and the
-number of ranks alone; no trace is looked at.
+A hot rank is measured as it occurs: it has many rows while the others share the rest; ranks take turns at being hot. Sizes
+follow from the model and the number of ranks alone; no trace is looked at.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def layer_cases(site: Site, config: RunConfig, tokens: int) -> list[Case]:
     for choices in sorted({top_k, max(top_k, (top_k + most) // 2), max(top_k, most)}):
         moved = dict(tokens=tokens, copies=tokens * choices, width=width)
         cases.append(both_ways("route", moved, False, functools.partial(parts.route, site, **moved)))
-    for share, held in hot_shares(world.num_ranks):
-        cases += [_experts_case(site, config, copies, share, skew, held) for skew in EXPERT_SKEWS]
+    for place, (share, held) in enumerate(hot_shares(world.num_ranks)):
+        hot = None if share == 1.0 else place % world.num_ranks
+        cases += [_experts_case(site, config, copies, share, skew, held, hot) for skew in EXPERT_SKEWS]
         if world.group is not None:
             cases.append(all_to_all_case(site, copies, width, share, held))
     if world.group is not None:  # counts: of gates with a capacity, and of rows before these are sent
@@ -83,22 +84,25 @@ def layer_cases(site: Site, config: RunConfig, tokens: int) -> list[Case]:
     return cases
 
 
-def _experts_case(site: Site, config: RunConfig, copies: int, share: float, skew: float, held: bool) -> Case:
-    """Rank 0 is the hot one: its sizes stand for the case, whose time is that of the slowest rank."""
+def _experts_case(site: Site, config: RunConfig, copies: int, share: float, skew: float, held: bool, hot: int | None) -> Case:
+    """The sizes of the hot rank stand for the case, whose time is that of the slowest rank. hot: None = all have the same."""
     model, world = config.model, site.world
-    slots = model.num_experts // world.num_ranks
-    hot = _rows_of_slots(copies, world.num_ranks, share, skew, slots, 0)
-    sizes = expert_case_sizes(hot, model.hidden_size, model.ffn_size * (3 if model.activation == "swiglu" else 2))
-    mine = _rows_of_slots(copies, world.num_ranks, share, skew, slots, world.ep_rank).tolist()
+    slots, first = model.num_experts // world.num_ranks, hot or 0
+    rows_L = _rows_of_slots(copies, world.num_ranks, share, skew, slots, 0)
+    sizes = expert_case_sizes(rows_L, model.hidden_size, model.ffn_size * (3 if model.activation == "swiglu" else 2))
+    place = (world.ep_rank - first) % world.num_ranks
+    mine = _rows_of_slots(copies, world.num_ranks, share, skew, slots, place).tolist()
     impl = config.layer.experts
     build = functools.partial(parts.experts, site, mine, model.hidden_size, model.ffn_size, model.activation, impl)
-    return both_ways("experts" if impl == "grouped" else "experts_loop", sizes, held, build)
+    return both_ways("experts" if impl == "grouped" else "experts_loop", sizes, held, build, hot)
 
 
-def _rows_of_slots(copies: int, num_ranks: int, share: float, skew: float, slots: int, ep_rank: int) -> np.ndarray:
-    """[slots] rows that a rank computes where each of the ranks sends `copies`; at least one."""
+def _rows_of_slots(copies: int, num_ranks: int, share: float, skew: float, slots: int, place: int) -> np.ndarray:
+    """[slots] rows that a rank computes where each of the ranks sends `copies`; at least one. place: 0 = the hot one. Drawn, as
+    routing does: numbers that fill whole tiles would be faster."""
     to_W = parts.share_rows(copies, num_ranks, share) if num_ranks > 1 else np.array([copies])
     law = np.arange(1, slots + 1) ** -skew
-    rows_L = np.floor(num_ranks * to_W[ep_rank] * law / law.sum()).astype(int)
+    draw = np.random.default_rng([int(1000 * share), int(10 * skew)])
+    rows_L = draw.multinomial(num_ranks * to_W[place], law / law.sum())
     rows_L[0] = max(rows_L[0], 1)
     return rows_L

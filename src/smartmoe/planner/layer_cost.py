@@ -34,6 +34,7 @@ class LayerSetting:
     dtype_bytes: int
     replica_slots: int = 0
     is_exact: bool = False  # replicas are of each micro-batch, not of a whole step
+    pace: tuple[float, ...] = ()  # of each rank, times over the slowest one's; empty = all alike
 
     @property
     def copies(self) -> int:
@@ -145,7 +146,7 @@ def _times(primitives, setting, travel, count):
         part = parts[way]
         part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
         host[way]["gate"] = float(primitives.host_ms(f"{gate}_{way}", **sizes))
-        part["experts"] = primitives.slowest_ms(f"{experts}_{way}", **work)
+        part["experts"] = primitives.slowest_ms(f"{experts}_{way}", setting.pace or 1.0, **work)
         idle = {**work, "rows": 0, "padded_rows": 0, "active": 0, "largest": 0}
         host[way]["experts"] = float(primitives.host_ms(f"{experts}_{way}", **idle))
         if layer.dispatcher == "direct":

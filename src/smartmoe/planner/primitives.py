@@ -270,20 +270,22 @@ class Primitives:
         """What the host takes to launch it, in ms; 0 where the host is the device (CPUs)."""
         return self._evaluate(self._host, name, KINDS[name].host_amounts, sizes)
 
-    def slowest_ms(self, name: str, **sizes) -> np.ndarray:
-        """`ms` of the slowest entry along the last axis of the sizes. Which one that is, base alone decides where there
-        are many."""
+    def slowest_ms(self, name: str, pace=1.0, **sizes) -> np.ndarray:
+        """`ms` times `pace` of the slowest entry along the last axis of the sizes; pace: a number, or one for each entry. Which
+        one that is, base alone decides where there are many."""
         kind = KINDS[name]
         columns = dict(
             zip(kind.sizes, np.broadcast_arrays(*(np.asarray(sizes[k], float) for k in kind.sizes)), strict=True)
         )
         if columns[kind.sizes[0]].shape[-1] <= 4:
-            return self.ms(name, **columns).max(-1)
+            return (self.ms(name, **columns) * pace).max(-1)
         if name not in self._device:
             return self.ms(name, **columns)  # says what is missing
         amounts = np.stack(np.broadcast_arrays(*kind.amounts(**columns)), -1)
-        worst = (amounts @ self._device[name].coefficients).argmax(-1)[..., None]
-        return self.ms(name, **{key: np.take_along_axis(c, worst, -1)[..., 0] for key, c in columns.items()})
+        base = amounts @ self._device[name].coefficients
+        worst = (base * pace).argmax(-1)[..., None]
+        pace_of_worst = np.take_along_axis(np.broadcast_to(pace, base.shape), worst, -1)[..., 0]
+        return pace_of_worst * self.ms(name, **{key: np.take_along_axis(c, worst, -1)[..., 0] for key, c in columns.items()})
 
     def _evaluate(self, curves, name, amounts, sizes):
         if name not in curves:
