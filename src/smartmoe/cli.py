@@ -38,6 +38,9 @@ A run.toml needs nothing; each table is optional, each key has a default (all ke
   [online]    policy = "greedy", interval = 10     # or "auto", with replicate = "history" and replica_slots = 1
   [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
 
+A model with the table [model.swin] (config.SwinConfig; sizes in scripts/models.toml) is a Swin transformer and trains on images:
+data = ["FOLDER"] of IDX files, ["synthetic"], or without it Debian's dataset-fashion-mnist.
+
 system = "deepspeed" trains the same run with DeepSpeed's engine and MoE layer, where that package is installed.
 """
 
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run; unknown keys are errors")
     train.add_argument("--ranks", type=int, default=None, help="processes to start (default: what the plan needs)")
     train.add_argument("--data", nargs="+", default=None, metavar="FILE",
-                       help="text files or Megatron .bin/.idx prefixes, instead of workload.data")  # fmt: skip
+                       help="text files or Megatron .bin/.idx prefixes (images: a folder), instead of workload.data")  # fmt: skip
     train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)

@@ -115,7 +115,8 @@ class OnlineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained on, for how long, and with which optimizer. `data` empty = the running Python's standard library.
+    """What is trained on, for how long, and with which optimizer. `data`: files of text, or of a Swin transformer a folder of
+    images or "synthetic"; empty = the running Python's standard library, or Debian's dataset-fashion-mnist.
 
     `zero` 1: each of the ranks that share a parameter keeps fp32 masters and moments of a part of it (ZeRO stage 1); 2: sums
     of gradients, too, which are reduced in every backward pass; 3: weights, too, which passes gather block by block; 0: all
