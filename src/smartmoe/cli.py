@@ -38,7 +38,7 @@ A run.toml needs nothing; each table is optional, each key has a default (all ke
   [online]    policy = "greedy", interval = 10     # or "auto", with replicate = "history" and replica_slots = 1
   [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
 
-A model with the table [model.swin] (config.SwinConfig; sizes in scripts/models.toml) is a Swin transformer and trains on images:
+A model with the table [model.swin] (config.SwinConfig; examples: scripts/models.toml) is a Swin transformer, trained on images:
 data = ["FOLDER"] of IDX files, ["synthetic"], or without it Debian's dataset-fashion-mnist.
 
 system = "deepspeed" trains the same run with DeepSpeed's engine and MoE layer, where that package is installed.
