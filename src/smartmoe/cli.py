@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run; unknown keys are errors")
     train.add_argument("--ranks", type=int, default=None, help="processes to start (default: what the plan needs)")
     train.add_argument("--data", nargs="+", default=None, metavar="FILE",
-                       help="text files or Megatron .bin/.idx prefixes (images: a folder), instead of workload.data")  # fmt: skip
+                       help="text files or .bin/.idx prefixes, or a folder of images, instead of workload.data")  # fmt: skip
     train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)
