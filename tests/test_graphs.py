@@ -46,7 +46,8 @@ class StandIn:
         self.replays = self.recordings = 0
 
     def record(self, call, room=None):
-        tensors = [*self.buffers._flat.values(), self.trainer.runner._totals]
+        sums = [share.grad for share in self.buffers.shares]
+        tensors = [*self.buffers._flat.values(), *sums, self.trainer.runner._totals]
         for layer in self.trainer.layers.values():
             tensors += getattr(layer.replication, "grads", [])
         before, empty = [tensor.clone() for tensor in tensors], set(self.buffers._empty)
@@ -115,6 +116,7 @@ CASES = {
     "recomputed, cut state": (
         dataclasses.replace(TWO, recompute=True), 2, {"workload": dataclasses.replace(WORKLOAD, zero=1)}, None,
     ),
+    "cut weights": (ParallelPlan(dp=2, ep=1), 2, {"workload": dataclasses.replace(WORKLOAD, zero=3)}, None),
     "a router without gradients": (TWO, 2, {"gate": GateConfig(kind="zero")}, None),
     "a pipeline": (PIPE, 5, {"online": OnlineConfig(policy="greedy", interval=3)}, _shuffle_at(7)),
     "a pipeline that is never full": (dataclasses.replace(PIPE, recompute=True), 2, {}, None),
