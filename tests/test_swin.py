@@ -1,5 +1,6 @@
 """The Swin transformer: its parts against plain float64 maths, its training under plans against one process."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -96,6 +97,45 @@ def test_attention_of_windows_is_masked_attention_of_the_image(side, window, pla
         results.append([y, *grads])
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)  # offsets are float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("side", "place"), [(48, 1), (48, 0), (12, 1), (6, 0)])
+def test_attention_on_a_gpu_has_the_gradients_of_float64(side, place):
+    """The bias's among them: not every kernel for attention gives any. Windows of 12, as in figure 9."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    swin = dataclasses.replace(MODEL.swin, window_size=12)
+    sizes = dataclasses.replace(MODEL, seq_len=side**2, swin=swin, hidden_size=64)
+    layer = WindowAttention(sizes, place).to("cuda", torch.bfloat16)
+    exact = copy.deepcopy(layer).double()
+    x_BTD, results = torch.randn(4, side**2, 64, device="cuda", dtype=torch.bfloat16), []
+    for module, dtype in ((layer, torch.bfloat16), (exact, torch.float64)):
+        x = x_BTD.to(dtype).requires_grad_()
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])])
+    for name, mine, wanted in zip(["y", "x", *dict(layer.named_parameters())], *results, strict=True):
+        error = (mine.double() - wanted).norm() / wanted.norm()
+        assert error < 0.02, f"{name}: {error:.4f}"
+
+
+@pytest.mark.gpu
+def test_a_graph_changes_no_bit():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs a GPU on which passes are captured")
+    losses, device = [], torch.device("cuda")
+    for cuda_graph in ("auto", "never"):
+        config = make_config(
+            model=dataclasses.replace(MODEL, hidden_size=64, ffn_size=128),
+            layer=LayerConfig(dispatcher="direct", row_factor=1.0), workload={"dtype": "bfloat16", "cuda_graph": cuda_graph},
+        )  # fmt: skip
+        config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, device="cuda"))
+        trainer = Trainer(config, build_mesh(config.plan, device), load_data(config))
+        losses.append([trainer.run_iteration().lm_loss for _ in range(8)])
+        assert trainer.graphs.is_recorded == (cuda_graph == "auto"), trainer.graphs.reason
+        trainer.close()
+    assert losses[0] == losses[1]
 
 
 def test_merging_joins_four_neighbours_columns_outside():

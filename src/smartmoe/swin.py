@@ -43,16 +43,20 @@ def out_of_windows(x_BWPD: torch.Tensor, side: int, window: int) -> torch.Tensor
     return x.flatten(1, 4)
 
 
-def offsets(window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(every offset between two patches of a window, in rows and columns, as the bias network gets it: [(2 window - 1)^2, 2]
-    float32, logarithmic, 1 at the largest; which of them each pair of patches has: [P * P] int64)."""
+def offsets(window: int) -> torch.Tensor:
+    """Every offset between two patches of a window, in rows and columns, as the network of the bias gets it:
+    [(2 window - 1)^2, 2] float32, logarithmic, 1 at the largest."""
     step = torch.arange(1 - window, window, dtype=torch.float32) * (_OFFSET_RANGE / max(window - 1, 1))
     scaled = step.sign() * (step.abs() + 1).log2() / math.log2(_OFFSET_RANGE)
-    offset_N2 = torch.cartesian_prod(scaled, scaled)
-    place = torch.arange(window)
-    row_P, column_P = (index.flatten() for index in torch.meshgrid(place, place, indexing="ij"))
-    row_PP, column_PP = (at[:, None] - at[None] + window - 1 for at in (row_P, column_P))
-    return offset_N2, (row_PP * (2 * window - 1) + column_PP).flatten()
+    return torch.cartesian_prod(scaled, scaled)
+
+
+def of_pairs(bias_HOO: torch.Tensor) -> torch.Tensor:
+    """Bias of each offset [H, 2 window - 1, 2 window - 1] -> of each pair of patches [H, P, P].
+
+    By views and a copy, not by an index: its gradient is a sum in a fixed order."""
+    window = (bias_HOO.shape[1] + 1) // 2
+    return bias_HOO.unfold(1, window, 1).unfold(2, window, 1).flip(3, 4).flatten(3).flatten(1, 2)
 
 
 def strangers(side: int, window: int, shift: int) -> torch.Tensor:
@@ -77,9 +81,7 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(sizes.hidden_size, sizes.hidden_size)
         self.offset_up = nn.Linear(2, _OFFSET_WIDTH)
         self.offset_heads = nn.Linear(_OFFSET_WIDTH, sizes.num_heads, bias=False)
-        offset_N2, offset_of_pair = offsets(self.window)
-        self.register_buffer("offset_N2", offset_N2, persistent=False)
-        self.register_buffer("offset_of_pair", offset_of_pair, persistent=False)
+        self.register_buffer("offset_N2", offsets(self.window), persistent=False)
         apart_WPP = strangers(self.side, self.window, self.shift) if self.shift else None
         self.register_buffer("apart_WPP", apart_WPP, persistent=False)
 
@@ -96,11 +98,11 @@ class WindowAttention(nn.Module):
 
     def _bias(self) -> torch.Tensor:
         """[1, W * H, P, P]."""
-        hidden = F.relu(self.offset_up(self.offset_N2.to(self.offset_up.weight.dtype)))
-        bias_HN = self.offset_heads(hidden).t()
-        num_patches, num_windows = self.window**2, (self.side // self.window) ** 2
-        bias_HPP = bias_HN.index_select(1, self.offset_of_pair).unflatten(1, (num_patches, num_patches))
-        bias_WHPP = bias_HPP.expand(num_windows, -1, -1, -1)
+        weight, num_windows = self.offset_up.weight, (self.side // self.window) ** 2
+        bias_NH = self.offset_heads(F.relu(self.offset_up(self.offset_N2.to(weight.dtype))))
+        bias_HOO = bias_NH.t().unflatten(1, (2 * self.window - 1, -1))
+        sums = torch.promote_types(weight.dtype, torch.float32)  # in which gradients of many pairs are added
+        bias_WHPP = of_pairs(bias_HOO.to(sums)).to(weight.dtype).expand(num_windows, -1, -1, -1)
         if self.apart_WPP is not None:
             bias_WHPP = bias_WHPP.masked_fill(self.apart_WPP.unsqueeze(1), -math.inf)
         return bias_WHPP.flatten(0, 1).unsqueeze(0)
