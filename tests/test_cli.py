@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,10 @@ def test_trace_show_is_a_table_of_layers_and_a_picture(folder, capfd):
     assert "4 iterations" in capfd.readouterr().out and len(list(Path().glob("*.png"))) == 1
     assert cli.main(["trace", "save", "synthetic:bursty,iterations=4", "saved.npz"]) == 0
     assert trace.ExpertTrace.load("saved.npz").meta["kind"] == "bursty"
+
+
+def test_the_command_is_a_module_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["smartmoe", "plan", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("smartmoe", run_name="__main__")
+    assert end.value.code == 0 and "usage: smartmoe plan" in capsys.readouterr().out

@@ -15,7 +15,7 @@ LAYERS = {
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
     "gpt": 5, "swin": 5, "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
-    "cli": 7, "sequence": 7,
+    "cli": 7, "sequence": 7, "__main__": 8,
 }  # fmt: skip
 TORCH_FREE = {
     "config", "swin_sizes", "placement", "solvers", "policy", "controller", "trace_synthetic", "trace", "record", "planner",
