@@ -28,7 +28,7 @@ from smartmoe.config import (
 from smartmoe.images import why_no_images
 from smartmoe.mesh import build_mesh
 from smartmoe.models import flops_per_sample
-from smartmoe.placement import Placement, Replicas
+from smartmoe.placement import Replicas
 from smartmoe.samples import load_data
 from smartmoe.swin import PatchMerging, Swin, WindowAttention
 from smartmoe.swin_sizes import SwinConfig, block_sizes, has_experts
@@ -203,16 +203,6 @@ def test_flops_count_every_matrix_and_attention():
 # ------------------------------------------------------------------------------------------------------------- plans
 
 
-def _shuffle(trainer):
-    """Every layer's experts to other places, state and all."""
-    rng = np.random.default_rng(0)
-    targets = []
-    for layer in trainer.layers.values():
-        order = rng.permutation(layer.placement.expert_of_slot)
-        targets.append((layer, Placement(layer.placement.num_ranks, tuple(order.tolist()))))
-    trainer.online.move(targets)
-
-
 def _copy(trainer):
     """The first expert of each rank to the other one, which takes half of its tokens, for the steps to come."""
     share_EW = np.eye(2)[[0, 0, 1, 1]]
@@ -237,24 +227,20 @@ def _losses(config, folder=None, before=None):
 
 
 BOTH = ParallelPlan(dp=2, ep=2)
-DISPATCHERS = {kind: {"layer": LayerConfig(dispatcher=kind)} for kind in ("overlapped", "direct")}
 CASES = {
     "expert parallel": (BOTH, {}),
-    "data parallel": (ParallelPlan(dp=2), {}),
     "recomputed, ZeRO-1": (dataclasses.replace(BOTH, recompute=True), {"workload": {"zero": 1}}),
     "recomputed, ZeRO-3": (ParallelPlan(dp=2, recompute=True), {"workload": {"zero": 3}}),
-    "ZeRO-3": (ParallelPlan(dp=2), {"workload": {"zero": 3}}),
-    "gradients reduced early": (BOTH, {"workload": {"reduce_early": True}}),
+    "data parallel, ZeRO-3": (ParallelPlan(dp=2), {"workload": {"zero": 3}}),
     "moved by greedy": (BOTH, {"online": OnlineConfig(policy="greedy", interval=1)}),
     "moved by auto": (BOTH, {"online": OnlineConfig(policy="auto", interval=1, min_gain=0.0, horizon=10**6)}),
     "copies for each micro-batch": (BOTH, {"online": OnlineConfig(replicate="exact", replica_slots=1)}),
-    **{kind: (BOTH, changes) for kind, changes in DISPATCHERS.items()},
+    "direct": (BOTH, {"layer": LayerConfig(dispatcher="direct")}),
 }
 
 
 def _run_cases(world_rank, folder):
     found = {name: _losses(make_config(plan, **changes)) for name, (plan, changes) in CASES.items()}
-    found["shuffled"] = _losses(make_config(BOTH), before=_shuffle)
     copies = OnlineConfig(replicate="history", replica_slots=1)
     found["copies for steps"] = _losses(make_config(BOTH, online=copies), before=_copy)
     return found, _losses(make_config(BOTH), folder)[0]
