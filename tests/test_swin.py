@@ -231,7 +231,7 @@ CASES = {
     "expert parallel": (BOTH, {}),
     "recomputed, ZeRO-1": (dataclasses.replace(BOTH, recompute=True), {"workload": {"zero": 1}}),
     "recomputed, ZeRO-3": (ParallelPlan(dp=2, recompute=True), {"workload": {"zero": 3}}),
-    "data parallel, ZeRO-3": (ParallelPlan(dp=2), {"workload": {"zero": 3}}),
+    "data parallel": (ParallelPlan(dp=2), {}),
     "moved by greedy": (BOTH, {"online": OnlineConfig(policy="greedy", interval=1)}),
     "moved by auto": (BOTH, {"online": OnlineConfig(policy="auto", interval=1, min_gain=0.0, horizon=10**6)}),
     "copies for each micro-batch": (BOTH, {"online": OnlineConfig(replicate="exact", replica_slots=1)}),
