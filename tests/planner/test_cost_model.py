@@ -17,6 +17,7 @@ from smartmoe.planner import described, layer_cost, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
 from smartmoe.planner.memory import Parameters
+from smartmoe.planner.primitives import Curve
 from smartmoe.trace import ExpertTrace
 
 MODEL = ModelConfig(
@@ -250,6 +251,17 @@ def test_a_slower_chip_counts_where_it_is_known_which_rank_has_it():
         cost = CostModel(config, where, known, loads.uniform(MODEL))
         took[name] = float(cost.layer_times(plan, 2).forward["experts"].mean())
     assert took["other"] == took["alike"] == took["groups"] == pytest.approx(2 * took["fast"])
+
+
+def test_tensor_parallelism_puts_a_sequence_in_order_before_and_behind_attention():
+    took = {}
+    for ms in (1.0, 3.0):
+        known = described.describe(NODES, described.Rates(host_us=0.0), "bfloat16")
+        known._device["by_sample"] = Curve(np.array([ms, 0.0]))
+        cost = CostModel(CONFIG, NODES, known, loads.uniform(MODEL))
+        for plan in (ParallelPlan(dp=4, tp=2), ParallelPlan(dp=8)):
+            took[ms, plan.tp] = [float(way.device) for way in cost._attention(plan, 2)]
+    assert took[3.0, 2] == pytest.approx([ms + 2 * 2.0 for ms in took[1.0, 2]]) and took[3.0, 1] == took[1.0, 1]
 
 
 def test_an_update_takes_as_long_as_its_work_or_its_launches():

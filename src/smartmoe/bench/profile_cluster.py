@@ -265,6 +265,8 @@ def _token_cases(site, shape, tokens, held) -> list[Case]:
         cases.append(
             both_ways(name, choice, held, lambda s=choice, limit=limited: parts.gate(site, **s, limited=limit))
         )
+    moved = dict(numel=tokens * width)
+    cases.append(Case("by_sample", moved, lambda s=moved: parts.by_sample(site, **s), False, held))
     vocab = dict(tokens=tokens, vocab=shape.vocab)
     cases.append(both_ways("loss", vocab, held, lambda s=vocab: parts.loss(site, **s)))
     table = {**plain, "vocab": shape.vocab}

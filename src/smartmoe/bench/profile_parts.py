@@ -200,6 +200,12 @@ def _params(site: Site, numel: int, tensors: int) -> list[tuple[str, torch.nn.Pa
     return [(f"p{k}", torch.nn.Parameter(site.randn(1, size))) for k in range(tensors)]
 
 
+def by_sample(site: Site, numel: int) -> Step:
+    """A gathered sequence from rank by rank to sample by sample, as tensor parallelism needs it."""
+    x_WBN = site.randn(2, 4, numel // 8)
+    return lambda mark: x_WBN.transpose(0, 1).contiguous()
+
+
 def accumulate(site: Site, numel: int, tensors: int) -> Step:
     """Adding each gradient to its float32 sum, as the hooks do after every micro-batch."""
     params = [param for _, param in _params(site, numel, tensors)]

@@ -315,7 +315,8 @@ class CostModel:
         return Work.piece(self.primitives.ms(name, **sizes), self.primitives.host_ms(name, **sizes))
 
     def _both_ways(self, pieces, plan, micro_batch) -> tuple[Work, Work]:
-        """Pieces in turn and, with tensor parallelism, what gathers their input and scatters their output."""
+        """Pieces in turn and, with tensor parallelism, what gathers their input and scatters their output; parts of a sequence
+        lie rank by rank there, and sample by sample here."""
         forward, backward = self._there_and_back(pieces)
         if plan.tp > 1:
             num_bytes = self.setting(plan, micro_batch).tokens * plan.tp * self.config.model.hidden_size * self.dtype_bytes
@@ -325,7 +326,8 @@ class CostModel:
                 Work.piece(exchange_ms(self.primitives, name, plan.tp, *spread), launch)
                 for name in ("all_gather", "reduce_scatter")
             )
-            return join([gather, forward, scatter]), join([gather, backward, scatter])
+            copy = self._piece("by_sample", numel=num_bytes / self.dtype_bytes)
+            return tuple(join([gather, copy, way, copy, scatter]) for way in (forward, backward))
         return forward, backward
 
     def _there_and_back(self, pieces: list[tuple[str, dict]]) -> tuple[Work, Work]:

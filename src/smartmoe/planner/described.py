@@ -92,6 +92,7 @@ def describe(cluster: ClusterSpec, rates: Rates, dtype: str) -> Primitives:
     state_ms = 1 / rates.memory_gbytes_per_s  # 1e6 bytes
     device["accumulate"] = Curve(np.array([0.0, floor_ms, (8 + width) * state_ms]))
     host["accumulate"] = Curve(np.array([0.0, 3 * host_ms]))
+    device["by_sample"], host["by_sample"] = Curve(np.array([floor_ms, 2 * element_ms])), Curve(np.array([host_ms]))
     device["optimizer"], host["optimizer"] = Curve(np.array([10 * floor_ms, (44 + width) * state_ms])), Curve(np.zeros(1))
     device["optimizer_launches"] = Curve(np.array([20 * host_ms, 4 * host_ms]))
     host["optimizer_launches"] = Curve(np.zeros(1))

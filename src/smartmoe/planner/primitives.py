@@ -116,6 +116,7 @@ _PARTS = {
 KINDS: dict[str, Kind] = {f"{name}_{way}": kind for name, kind in _PARTS.items() for way in ("forward", "backward")}
 KINDS |= {
     "accumulate": Kind(("numel", "tensors"), _update, _update_host),
+    "by_sample": Kind(("numel",), lambda numel: (1.0, numel * _MEGA)),
     "optimizer": Kind(("numel",), lambda numel: (1.0, numel * _MEGA)),
     "optimizer_launches": Kind(("tensors",), lambda tensors: (1.0, tensors)),
     "all_to_all": Kind(("ranks", "intra_bytes", "inter_bytes"), _exchange),
