@@ -8,7 +8,7 @@
 #               another (a Slurm job for each run); auto (default): Slurm where it answers, else GPUs, else cpu
 #   --figures   only these (default: all); --only REGEX: of their runs only those in whose path this is found
 #   --gpus "1 2 4"  on GPUs of this machine: runs on so many each, side by side where they fit (default: on all)
-#   --data      train on these text files or Megatron .bin/.idx prefixes (default: the Python library's source)
+#   --data      text files or .bin/.idx prefixes to train on (default: Python's library); figure 9: a folder of images, or synthetic
 #   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
 #   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again
