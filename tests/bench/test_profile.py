@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
+import torch
 
 from smartmoe.bench import measure, profile_cluster
+from smartmoe.bench import profile_parts as parts
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
 from smartmoe.planner import inputs
 from smartmoe.planner.primitives import EXCHANGES, KINDS, Point, Primitives, Profile
@@ -72,6 +75,22 @@ def test_times_of_one_chip_become_those_of_the_slowest():
     assert profiler.settle() == [0.8, 1.0]
     for found in profiler.points.values():
         assert [point.device_ms["median"] for point in found] == pytest.approx([3.0, 3.0 / 0.8, 3.0, 3.0])
+
+
+def test_the_hosts_time_is_what_a_further_piece_adds():
+    profiler = profile_cluster.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
+
+    def step(mark, copies=1):
+        time.sleep(0.001 * copies)
+        mark()
+        time.sleep(0.02 + 0.003 * copies)  # something wakes up first
+
+    forward_ms, backward_ms = np.median(profiler._launch_ms(step, lambda: None, True), axis=0)
+    assert 0.5 < forward_ms < 10 and 1 < backward_ms < 15
+    # all pieces know how to come twice: the second adds about as much as the first
+    for piece in (parts.linear(profiler.site, 8, 8, 8), parts.gate(profiler.site, 8, 8, 4, 2, limited=False)):
+        found = profiler._launch_ms(piece, lambda: None, True)
+        assert found.shape[1] == 2 and (found > 0).all()
 
 
 def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():

@@ -40,7 +40,7 @@ DEFAULT_SHAPES = {
     "cpu": ("128,256,4,16,2,128,2048",),
 }
 TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
-_HOST_RUNS = 7
+_HOST_RUNS = 8  # the first is left out
 # Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
 WAITING = ("optimizer", "optimizer_launches", "experts_loop")
 _LEAST_HOST_MS = 2e-3
@@ -91,7 +91,6 @@ class Profiler:
         self._experts: list[tuple[Case, np.ndarray]] = []  # times of each rank, [ranks] ms
         self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
         self._busy = BusyWork(world, self.site.dtype)
-        self._call_ms = parts.backward_call_ms(self.site) if world.device.type == "cuda" else 0.0
 
     def run(self, case: Case) -> None:
         """Measure a case; one that runs out of memory on any rank is left out."""
@@ -99,7 +98,7 @@ class Profiler:
         try:
             built = case.build()
             step, reset = built if isinstance(built, tuple) else (built, lambda: None)
-            marks_IM, host_IP = self._time(step, reset, case.name not in WAITING)
+            marks_IM, host_IP = self._time(step, reset, case)
             word = {"marks": marks_IM.tolist(), "host": host_IP.tolist()}
         except torch.OutOfMemoryError:
             word = None
@@ -107,21 +106,14 @@ class Profiler:
         if None in words:
             return
         device_IP = slowest_parts(np.array([w["marks"] for w in words]), self._has_one_clock)
-        host_IP = np.array([w["host"] for w in words]).max(0)
+        host_WIP = np.array([w["host"] for w in words])
+        host_IP = host_WIP[np.median(host_WIP, axis=1).sum(1).argmax()]
         if case.name == "experts":
             marks_WIM = np.array([w["marks"] for w in words])
             self._experts.append((case, np.median(marks_WIM[:, :, -1] - marks_WIM[:, :, 0], axis=1)))
-        if case.has_backward:
-            host_IP[:, 1] = np.maximum(host_IP[:, 1] - self._call_ms, _LEAST_HOST_MS)
-        if case.name in WAITING:
-            host_IP[:] = _LEAST_HOST_MS
         names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
         for part, name in enumerate(names):
-            host = (
-                spread(host_IP[:, part])
-                if world.device.type == "cuda"
-                else dict.fromkeys(("median", "p10", "p90"), 0.0)
-            )
+            host = spread(host_IP[:, part])
             device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
             self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
 
@@ -141,7 +133,7 @@ class Profiler:
                     self.points[name][place] = dataclasses.replace(point, device_ms=slowest)
         return pace_W.round(4).tolist()
 
-    def _time(self, step, reset, gets_ahead: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _time(self, step, reset, case: Case) -> tuple[np.ndarray, np.ndarray]:
         """([iterations, parts + 1] ms at which the device passed each mark, [iterations, parts] ms of the host that
         launched the parts)."""
         world = self.site.world
@@ -155,19 +147,34 @@ class Profiler:
         world.synchronize()
         took = world.largest(time.perf_counter() - start)
         reset()
-        lead = lead_ms(1e3 * launched, 1e3 * took) if gets_ahead else 0.0
         num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
-        # A host that is behind launches onto an idle device: launches behind much other work take it longer.
-        alone = []
-        for _ in range(_HOST_RUNS):
-            world.synchronize()
-            alone.append(self._once(step, reset, 0.0)[1])
+        num_parts = 1 + case.has_backward
+        if world.device.type != "cuda":
+            lead, host_IP = 0.0, np.zeros((1, num_parts))
+        elif case.name in WAITING:
+            lead, host_IP = 0.0, np.full((1, num_parts), _LEAST_HOST_MS)
+        else:
+            lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), self._launch_ms(step, reset, case.has_backward)
         self._busy.launch(WARM_MS)
         runs = [self._once(step, reset, lead) for _ in range(num)]
         world.synchronize()
-        marks_IM = np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs])
-        # the marks' own time on the host is between the two that they note
-        return marks_IM, 1e3 * np.diff(np.array(alone), axis=1)[:, 1::2]
+        return np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs]), host_IP
+
+    def _launch_ms(self, step, reset, has_backward: bool) -> np.ndarray:
+        """[runs, parts] ms of the host. It launches onto an idle device, as one that is behind does: launches behind much other
+        work take it longer. Of a piece with a backward part it is what a second one adds: a step has many in a row, and what
+        wakes up at the first, such as the thread of backward passes, does so once for all of them."""
+        found = []
+        for each in (functools.partial(step, copies=copies) for copies in (1, 2)) if has_backward else (step,):
+            runs = []
+            for _ in range(_HOST_RUNS):
+                self.site.world.synchronize()
+                runs.append(self._once(each, reset, 0.0)[1])
+            # the marks' own time on the host is between the two that they note
+            found.append(1e3 * np.diff(np.array(runs), axis=1)[1:, 1::2])
+        if has_backward:
+            return np.maximum(found[1] - np.median(found[0], axis=0), _LEAST_HOST_MS)
+        return found[0]
 
     def _once(self, step, reset, lead):
         world, device, host = self.site.world, [], []

@@ -1,12 +1,12 @@
 """The pieces of a training step as the trainer runs them, one function each, ready to be timed by profile_cluster.
 
 Each builder takes a `Site` (device, dtype, ranks) and sizes and returns step(mark): it calls mark() between forward and
-backward, or never for a piece that has one part. Shape letters are those of `smartmoe.ops`.
+backward, or never for a piece that has one part. Of a piece with a backward part step(mark, copies) runs so many forward and
+then one backward pass through all of them. Shape letters are those of `smartmoe.ops`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,10 +51,10 @@ def _there_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tens
     with torch.no_grad():
         grad = torch.randn_like(forward()).mul_(1e-3)  # products of equal numbers take less power
 
-    def step(mark):
-        out = forward()
+    def step(mark, copies=1):
+        out = [forward() for _ in range(copies)]
         mark()
-        torch.autograd.grad(out, inputs, grad, allow_unused=True)
+        torch.autograd.grad(out, inputs, [grad] * copies, allow_unused=True)
 
     return step
 
@@ -109,14 +109,15 @@ def gate(site: Site, tokens: int, width: int, experts: int, top_k: int, limited:
     params = [p for p in module.parameters()]
     slot_of_expert_E = torch.arange(experts, device=site.world.device)
 
-    def step(mark):
-        routing = module(x_TD, token_id, num_segments=1)
-        slots_of(routing.expert_idx_TK, slot_of_expert_E.unsqueeze(1))
-        count_slots(routing.expert_idx_TK, experts)
-        out = routing.weight_TK.sum() + routing.balance_loss
-        experts_side = x_TD.view_as(x_TD)
+    def step(mark, copies=1):
+        out = []
+        for _ in range(copies):
+            routing = module(x_TD, token_id, num_segments=1)
+            slots_of(routing.expert_idx_TK, slot_of_expert_E.unsqueeze(1))
+            count_slots(routing.expert_idx_TK, experts)
+            out += [routing.weight_TK.sum() + routing.balance_loss, x_TD.view_as(x_TD)]
         mark()
-        torch.autograd.grad([out, experts_side], [x_TD, *params], [None, grad_TD], allow_unused=True)
+        torch.autograd.grad(out, [x_TD, *params], [None, grad_TD] * copies, allow_unused=True)
 
     return step
 
@@ -296,22 +297,3 @@ def point_to_point(site: Site, numel: int) -> Step:
                 work.wait()
 
     return step
-
-
-def backward_call_ms(site: Site) -> float:
-    """What the host spends on calling backward at all, whatever lies in the graph: it is paid once a micro-batch, not once
-    for each piece. From graphs of 1 and of 11 nodes."""
-    took = []
-    for num_nodes in (1, 11):
-        x = torch.ones(8, device=site.world.device, requires_grad=True)
-        times = []
-        for _ in range(30):
-            y = x
-            for _ in range(num_nodes):
-                y = y * 1.0
-            site.world.synchronize()
-            start = time.perf_counter()
-            torch.autograd.grad(y, x, torch.ones_like(y))
-            times.append((time.perf_counter() - start) * 1e3)
-        took.append(float(np.median(times[10:])))
-    return max(0.0, took[0] - (took[1] - took[0]) / 10)
