@@ -85,11 +85,11 @@ def test_the_hosts_time_is_what_a_further_piece_adds():
         mark()
         time.sleep(0.02 + 0.003 * copies)  # something wakes up first
 
-    forward_ms, backward_ms = np.median(profiler._launch_ms(step, lambda: None, True), axis=0)
+    forward_ms, backward_ms = np.median(profiler._launch_ms(step, lambda: None, True, 8), axis=0)
     assert 0.5 < forward_ms < 10 and 1 < backward_ms < 15
     # all pieces know how to come twice: the second adds about as much as the first
     for piece in (parts.linear(profiler.site, 8, 8, 8), parts.gate(profiler.site, 8, 8, 4, 2, limited=False)):
-        found = profiler._launch_ms(piece, lambda: None, True)
+        found = profiler._launch_ms(piece, lambda: None, True, 4)
         assert found.shape[1] == 2 and (found > 0).all()
 
 

@@ -40,7 +40,8 @@ DEFAULT_SHAPES = {
     "cpu": ("128,256,4,16,2,128,2048",),
 }
 TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
-_HOST_RUNS = 8  # the first is left out
+_HOST_RUNS = (4, 8)  # the fewest and the most of a piece for its host's time, of which the first is left out
+_HOST_SECONDS = 0.02
 # Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
 WAITING = ("optimizer", "optimizer_launches", "experts_loop")
 _LEAST_HOST_MS = 2e-3
@@ -154,20 +155,21 @@ class Profiler:
         elif case.name in WAITING:
             lead, host_IP = 0.0, np.full((1, num_parts), _LEAST_HOST_MS)
         else:
-            lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), self._launch_ms(step, reset, case.has_backward)
+            lead = lead_ms(1e3 * launched, 1e3 * took)
+            host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
         self._busy.launch(WARM_MS)
         runs = [self._once(step, reset, lead) for _ in range(num)]
         world.synchronize()
         return np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs]), host_IP
 
-    def _launch_ms(self, step, reset, has_backward: bool) -> np.ndarray:
+    def _launch_ms(self, step, reset, has_backward: bool, num_runs: int) -> np.ndarray:
         """[runs, parts] ms of the host. It launches onto an idle device, as one that is behind does: launches behind much other
         work take it longer. Of a piece with a backward part it is what a second one adds: a step has many in a row, and what
         wakes up at the first, such as the thread of backward passes, does so once for all of them."""
         found = []
         for each in (functools.partial(step, copies=copies) for copies in (1, 2)) if has_backward else (step,):
             runs = []
-            for _ in range(_HOST_RUNS):
+            for _ in range(num_runs):
                 self.site.world.synchronize()
                 runs.append(self._once(each, reset, 0.0)[1])
             # the marks' own time on the host is between the two that they note
@@ -288,7 +290,8 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
     draw = np.random.default_rng(0)
     for slots in sorted({max(1, shape.experts // 8), max(1, shape.experts // 2), shape.experts}):
         for rows, held in token_grid([*tokens, 2 * tokens[-1], 4 * tokens[-1]]):
-            for skew in EXPERT_SKEWS if slots > 1 else (0.0,):
+            few = EXPERT_SKEWS[::2] if rows > 2 * tokens[-1] else EXPERT_SKEWS  # what takes long
+            for skew in few if slots > 1 else (0.0,):
                 share = np.arange(1, slots + 1) ** -skew
                 counts = draw.multinomial(rows, draw.permutation(share / share.sum()))
                 sizes = expert_case_sizes(counts, shape.width, 2 * shape.ffn)
