@@ -1,6 +1,8 @@
 // Tiles of grouped products: their sizes, who takes which, and where their parts lie in shared memory.
 #pragma once
 
+#include <climits>
+
 #include "hopper.cuh"
 #include "launch.h"
 
@@ -17,8 +19,9 @@ constexpr int kWriters = 3;                                               // war
 constexpr int kSumBytes = (kWriters - 1) * 2 * kRowBytes * 2;             // of two packs of columns in float32
 constexpr int kAhead = 2;          // tiles that are known before they are begun
 constexpr int kMostSorted = 1024;  // slots that are put in order of size
+constexpr int kMostBand = 24;      // tiles that follow each other down a column: 132 at a time read least with 12 to 24
 constexpr int kSharedBytes = kStages * (kABytes + kBBytes) + kWarpgroups * kHalfBytes + kSumBytes +
-                             2 * (kStages + kWarpgroups + kAhead) * 8 + (kAhead + kMostSorted) * 4;
+                             2 * (kStages + kWarpgroups + kAhead) * 8 + (kAhead + 1 + kMostSorted) * 4;
 
 // What is multiplied. Rows: out[r] = rows[r] matrix of r's slot; the matrix is [depth, columns], or with RowsTransposed
 // [columns, depth]. Weights: out[slot] = sum over the slot's rows r of a[r]^T b[r].
@@ -52,45 +55,87 @@ struct Pointers {
 struct Tile {
   int slot, begin, end;  // the slot's rows
   int row, column;       // of the slot's result
+  bool is_narrow;        // half as many columns as others
 };
 
-// Tiles in order, slots ascending, or as `order` has them; inside a slot those with the same columns follow each other.
+// Whether a slot's sum of products is wanted, where it is one of so many.
+__device__ __forceinline__ bool is_wanted(const Sizes& size, const int* held, int slot, int num_rows) {
+  if (!num_rows && slot < size.num_added) return false;  // nothing to add
+  return !(held && slot >= size.num_sure && held[slot - size.num_sure] < 0);
+}
+
+// Find a tile by its number among those of its slot. They follow each other down the columns of a band of rows, band after
+// band, so that those that are multiplied at one time share rows and columns: all read them from the cache about then.
+__device__ __forceinline__ void place_tile(Tile& tile, int number, int down, int across, int tile_columns) {
+  const int num_bands = (down + kMostBand - 1) / kMostBand, most = (down + num_bands - 1) / num_bands;
+  const int band = number / (most * across), inside = number - band * most * across;
+  const int high = min(most, down - band * most);
+  tile.row = (band * most + inside % high) * kTileRows;
+  tile.column = inside / high * tile_columns;
+}
+
+// Tiles of products of rows in order, slots ascending. From `first_narrow` on they are halves: the last ones, where whole
+// ones would leave half of the device idle or more.
 template <Kind KIND>
 struct Walk {
   const int* end_L;
   Sizes size;
-  int tile_columns;
-  uint32_t order;  // in shared memory, or 0
-  const int* held;
-  int place, slot = 0, first = 0, num_tiles = 0, begin = 0, end = 0, down = 0;
+  int tile_columns, first_narrow;
+  int slot, first = 0, num_tiles = 0, begin = 0, end = 0, down = 0;
 
-  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, int tile_columns, uint32_t order, const int* held)
-      : end_L(end_L), size(size), tile_columns(tile_columns), order(order), held(held), place(size.first_slot - 1) {}
+  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, int tile_columns, int first_narrow)
+      : end_L(end_L), size(size), tile_columns(tile_columns), first_narrow(first_narrow), slot(size.first_slot - 1) {}
 
   __device__ __forceinline__ bool seek(int index, Tile& tile) {
+    const bool is_narrow = index >= first_narrow;
+    const int part = is_narrow ? (index - first_narrow) % 2 : 0;
+    if (is_narrow) index = first_narrow + (index - first_narrow) / 2;
+    const int across = (size.columns + tile_columns - 1) / tile_columns;
     while (index >= first + num_tiles) {
-      if (++place >= size.num_slots) return false;
+      if (++slot >= size.num_slots) return false;
       first += num_tiles;
-      slot = KIND == kWeights && order ? load_int(order + 4 * place) : place;
       begin = slot ? end_L[slot - 1] : 0;
       end = end_L[slot];
-      down = ((KIND == kWeights ? size.rows : end - begin) + kTileRows - 1) / kTileRows;
-      if (KIND == kWeights && begin == end && slot < size.num_added) down = 0;  // nothing to add
-      if (KIND == kWeights && held && slot >= size.num_sure && held[slot - size.num_sure] < 0) down = 0;
-      num_tiles = down * ((size.columns + tile_columns - 1) / tile_columns);
+      down = (end - begin + kTileRows - 1) / kTileRows;
+      num_tiles = down * across;
     }
-    const int local = index - first;
-    tile = {slot, begin, end, local % down * kTileRows, local / down * tile_columns};
+    tile.slot = slot, tile.begin = begin, tile.end = end, tile.is_narrow = is_narrow;
+    place_tile(tile, index - first, down, across, tile_columns);
+    tile.column += part * (tile_columns / 2);
     return true;
   }
 
-  __device__ __forceinline__ bool is_total(const Tile& tile) const {
-    return KIND == kWeights && tile.slot < size.num_totals;
+  __device__ __forceinline__ bool is_total(const Tile&) const { return false; }
+  __device__ __forceinline__ int blocks_deep(const Tile&) const { return (size.depth + kDepth - 1) / kDepth; }
+};
+
+// Tiles of weights, slots as sort_slots leaves them at `order`, in shared memory.
+template <>
+struct Walk<kWeights> {
+  const int* end_L;
+  Sizes size;
+  uint32_t order;
+
+  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, uint32_t order)
+      : end_L(end_L), size(size), order(order) {}
+
+  __device__ __forceinline__ bool seek(int index, Tile& tile) const {
+    const int down = (size.rows + kTileRows - 1) / kTileRows, across = (size.columns + kTileColumns - 1) / kTileColumns;
+    const int num_tiles = down * across, place = index / num_tiles;
+    tile.is_narrow = false;
+    if (place >= load_int(order)) return false;
+    tile.slot = size.num_slots > kMostSorted ? place : load_int(order + 4 + 4 * place);
+    tile.begin = tile.slot ? end_L[tile.slot - 1] : 0;
+    tile.end = end_L[tile.slot];
+    place_tile(tile, index - place * num_tiles, down, across, kTileColumns);
+    return true;
   }
 
+  __device__ __forceinline__ bool is_total(const Tile& tile) const { return tile.slot < size.num_totals; }
+
   // At least one, so that the result of an empty slot is written.
-  __device__ __forceinline__ int blocks_deep() const {
-    return max(1, ((KIND == kWeights ? end - begin : size.depth) + kDepth - 1) / kDepth);
+  __device__ __forceinline__ int blocks_deep(const Tile& tile) const {
+    return max(1, (tile.end - tile.begin + kDepth - 1) / kDepth);
   }
 };
 
@@ -121,6 +166,14 @@ struct Shared {
   __device__ __forceinline__ uint32_t piece(int half, int row, int column16) const {
     return result + half * kHalfBytes + row * kRowBytes + ((column16 ^ (row & 7)) << 4);
   }
+
+  // The same as the copy engine stores it, in boxes of 64 columns.
+  __device__ __forceinline__ uint32_t boxed(int half, int row, int column16) const {
+    return box(half, column16 / 8) + row * 128 + ((column16 % 8 ^ (row & 7)) << 4);
+  }
+  __device__ __forceinline__ uint32_t box(int half, int number) const {
+    return result + half * kHalfBytes + number * kBoxBytes;
+  }
 };
 
 // The tiles of a block, one after another, as its fetching thread takes them; -1 ends them.
@@ -149,12 +202,40 @@ struct Turns {
   }
 };
 
-// Put slots in order of the number of their rows, most first. For all threads of a block.
-__device__ __forceinline__ void sort_slots(const int* end_L, int num_slots, uint32_t order, uint32_t counts) {
-  for (int slot = threadIdx.x; slot < num_slots; slot += kThreads) {
-    store_int(counts + 4 * slot, end_L[slot] - (slot ? end_L[slot - 1] : 0));
-  }
+// The first tile of products of rows that comes in halves. For all threads of a block; `sum`: an int in shared memory.
+__device__ __forceinline__ int find_narrow(const int* end_L, const Sizes& size, uint32_t sum) {
+  if (threadIdx.x == 0) store_int(sum, 0);
   __syncthreads();
+  int down = 0;
+  for (int slot = size.first_slot + threadIdx.x; slot < size.num_slots; slot += kThreads) {
+    down += (end_L[slot] - (slot ? end_L[slot - 1] : 0) + kTileRows - 1) / kTileRows;
+  }
+  if (down) add_int(sum, down);
+  __syncthreads();
+  const int num_tiles = load_int(sum) * ((size.columns + kTileColumns - 1) / kTileColumns), last = num_tiles % gridDim.x;
+  return 2 * last <= gridDim.x ? num_tiles - last : INT_MAX;
+}
+
+// Leave at `order` how many slots are wanted, and their numbers in order of their rows, most first; more than kMostSorted stay
+// as they are, and all are wanted. For all threads of a block.
+__device__ __forceinline__ void sort_slots(const int* end_L, const Sizes& size, const int* held, uint32_t order,
+                                           uint32_t counts) {
+  const int num_slots = size.num_slots;
+  if (num_slots > kMostSorted) {
+    if (threadIdx.x == 0) store_int(order, num_slots);
+    return;
+  }
+  int num_wanted = 0;
+  for (int base = 0; base < num_slots; base += kThreads) {
+    const int slot = base + threadIdx.x;
+    int count = -1;
+    if (slot < num_slots) {
+      count = end_L[slot] - (slot ? end_L[slot - 1] : 0);
+      if (!is_wanted(size, held, slot, count)) count = -1;
+      store_int(counts + 4 * slot, count);
+    }
+    num_wanted += __syncthreads_count(count >= 0);
+  }
   for (int slot = threadIdx.x; slot < num_slots; slot += kThreads) {
     const int mine = load_int(counts + 4 * slot);
     int place = 0;
@@ -162,8 +243,9 @@ __device__ __forceinline__ void sort_slots(const int* end_L, int num_slots, uint
       const int count = load_int(counts + 4 * other);
       place += count > mine || (count == mine && other < slot);
     }
-    store_int(order + 4 * place, slot);
+    store_int(order + 4 + 4 * place, slot);
   }
+  if (threadIdx.x == 0) store_int(order, num_wanted);
 }
 
 #endif

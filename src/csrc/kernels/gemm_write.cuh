@@ -1,6 +1,8 @@
 // How a tile of a grouped product leaves shared memory: with a bias, an activation or its slope applied.
 #pragma once
 
+#include <cuda.h>
+
 #include "act.cuh"
 #include "gemm_tiles.cuh"
 
@@ -133,11 +135,31 @@ __device__ __forceinline__ void write_total(float* total, int pitch, int num_col
   }
 }
 
+// A writing warp's part of a tile of weights in bfloat16: one of them has the copy engine store a half.
+__device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_columns, const Tile& tile, int num_totals,
+                                            int rows_left, const Shared& at, int (&parity)[kWarpgroups]) {
+  static_assert(kWarpgroups <= kWriters, "a warp for each half");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+#pragma unroll
+  for (int half = 0; half < kWarpgroups && half * 64 < rows_left; ++half) {
+    barrier_wait(at.done + half * 8, parity[half]);
+    parity[half] ^= 1;
+    if (warp == half && lane == 0) {
+      for (int box = 0; box < kTileColumns / kBox && box * kBox < num_columns; ++box) {
+        store_box(at.box(half, box), map, tile.column + box * kBox, tile.row + half * 64, tile.slot - num_totals);
+      }
+      boxes_read();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at.written + half * 8);
+  }
+}
+
 // A writing warp's part: every third row of each half of a tile, 16 bytes a thread and row. ACT kIdentity: the products, and
 // the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: the products are gradients of the
 // activation; written are those of its argument, and it.
 template <Kind KIND, int ACT>
-__device__ __forceinline__ void write(const Pointers& pointers, Walk<KIND> walk, const Shared& at) {
+__device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, Walk<KIND> walk, const Shared& at) {
   constexpr bool kGated = ACT == kSwiglu, kForward = KIND == kRows && ACT != kIdentity;
   constexpr bool kBack = KIND == kRowsTransposed && ACT != kIdentity;
   // the two halves of a gated product lie 16 pieces apart: half a warp has a row
@@ -166,8 +188,12 @@ __device__ __forceinline__ void write(const Pointers& pointers, Walk<KIND> walk,
       write_total(total, columns, columns - tile.column, rows_left, tile.slot >= walk.size.num_added, at, parity);
       continue;
     }
+    if constexpr (KIND == kWeights) {
+      write_boxes(map_out, columns - tile.column, tile, walk.size.num_totals, rows_left, at, parity);
+      continue;
+    }
     const int column = tile.column + piece * 8;
-    const bool valid = column < columns;
+    const bool valid = column < columns && !(tile.is_narrow && piece >= kTileColumns / 16);
     Pair bias{};
     if (KIND != kWeights && pointers.bias && valid) bias = get(pointers.bias + tile.slot * pitch + column);
 #pragma unroll

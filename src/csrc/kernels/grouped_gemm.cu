@@ -3,11 +3,15 @@
 //
 // One block a multiprocessor stays for many tiles of 128 x 256. One thread fetches blocks of depth 64 of both factors into
 // stages of shared memory; two warpgroups multiply them, each 64 rows of the tile, and leave the result in shared memory,
-// from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied.
+// from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied;
+// weights in bfloat16 are stored by the copy engine, which takes them out of shared memory sooner than they reach memory.
 // A warpgroup whose rows all lie behind the slot's last one does not multiply. Counts are read on the device; a block takes
-// its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first.
+// its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first,
+// and the last ones of rows come in halves, where whole ones would leave much of the device idle.
 #include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "gemm_write.cuh"
 #include "hopper.cuh"
@@ -28,14 +32,15 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
   int index = blockIdx.x;
   while (walk.seek(index, tile)) {
     turns.tell(at, index);
-    const int blocks = walk.blocks_deep();
+    const int blocks = walk.blocks_deep(tile);
     for (int i = 0; i < blocks; ++i, ring.step()) {
       // early enough that the answer is there when it is needed
       if (i == max(0, blocks - kStages)) index = gridDim.x + atomicAdd(counter, 1);
       const int depth = i * kDepth;
       const uint32_t a = at.a + ring.stage * kABytes, b = at.b + ring.stage * kBBytes, full = at.full + ring.stage * 8;
       barrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
-      barrier_expect(full, kABytes + kBBytes);
+      const int num_columns = KIND != kWeights && tile.is_narrow ? kTileColumns / 2 : kTileColumns;
+      barrier_expect(full, kABytes + num_columns * kDepth * 2);
       if constexpr (KIND == kWeights) {
         for (int box = 0; box < kTileRows / kBox; ++box) {
           load_box(a + box * kBoxBytes, map_a, full, tile.row + box * kBox, tile.begin + depth, 0);
@@ -44,9 +49,11 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
         load_box(a, map_a, full, depth, tile.begin + tile.row, 0);
       }
       if constexpr (KIND == kRowsTransposed) {
-        load_box(b, map_b, full, depth, tile.column, tile.slot);
+        for (int column = 0; column < num_columns; column += kTileColumns / 2) {
+          load_box(b + column * kDepth * 2, map_b, full, depth, tile.column + column, tile.slot);
+        }
       } else {
-        for (int box = 0; box < kTileColumns / kBox; ++box) {
+        for (int box = 0; box < num_columns / kBox; ++box) {
           const int y = KIND == kWeights ? tile.begin + depth : depth, z = KIND == kWeights ? 0 : tile.slot;
           // gated: as many columns of the second half beside those of the first
           const int x = kGated && box >= 2 ? walk.size.columns + (box - 2) * kBox : box * kBox;
@@ -71,7 +78,7 @@ __device__ __forceinline__ void clear_depth(uint32_t a, uint32_t b, int from, in
   threads_sync(1 + thread / 128, 128);
 }
 
-template <Kind KIND>
+template <Kind KIND, bool NARROW>
 __device__ __forceinline__ void multiply_block(float (&sum)[128], uint32_t a, uint32_t b, bool keep) {
   // 16 of k further: 16 rows of 128 bytes, or 32 bytes along each row
   constexpr int kStepA = (KIND == kWeights ? 16 * 128 : 32) >> 4, kStepB = (KIND == kRowsTransposed ? 32 : 16 * 128) >> 4;
@@ -79,7 +86,11 @@ __device__ __forceinline__ void multiply_block(float (&sum)[128], uint32_t a, ui
   products_begin();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; ++k) {
-    multiply<KIND == kWeights, KIND != kRowsTransposed>(sum, matrix_a + k * kStepA, matrix_b + k * kStepB, keep || k);
+    if constexpr (NARROW) {
+      multiply_narrow<KIND == kWeights, KIND != kRowsTransposed>(sum, matrix_a + k * kStepA, matrix_b + k * kStepB, keep || k);
+    } else {
+      multiply<KIND == kWeights, KIND != kRowsTransposed>(sum, matrix_a + k * kStepA, matrix_b + k * kStepB, keep || k);
+    }
   }
   products_commit();
 }
@@ -99,7 +110,7 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
   int written_parity = 1;
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
     walk.seek(index, tile);
-    const int count = tile.end - tile.begin, blocks = walk.blocks_deep();
+    const int count = tile.end - tile.begin, blocks = walk.blocks_deep(tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : count) - tile.row;
     if (rows_left <= warpgroup * 64) {
       for (int i = 0; i < blocks; ++i, ring.step()) {
@@ -108,18 +119,25 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
       }
       continue;
     }
-    int last = -1;
-    for (int i = 0; i < blocks; ++i, ring.step()) {
-      const uint32_t a = at.a + ring.stage * kABytes + warpgroup * kBoxBytes, b = at.b + ring.stage * kBBytes;
-      barrier_wait(at.full + ring.stage * 8, ring.parity);
-      if (KIND == kWeights && count - i * kDepth < kDepth) clear_depth(a, b, count - i * kDepth, thread);
-      multiply_block<KIND>(sum, a, b, i > 0);
-      products_wait<1>();
-      if (last >= 0) release(last);
-      last = ring.stage;
+    const auto multiply_all = [&](auto narrow) {
+      int last = -1;
+      for (int i = 0; i < blocks; ++i, ring.step()) {
+        const uint32_t a = at.a + ring.stage * kABytes + warpgroup * kBoxBytes, b = at.b + ring.stage * kBBytes;
+        barrier_wait(at.full + ring.stage * 8, ring.parity);
+        if (KIND == kWeights && count - i * kDepth < kDepth) clear_depth(a, b, count - i * kDepth, thread);
+        multiply_block<KIND, decltype(narrow)::value>(sum, a, b, i > 0);
+        products_wait<1>();
+        if (last >= 0) release(last);
+        last = ring.stage;
+      }
+      products_wait<0>();
+      release(last);
+    };
+    if (KIND != kWeights && tile.is_narrow) {
+      multiply_all(std::true_type());
+    } else {
+      multiply_all(std::false_type());
     }
-    products_wait<0>();
-    release(last);
     const auto begin_writing = [&] {
       barrier_wait(at.written + warpgroup * 8, written_parity);
       written_parity ^= 1;
@@ -149,10 +167,28 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
     const int row = first_row + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
     for (int i = 0; i < 128; i += 8) {
-      store_matrices(at.piece(warpgroup, row, i / 4 + lane / 16), pack_bf16(sum[i], sum[i + 1]),
-                     pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]), pack_bf16(sum[i + 6], sum[i + 7]));
+      if (KIND != kWeights && i == 64 && tile.is_narrow) break;
+      const int column16 = i / 4 + lane / 16;
+      store_matrices(KIND == kWeights ? at.boxed(warpgroup, row, column16) : at.piece(warpgroup, row, column16),
+                     pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
+                     pack_bf16(sum[i + 6], sum[i + 7]));
     }
+    if (KIND == kWeights) fence_shared();
     end_writing();
+  }
+}
+
+// For all threads of a block, which go on together.
+template <Kind KIND, bool GATED>
+__device__ __forceinline__ Walk<KIND> start_walk(const int* end_L, const Sizes& size, const int* held, const Shared& at) {
+  if constexpr (KIND == kWeights) {
+    sort_slots(end_L, size, held, at.order, at.result);  // the counts lie where the first products will
+    __syncthreads();
+    return Walk<KIND>(end_L, size, at.order);
+  } else {
+    const int first_narrow = GATED ? INT_MAX : find_narrow(end_L, size, at.order);
+    __syncthreads();
+    return Walk<KIND>(end_L, size, GATED ? kTileColumns / 2 : kTileColumns, first_narrow);
   }
 }
 
@@ -161,7 +197,8 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
 template <Kind KIND, int ACT>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                        const int* __restrict__ end_L, const Pointers pointers, const Sizes size) {
+                        const __grid_constant__ CUtensorMap map_out, const int* __restrict__ end_L, const Pointers pointers,
+                        const Sizes size) {
 #ifdef SMARTMOE_MULTIPLIES
   extern __shared__ __align__(1024) uint8_t shared[];
   const Shared at(shared_address(shared));
@@ -180,12 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     fence_barriers();
   }
-  // the counts lie where the first products will
-  const bool sorted = KIND == kWeights && size.num_slots <= kMostSorted;
-  if (sorted) sort_slots(end_L, size.num_slots, at.order, at.result);
-  __syncthreads();
-  const Walk<KIND> walk(end_L, size, KIND == kRows && ACT == kSwiglu ? kTileColumns / 2 : kTileColumns,
-                        sorted ? at.order : 0, pointers.held);
+  const Walk<KIND> walk = start_walk<KIND, KIND == kRows && ACT == kSwiglu>(end_L, size, pointers.held, at);
   constexpr int kMultiply = 128 * kWarpgroups, kWrite = kMultiply + 32 * kWriters;
   if (threadIdx.x < kMultiply) {
     take_registers<176>();
@@ -193,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     give_registers<152>();
     if (threadIdx.x < kWrite) {
-      write<KIND, ACT>(pointers, walk, at);
+      write<KIND, ACT>(pointers, &map_out, walk, at);
     } else if (threadIdx.x == kWrite) {
       fetch<KIND, ACT>(&map_a, &map_b, walk, at, pointers.counter);
     }
@@ -225,8 +257,8 @@ bool make_map(CUtensorMap* map, const void* data, int64_t x, int64_t y, int64_t 
 }
 
 template <Kind KIND, int ACT>
-cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const int* end_L, const Pointers& pointers,
-                   const Sizes& size, cudaStream_t stream) {
+cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUtensorMap& map_out, const int* end_L,
+                   const Pointers& pointers, const Sizes& size, cudaStream_t stream) {
   const auto kernel = grouped_gemm_kernel<KIND, ACT>;
   int device = 0, num_sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -234,7 +266,7 @@ cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const int
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error == cudaSuccess) error = cudaMemsetAsync(pointers.counter, 0, sizeof(int), stream);
   if (error != cudaSuccess) return error;
-  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, end_L, pointers, size);
+  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, map_out, end_L, pointers, size);
   return cudaGetLastError();
 }
 
@@ -257,14 +289,14 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
   const int width = activation == kSwiglu && !transposed ? 2 * columns : columns;  // of the product
   CUtensorMap map_a, map_b;
   const bool made = make_map(&map_a, rows_RX, depth, num_rows, 1, kTileRows) &&
-                    (transposed ? make_map(&map_b, weight_LXY, depth, width, num_slots, kTileColumns)
+                    (transposed ? make_map(&map_b, weight_LXY, depth, width, num_slots, kTileColumns / 2)
                                 : make_map(&map_b, weight_LXY, width, depth, num_slots, kDepth));
   if (!made) return cudaErrorInvalidValue;
   const Sizes size{num_slots, 0, columns, depth, 0, 0, first_slot, 0};
   const Pointers pointers{static_cast<__nv_bfloat16*>(out_RY), static_cast<const __nv_bfloat16*>(bias_LY),
                           static_cast<__nv_bfloat16*>(act_RY), static_cast<const __nv_bfloat16*>(hidden_RY), partial_PY,
                           nullptr, nullptr, counter};
-  const auto run = [&](auto kernel) { return kernel(map_a, map_b, end_L, pointers, size, stream); };
+  const auto run = [&](auto kernel) { return kernel(map_a, map_b, map_a, end_L, pointers, size, stream); };
   switch (activation) {
     case kIdentity:
       return transposed ? run(launch<kRowsTransposed, kIdentity>) : run(launch<kRows, kIdentity>);
@@ -282,17 +314,18 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
                            float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
                            int64_t num_rows, int rows, int columns, cudaStream_t stream) {
   if (num_slots == 0) return cudaSuccess;
-  CUtensorMap map_a, map_b;
-  if (!make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) || !make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth)) {
-    return cudaErrorInvalidValue;
-  }
+  CUtensorMap map_a, map_b, map_out;
+  const bool made = make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) &&
+                    make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth) &&
+                    (num_slots == num_totals || make_map(&map_out, out_LXY, columns, rows, num_slots - num_totals, 64));
+  if (!made) return cudaErrorInvalidValue;
   Pointers pointers{};
   pointers.out = static_cast<__nv_bfloat16*>(out_LXY);
   pointers.total = total_LXY;
   pointers.held = held_G;
   pointers.counter = counter;
   const Sizes size{num_slots, rows, columns, 0, num_totals, is_first ? 0 : num_totals, 0, num_slots - num_held};
-  return launch<kWeights, kIdentity>(map_a, map_b, end_L, pointers, size, stream);
+  return launch<kWeights, kIdentity>(map_a, map_b, map_out, end_L, pointers, size, stream);
 }
 
 }  // namespace smartmoe

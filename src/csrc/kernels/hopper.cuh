@@ -55,6 +55,18 @@ __device__ __forceinline__ void load_box(uint32_t to, const void* map, uint32_t 
       : "memory");
 }
 
+// The box of shared memory to (x, y, z) of the map, by the copy engine; what lies beyond the edges is left out.
+__device__ __forceinline__ void store_box(uint32_t from, const void* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(from), "r"(x),
+               "r"(y), "r"(z)
+               : "memory");
+}
+
+// What this thread has stored in boxes was read from shared memory.
+__device__ __forceinline__ void boxes_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -72,6 +84,10 @@ __device__ __forceinline__ int load_int(uint32_t from) {
 
 __device__ __forceinline__ void store_int(uint32_t to, int value) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void add_int(uint32_t to, int value) {
+  asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t to, const float* four) {
@@ -138,6 +154,21 @@ __device__ __forceinline__ void multiply(float (&sum)[128], uint64_t a, uint64_t
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
       "%128, %129, keep, 1, 1, %131, %132;\n}"
       : SMARTMOE_SUMS32(0), SMARTMOE_SUMS32(32), SMARTMOE_SUMS32(64), SMARTMOE_SUMS32(96)
+      : "l"(a), "l"(b), "r"(static_cast<int>(keep)), "n"(A_ROWS_ALONG_K ? 1 : 0), "n"(B_ROWS_ALONG_K ? 1 : 0));
+}
+
+// The same with b [16, 128], into the first half of sum.
+template <bool A_ROWS_ALONG_K, bool B_ROWS_ALONG_K>
+__device__ __forceinline__ void multiply_narrow(float (&sum)[128], uint64_t a, uint64_t b, bool keep) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, keep, 1, 1, %67, %68;\n}"
+      : SMARTMOE_SUMS32(0), SMARTMOE_SUMS32(32)
       : "l"(a), "l"(b), "r"(static_cast<int>(keep)), "n"(A_ROWS_ALONG_K ? 1 : 0), "n"(B_ROWS_ALONG_K ? 1 : 0));
 }
 
