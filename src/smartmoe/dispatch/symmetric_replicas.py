@@ -26,7 +26,8 @@ _ALIGNMENT = 256
 _COPY_ALIGNMENT = 16
 _COUNT_BLOCK = 4096
 _MAX_COUNT_BLOCKS = 64
-_NUM_PULL_BLOCKS, _PULL_WORDS = 32, 8192
+# Weights travel beside tokens and the first product: few blocks with much under way take fewest multiprocessors.
+_NUM_PULL_BLOCKS, _PULL_WORDS, _PULL_WARPS = 8, 32768, 16
 _MOST_RETURN_BLOCKS = 128  # that there are flags for
 _NUM_RETURN_BLOCKS, _RETURN_ELEMENTS = 64, 8192
 _WARPS = 8
@@ -137,7 +138,7 @@ class SymmetricReplication:
         with board.beside():
             self._kernels.pull_kernel[(_NUM_PULL_BLOCKS,)](
                 plan.replica_N, self._primary_E, self._addresses_SW, self._words_S, 0, len(self._storages), self.ep_rank,
-                self.num_owned, self.num_replicas, self.num_ranks, BLOCK=_PULL_WORDS, num_warps=_WARPS,
+                self.num_owned, self.num_replicas, self.num_ranks, BLOCK=_PULL_WORDS, num_warps=_PULL_WARPS,
             )  # fmt: skip
 
     def restore_weights(self, plan: StepPlan) -> None:
