@@ -374,13 +374,13 @@ def _in_three_turns():
     symmetric._LAG_BYTES = 4 * symmetric._TILE_ELEMENTS
 
 
-def _steady(world_rank, num_ranks, device_type, num_rounds):
+def _steady(world_rank, num_ranks, device_type, turns):
     """Random routings of every kind twice over, with calls left half done between them."""
     _in_three_turns()
     device = _device(device_type, world_rank)
     dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=num_ranks, max_tokens=TOKENS)
     kinds = ("random", "skewed", "hot", "one rank", "drops", "nothing")
-    for turn in range(num_rounds):
+    for turn in turns:
         num_tokens = (TOKENS, 0, 7, TOKENS - 1)[(turn + world_rank) % 4] if turn % 3 else TOKENS
         routed = _routed(num_ranks, 1000 * world_rank + turn, device, kinds[turn % len(kinds)], num_tokens)
         first = _exchange(dispatcher, *routed, world_rank)
@@ -394,7 +394,7 @@ def _steady(world_rank, num_ranks, device_type, num_rounds):
 
 
 def test_gloo_exchanges_repeat():
-    spawn(_steady, 3, 3, "cpu", 24)
+    spawn(_steady, 3, 3, "cpu", range(24))
 
 
 @pytest.mark.gpu
@@ -402,7 +402,7 @@ def test_gloo_exchanges_repeat():
 def test_a_thousand_routings_repeat_on_gpus(num_ranks):
     backend = _gpus(num_ranks)
     num_rounds = 1000 if backend == "nccl" else 100
-    spawn(_steady, num_ranks, num_ranks, "cuda", num_rounds, backend=backend, timeout_s=150)
+    spawn(_steady, num_ranks, num_ranks, "cuda", range(num_rounds), backend=backend, timeout_s=150)
 
 
 def _interleave(world_rank, num_ranks, device_type):

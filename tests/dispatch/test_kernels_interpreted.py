@@ -80,7 +80,7 @@ def interpret(folder) -> dict:
 
 def _interpreted(world_rank, num_ranks, folder):
     transports = interpret(folder)
-    test_direct._steady(world_rank, num_ranks, "cpu", 3)
+    test_direct._steady(world_rank, num_ranks, "cpu", (0, 1, 4))
     test_direct._interleave(world_rank, num_ranks, "cpu")
     test_direct._odd(world_rank, num_ranks, "cpu")
     assert transports, "the plain transport was tested"

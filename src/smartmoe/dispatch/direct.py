@@ -301,8 +301,9 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RD, _):
         slot_TK, *tensors = ctx.saved_tensors
-        grad_TD = ctx.transport.sum_back(grad_RD.contiguous(), LocalPlan(*tensors), slot_TK)
-        grad_TK = ctx.transport.weight_grad(slot_TK) if ctx.needs_input_grad[1] else None
+        plan = LocalPlan(*tensors)
+        grad_TK = plan.weight_NK.new_empty(slot_TK.shape) if ctx.needs_input_grad[1] else None
+        grad_TD = ctx.transport.sum_back(grad_RD.contiguous(), plan, slot_TK, grad_TK=grad_TK)
         return grad_TD, grad_TK, None, None
 
 

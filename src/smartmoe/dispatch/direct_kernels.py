@@ -317,15 +317,16 @@ def _word(num_needed, R):
 
 
 @triton.jit
-def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, told, most, peers_W, state, me, capacity,
-               num_tokens, slots_per_rank, R, D, lag, part_offset, needed_offset, flag_offset, K: tl.constexpr,
-               W: tl.constexpr, WEIGHTED: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr,
-               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def sum_kernel(rows_RD, row_N, weight_N, y_TD, grad_TK, slot_TK, num_rows, num_needed, told, most, peers_W, state, me,
+               capacity, num_tokens, slots_per_rank, R, D, lag, part_offset, grad_offset, needed_offset, flag_offset,
+               K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr, GRADS: tl.constexpr, K_PAD: tl.constexpr,
+               W_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Sum the rows of each token over k, bring the sum to the token's rank and sum there over ranks, in ascending order.
 
     With weights, all ranks tell each other how many rows they needed (`_word`): y is NaN when some rank ran out of rows,
     and the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which `most`
-    [1] int32 keeps."""
+    [1] int32 keeps. With GRADS, grad_TK gets the weights' gradients that came by the last call with WEIGH of
+    `spread_kernel`: zero where a copy is dropped."""
     call = tl.load(state + 1) + 1
     used = tl.load(num_rows)
     num_turns = tl.cdiv(capacity, BLOCK_T)
@@ -373,6 +374,10 @@ def sum_kernel(rows_RD, row_N, weight_N, y_TD, slot_TK, num_rows, num_needed, to
             is_copy = (t < num_tokens)[:, None] & (k < K)[None, :]
             slot = tl.load(slot_TK + t[:, None] * K + k[None, :], mask=is_copy, other=-1).to(tl.int32)
             owner = tl.where(slot >= 0, slot // slots_per_rank, -1)
+            if GRADS:
+                entry = t[:, None] * K + k[None, :]
+                came = tl.load(_peer(peers_W, me, grad_offset, tl.float32) + entry, mask=slot >= 0, other=0.0)
+                tl.store(grad_TK + entry, came, mask=is_copy)
             copy = (me * capacity + t).to(tl.int64) * K
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)

@@ -71,8 +71,8 @@ def _dispatch_gradients(ctx, grad_RD, *_):
 
 def _run_return(grad_RD, slot_TK, row_NK, copy_R, weight_NK, count_L, sizes, dispatcher):
     transport = _DISPATCHERS[dispatcher].transport
-    grad_TD = transport.sum_back(grad_RD.contiguous(), _plan(row_NK, copy_R, weight_NK, count_L, sizes), slot_TK)
-    return grad_TD, transport.weight_grad(slot_TK)
+    plan, grad_TK = _plan(row_NK, copy_R, weight_NK, count_L, sizes), weight_NK.new_empty(slot_TK.shape)
+    return transport.sum_back(grad_RD.contiguous(), plan, slot_TK, grad_TK=grad_TK), grad_TK
 
 
 def _run_combine(rows_RD, slot_TK, row_NK, copy_R, weight_NK, count_L, sizes, dispatcher):

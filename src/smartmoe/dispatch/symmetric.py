@@ -166,8 +166,6 @@ class SymmetricTransport:
         self._buffer, addresses = _allocate(total, self.device, self.group)
         self.shared_bytes = total if self.num_ranks > 1 else 0
         self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=self.device)
-        start, (numel, dtype) = self.offset["grads"], regions["grads"]
-        self._grads_TK = self._buffer[start : start + numel * dtype.itemsize].view(dtype).view(self.capacity, self.top_k)
 
     @property
     def _num_announcers(self) -> int:
@@ -211,26 +209,22 @@ class SymmetricTransport:
         self._spread(grad_TD, slot_TK, rows_RD, grad_RD, plan, weigh=True)
         return grad_RD
 
-    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None) -> torch.Tensor:
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None, grad_TK=None) -> torch.Tensor:
         """As CollectiveTransport.sum_back."""
         y_TD = torch.empty(slot_TK.shape[0], self.width, dtype=self.dtype, device=self.device)
         on_host, most = (self.odd, self.odd) if told is None else (told.on_host, told.most)
         self._begin(opens=False)
         self._kernels.sum_kernel[self._grid(self.num_ranks)](
-            rows_RD, plan.row_NK, plan.weight_NK, y_TD, slot_TK, plan.num_rows, plan.num_needed, on_host, most, self.peers_W,
-            self._calls, self.ep_rank, self.capacity, slot_TK.shape[0], self.slots_per_rank, plan.row_bound, self.width,
-            self._lag, self.offset["sums"], self.offset["needed"], self.offset["flags"], WEIGHTED=told is not None,
-            **self._sizes(),
+            rows_RD, plan.row_NK, plan.weight_NK, y_TD, y_TD if grad_TK is None else grad_TK, slot_TK, plan.num_rows,
+            plan.num_needed, on_host, most, self.peers_W, self._calls, self.ep_rank, self.capacity, slot_TK.shape[0],
+            self.slots_per_rank, plan.row_bound, self.width, self._lag, self.offset["sums"], self.offset["grads"],
+            self.offset["needed"], self.offset["flags"], WEIGHTED=told is not None, GRADS=grad_TK is not None, **self._sizes(),
         )  # fmt: skip
         return y_TD
 
     def wait(self) -> None:
         """As CollectiveTransport.wait; synchronises with the device."""
         torch.cuda.current_stream(self.device).synchronize()
-
-    def weight_grad(self, slot_TK) -> torch.Tensor:
-        """As CollectiveTransport.weight_grad."""
-        return self._grads_TK[: slot_TK.shape[0]].masked_fill(slot_TK < 0, 0)
 
     def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, weigh):
         if own_TD.data_ptr() % 16:  # the kernel takes rows of this rank and of others for aligned alike

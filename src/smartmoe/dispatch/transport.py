@@ -62,7 +62,7 @@ class CollectiveTransport:
     """The transport over all-gathers and all-to-alls of whole buffers, in plain torch on any device and backend.
 
     It moves what the kernels move and W times more; rows that the kernels would leave unwritten are NaN here, so that a
-    reader of too much shows. Collective over the group in every call but `bound`, `wait` and `weight_grad`.
+    reader of too much shows. Collective over the group in every call but `bound` and `wait`.
     Reads sizes on the host.
     """
 
@@ -112,11 +112,12 @@ class CollectiveTransport:
         weight_R = plan.weight_NK.reshape(-1)[copy_R]
         return self._poison_tail((grad_RD * weight_R.unsqueeze(1)).to(rows_RD.dtype), plan)
 
-    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None) -> torch.Tensor:
+    def sum_back(self, rows_RD, plan: LocalPlan, slot_TK, told: Told | None = None, grad_TK=None) -> torch.Tensor:
         """Sum each token's rows over k (with `told`, times its weights), bring one row back to its source and sum there over
         ranks.
 
-        Returns [T, D]; with `told` NaN everywhere, on every rank, when some rank's routing did not fit its rows.
+        grad_TK: [T, K] float32, takes the gradients of weights that the last `weigh` of all ranks sent here. Returns
+        [T, D]; with `told` NaN everywhere, on every rank, when some rank's routing did not fit its rows.
         """
         part_ND = torch.zeros(plan.row_NK.shape[0], rows_RD.shape[1], device=rows_RD.device)
         for k in range(plan.row_NK.shape[1]):
@@ -128,6 +129,8 @@ class CollectiveTransport:
         y_TD = back[0, : slot_TK.shape[0]]
         for source in range(1, self.num_ranks):
             y_TD = y_TD + back[source, : slot_TK.shape[0]]
+        if grad_TK is not None:
+            grad_TK.copy_(self._weight_grad[: slot_TK.shape[0]])
         if told is not None:
             needed = int(plan.num_needed)
             fits, is_odd = abs(needed) <= plan.row_bound, needed < 0
@@ -143,10 +146,6 @@ class CollectiveTransport:
 
     def wait(self) -> None:
         """Return when all calls so far have told what they tell."""
-
-    def weight_grad(self, slot_TK) -> torch.Tensor:
-        """The gradients [T, K] float32 of the weights, after the `sum_back` that followed `weigh`."""
-        return self._weight_grad[: slot_TK.shape[0]].clone()
 
     def _padded(self, tensor, value):
         out = tensor.new_full((self.capacity, tensor.shape[1]), value)
