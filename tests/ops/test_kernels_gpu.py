@@ -7,7 +7,7 @@ from smartmoe.ops import extension
 from smartmoe.ops.activation import activate
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.permute import combine, combine_backward_reference, gather_sum_reference, permute, permute_reference
-from smartmoe.ops.plan import count_slots, make_padded_plan, make_plan, plan_reference
+from smartmoe.ops.plan import count_slots, ends_of, make_padded_plan, make_plan, plan_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,9 @@ def test_plan_equals_the_sort(num_tokens, top_k, num_slots):
     for seed, hot, dropped in ((0, None, 0.1), (1, num_slots - 1, 0.0), (2, 0, 1.0)):
         slot_TK = slots(num_tokens, top_k, num_slots, seed, dropped, hot)
         kept = int((slot_TK >= 0).sum())
-        assert torch.equal(count_slots(slot_TK, num_slots), plan_reference(slot_TK, num_slots, 0, kept)[0])
+        count_S = count_slots(slot_TK, num_slots)
+        assert torch.equal(count_S, plan_reference(slot_TK, num_slots, 0, kept)[0])
+        assert torch.equal(ends_of(count_S), count_S.cumsum(0, dtype=torch.int32))
         for num_rows in {kept, slot_TK.numel() + 5, kept // 2}:
             plan, want = make_plan(slot_TK, num_slots, num_rows), plan_reference(slot_TK, num_slots, 0, num_rows)
             assert torch.equal(plan.count_S, want[0]) and torch.equal(plan.copy_of_row_R, want[1])

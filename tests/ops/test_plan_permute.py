@@ -1,10 +1,12 @@
 """Routing plans, permutation and weighted combine, against index loops and numerical gradients."""
 
+import itertools
+
 import pytest
 import torch
 
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import count_slots, make_padded_plan, make_plan, slots_of
+from smartmoe.ops.plan import count_slots, ends_of, make_padded_plan, make_plan, slots_of
 
 TABLES = [
     ([[2, 0], [1, 2], [0, 1]], 3),
@@ -27,7 +29,9 @@ def test_plan_is_stable_by_slot_and_leaves_dropped_copies_out(table, num_slots):
     want = sorted((n for n in range(len(flat)) if flat[n] >= 0), key=lambda n: (flat[n], n))
     plan = make_plan(slot_TK, num_slots, len(want))
     assert plan.copy_of_row_R.tolist() == want
-    assert count_slots(slot_TK, num_slots).tolist() == [flat.count(s) for s in range(num_slots)]
+    counts = [flat.count(s) for s in range(num_slots)]
+    assert count_slots(slot_TK, num_slots).tolist() == counts
+    assert ends_of(torch.tensor(counts)).tolist() == list(itertools.accumulate(counts))
     for n, slot in enumerate(flat):
         row = int(plan.row_of_copy_TK.flatten()[n])
         assert want[row] == n if slot >= 0 else row >= len(want)

@@ -32,6 +32,16 @@ Tensor count_slots(const Tensor& slot_TK, int64_t num_slots) {
   return count_S;
 }
 
+Tensor ends_of(const Tensor& count_S) {
+  check(count_S, "count_S", 1, at::kLong);
+  const c10::cuda::CUDAGuard guard(count_S.device());
+  Tensor end_S = at::empty(count_S.sizes(), count_S.options().dtype(at::kInt));
+  checked(smartmoe::ends_of(count_S.const_data_ptr<int64_t>(), static_cast<int>(count_S.numel()),
+                            end_S.mutable_data_ptr<int>(), stream()),
+          "ends_of");
+  return end_S;
+}
+
 std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows) {
   check(slot_TK, "slot_TK", 2, at::kLong);
   TORCH_CHECK(capacity == 0 || num_rows == num_slots * capacity, "num_rows: expected num_slots * capacity");

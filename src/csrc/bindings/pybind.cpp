@@ -8,6 +8,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace b = smartmoe::bindings;
   m.def("slots_of", &b::slots_of);
   m.def("count_slots", &b::count_slots);
+  m.def("ends_of", &b::ends_of);
   m.def("plan_rows", &b::plan_rows);
   m.def("permute", &b::permute);
   m.def("gather_sum", &b::gather_sum);

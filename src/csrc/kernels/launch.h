@@ -22,6 +22,9 @@ constexpr int kPieceRows = 64;
 // count_S [S] int64 += copies of each slot; slot_N [N] int64, anything outside [0, S) counts nowhere.
 cudaError_t count_slots(const int64_t* slot_N, int64_t num_copies, int num_slots, int64_t* count_S, cudaStream_t stream);
 
+// end_S [S] int32: running sums of count_S [S] int64.
+cudaError_t ends_of(const int64_t* count_S, int num_slots, int* end_S, cudaStream_t stream);
+
 // slot_N [N] int64 = table_EB[expert, bucket of (token id, k)], -1 where expert_N is negative. The bucket is SplitMix64's
 // finaliser of token_id_T[t] + (k + 1) * golden ratio, modulo num_buckets (a power of two); with 1, no id is read.
 cudaError_t slots_of(const int64_t* expert_N, const int64_t* table_EB, const int64_t* token_id_T, int64_t num_copies,

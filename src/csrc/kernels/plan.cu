@@ -58,6 +58,21 @@ __device__ int scan_by_warp(const int* total_S, int* start_S, int num_slots) {
   return carry;
 }
 
+// Inclusive ones by one warp.
+__global__ void ends_kernel(const int64_t* count_S, int num_slots, int* end_S) {
+  const int lane = threadIdx.x;
+  int carry = 0;
+  for (int s0 = 0; s0 < num_slots; s0 += 32) {
+    int sum = s0 + lane < num_slots ? static_cast<int>(count_S[s0 + lane]) : 0;
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (s0 + lane < num_slots) end_S[s0 + lane] = carry + sum;
+    carry += __shfl_sync(kAllLanes, sum, 31);
+  }
+}
+
 struct PlanSizes {
   int64_t num_copies, chunk, capacity, num_rows;
   int num_slots;
@@ -173,6 +188,12 @@ cudaError_t count_slots(const int64_t* slot_N, int64_t num_copies, int num_slots
   const int64_t chunk = plan_chunk(num_copies, num_slots);
   count_slots_kernel<<<plan_blocks(num_copies, num_slots), kCountThreads, num_slots * sizeof(int), stream>>>(
       slot_N, num_copies, chunk, num_slots, reinterpret_cast<unsigned long long*>(count_S));
+  return cudaGetLastError();
+}
+
+cudaError_t ends_of(const int64_t* count_S, int num_slots, int* end_S, cudaStream_t stream) {
+  if (num_slots == 0) return cudaSuccess;
+  ends_kernel<<<1, 32, 0, stream>>>(count_S, num_slots, end_S);
   return cudaGetLastError();
 }
 

@@ -30,6 +30,7 @@ from smartmoe.ops.extension import path_for, products_for
 from smartmoe.ops.grad_sink import add_to_sink, sink_of
 from smartmoe.ops.late_slots import late_slots_of
 from smartmoe.ops.library import register
+from smartmoe.ops.plan import ends_of
 
 _ONES_WIDTH = 8
 _NAMES = ("gelu", "relu", "swiglu")
@@ -76,7 +77,7 @@ def _check_strides(rows_RD, w1_LDF, w2_LFD):
 
 def fused_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str) -> torch.Tensor:
     """`expert_ffn` as on CUDA. What the extension does is plain torch where it is missing, so it runs on a CPU, too."""
-    end_L = count_L.cumsum(0, dtype=torch.int32)
+    end_L = ends_of(count_L)
     hidden_RF, act_RF = _matmul_activate(rows_RD, end_L, w1_LDF, b1_LF, activation)
     return _activated_matmul(hidden_RF, act_RF, end_L, b1_LF, w2_LFD, b2_LD, activation)
 

@@ -56,6 +56,11 @@ def count_slots(slot_TK: torch.Tensor, num_slots: int) -> torch.Tensor:
     return _count_slots(slot_TK, num_slots)
 
 
+def ends_of(count_S: torch.Tensor) -> torch.Tensor:
+    """Running sums [S] int32 of the counts [S] int64 of slots: the row behind the last one of each."""
+    return _ends_of(count_S)
+
+
 def make_plan(slot_TK: torch.Tensor, num_slots: int, num_rows: int) -> RoutingPlan:
     """Lay the kept copies out by slot, inside a slot in the order of tokens and then of k.
 
@@ -89,6 +94,11 @@ def _run_count(slot_TK, num_slots):
     return kernels.count_slots(slot_TK.contiguous(), num_slots) if kernels else count_slots_reference(slot_TK, num_slots)
 
 
+def _run_ends(count_S):
+    kernels = kernels_for(count_S)
+    return kernels.ends_of(count_S.contiguous()) if kernels else count_S.cumsum(0, dtype=torch.int32)
+
+
 def _run_plan(slot_TK, num_slots, capacity, num_rows):
     kernels = kernels_for(slot_TK) if 0 < num_slots <= MAX_KERNEL_SLOTS else None
     if kernels:
@@ -109,6 +119,11 @@ _count_slots = register(
     "count_slots(Tensor slot_TK, int num_slots) -> Tensor",
     _run_count,
     lambda slot_TK, num_slots: slot_TK.new_empty(num_slots),
+)
+_ends_of = register(
+    "ends_of(Tensor count_S) -> Tensor",
+    _run_ends,
+    lambda count_S: count_S.new_empty(count_S.shape, dtype=torch.int32),
 )
 _routing_plan = register(
     "routing_plan(Tensor slot_TK, int num_slots, int capacity, int num_rows) -> (Tensor, Tensor, Tensor)",
