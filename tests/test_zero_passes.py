@@ -142,36 +142,40 @@ def test_whoever_is_alone_keeps_all():
 # --------------------------------------------------------------------------------------------------------------- GPUs
 
 
-ROUTES = {"weights on both": 1, "experts on one each": 2}
+PIPES = ParallelPlan(pp=2, dp=2, ep=1)
+RECORDED = {  # by number of GPUs: plan, micro-batches, exact copies
+    2: ((BOTH, 3, False), (ParallelPlan(dp=2, ep=2), 3, True)),
+    4: ((PIPES, 5, False), (dataclasses.replace(PIPES, vpp=2), 4, False)),
+}
 
 
-def recorded_on_gpus(world_rank):
-    """By stage and where experts are: losses and norms of passes that run as they are and of recorded ones, and what was
-    said of those."""
+def recorded_on_gpus(world_rank, num_ranks):
+    """By plan and stage: losses and norms of passes that run as they are and of recorded ones, and what was said of those."""
     device, found = gpu_of(world_rank), {}
     layer = LayerConfig(dispatcher="direct", row_factor=2.0)
-    for (name, ep), zero in itertools.product(ROUTES.items(), (2, 3)):
-        online = OnlineConfig() if ep == 1 else OnlineConfig(replicate="exact", replica_slots=2)
-        plan, curves, said = ParallelPlan(dp=2, ep=ep, recompute=zero == 3), [], []
+    for (plan, num_passes, has_copies), zero in itertools.product(RECORDED[num_ranks], (2, 3)):
+        online = OnlineConfig(replicate="exact", replica_slots=2) if has_copies else OnlineConfig()
+        plan, curves, said = dataclasses.replace(plan, recompute=zero == 3), [], []
         for cuda_graph in ("never", "auto"):
             work = dataclasses.replace(WORKLOAD, dtype="bfloat16", iterations=100, cuda_graph=cuda_graph, zero=zero)
             gate = GateConfig(kind="naive")
-            config = make_config(plan, 3, layer=layer, gate=gate, model=GPU_MODEL, workload=work, online=online)
+            config = make_config(plan, num_passes, layer=layer, gate=gate, model=GPU_MODEL, workload=work, online=online)
             trainer = make_trainer(config, str(device))
             trainer.graphs.tell = said.append
             # the one way of attention whose backward pass is deterministic
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                results = [trainer.run_iteration() for _ in range(8)]
+                results = [trainer.run_iteration() for _ in range(6)]
             curves.append([(result.lm_loss, result.optimizer.grad_norm) for result in results])
             trainer.close()
-        found[name, zero] = *curves, said
+        found[plan.describe(), zero] = *curves, said
     return found
 
 
 @pytest.mark.gpu
-def test_recorded_passes_gather_and_reduce_as_those_that_run():
+@pytest.mark.parametrize("num_ranks", RECORDED)
+def test_recorded_passes_gather_and_reduce_as_those_that_run(num_ranks):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    for found in spawn(recorded_on_gpus, 2, backend=gpu_backend(2)):
+    for found in spawn(recorded_on_gpus, num_ranks, num_ranks, backend=gpu_backend(num_ranks)):
         for case, (plain, recorded, said) in found.items():
             assert recorded == plain, case
             assert any("captured in" in words for words in said), (case, said)
