@@ -173,8 +173,9 @@ def test_ffn_and_its_gradients_against_float64(bias, activation, dtype):
                     m.grad = None
 
 
-# slots, mean rows, width, ffn: many tiles a block; sizes that no tile divides, rows left over for one warpgroup or the other
-PRODUCT_SIZES = [(16, 1024, 1536, 3072), (5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40)]
+# slots, mean rows, width, ffn: many tiles a block; sizes that no tile divides, rows left over for one warpgroup or the other;
+# few tiles, which all come in halves; slots of several bands of tiles
+PRODUCT_SIZES = [(16, 1024, 1536, 3072), (5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40), (3, 5000, 328, 1032)]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -237,8 +238,9 @@ def test_products_end_and_are_right(sizes, activation, bias):
             assert torch.equal(kernels.multiply_slope(rows, second, b1, end, hidden, activation, False)[2], grad_b1)
 
 
-# slots, mean rows, rows and columns of a slot's result: all of a tile's edges; the trainer's, many tiles a block
-TOTAL_SIZES = [(5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40), (16, 1024, 1536, 3072), (3, 100, 128, 136)]
+# slots, mean rows, rows and columns of a slot's result: all of a tile's edges; the trainer's, many tiles a block; two bands
+TOTAL_SIZES = [(5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40), (16, 1024, 1536, 3072), (3, 100, 128, 136),
+               (3, 300, 3400, 264)]  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", TOTAL_SIZES, ids=str)
