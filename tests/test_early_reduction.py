@@ -25,12 +25,12 @@ def _train(plan, reduce_early, **changes):
     workload = dataclasses.replace(WORKLOAD, reduce_early=reduce_early)
     trainer = make_trainer(make_config(plan, workload=workload, **changes))
     started, run = [], trainer.runner.run
-    reduction = trainer.optimizer.buffers._early
+    reduction = trainer.optimizer.buffers.early
 
     def counted(*batch):
         losses = run(*batch)
         if reduction is not None:
-            started.append((reduction._num_started, len(reduction._buckets)))
+            started.append((reduction.num_started, len(reduction._buckets)))
         return losses
 
     trainer.runner.run = counted
@@ -118,6 +118,6 @@ def test_a_weight_that_a_pass_uses_twice_counts_once(monkeypatch):
             sum(uses).sum().backward()
             assert len(recorder.seen) == num_started
         buffers.complete()
-        buffers._early.finish()
+        buffers.early.finish()
         assert len(recorder.seen) == 4
         buffers.zero()

@@ -19,6 +19,7 @@ from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan,
 from smartmoe.data import TokenDataset
 from smartmoe.graphs import WARM_UP, PassGraphs, why_not
 from smartmoe.mesh import build_mesh
+from smartmoe.parallel.early import EarlyReduction
 from smartmoe.timing import LayerTimer
 from smartmoe.trainer import Trainer
 
@@ -50,7 +51,7 @@ class StandIn:
         tensors = [*self.buffers._flat.values(), *sums, self.trainer.runner._totals]
         for layer in self.trainer.layers.values():
             tensors += getattr(layer.replication, "grads", [])
-        before, empty = [tensor.clone() for tensor in tensors], set(self.buffers._empty)
+        before, empty, early = [tensor.clone() for tensor in tensors], set(self.buffers._empty), self._early()
         call()
         self.recordings += 1
         for tensor, value in zip(tensors, before, strict=True):
@@ -60,7 +61,9 @@ class StandIn:
 
         def replay():
             self.replays += 1
-            host, self.buffers._empty = self.buffers._empty, set(empty)
+            host, reduced = self.buffers._empty, self._early()
+            self.buffers._empty = set(empty)
+            self._early(early)
             others = self.trainer.graphs._watchers
             for watcher in others:
                 watcher.begin()
@@ -70,8 +73,20 @@ class StandIn:
             for (_, rows), (_, now) in zip(captured, fresh, strict=True):
                 rows.copy_(now)
             self.buffers._empty = host
+            self._early(reduced)
 
         return replay
+
+    def _early(self, state=None):
+        """The host's side of early reduction; state: what it shall be."""
+        early = self.buffers.early
+        if early is None:
+            return None
+        if state is not None:
+            early.num_started = state[0]
+            for bucket, missing in zip(early._buckets, state[1], strict=True):
+                bucket.missing = missing
+        return early.num_started, [bucket.missing for bucket in early._buckets]
 
     def clear(self):
         pass
@@ -139,6 +154,7 @@ def _config(name) -> tuple[RunConfig, object]:
 
 def _with_and_without(world_rank):
     found = {}
+    EarlyReduction.__init__.__defaults__ = (20_000,)  # bytes of a bucket: several for the small model
     for name in CASES:
         config, before = _config(name)
         plain = curve(trainer_of(config), before)
@@ -146,11 +162,13 @@ def _with_and_without(world_rank):
         tape = record_on_cpu(trainer)
         said = []
         trainer.graphs.tell = said.append
+        reduced = _reduced_in_passes(trainer)
         timer = LayerTimer(trainer.layers, torch.device("cpu"))
         trainer.graphs.join(timer)
         recorded = curve(trainer, before)
         times = timer.take()
         num_timed = len(times) - len(trainer.layers)
+        assert all(num_early == num_all > 1 for num_early, num_all in reduced[WARM_UP:]), reduced
         facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, num_timed)
         found[name] = plain, recorded, facts
     found["outgrown"] = _outgrown()
@@ -158,6 +176,20 @@ def _with_and_without(world_rank):
     found["in place"] = _places()
     found["auto"] = _auto()
     found["fails"] = _fails(world_rank)
+    return found
+
+
+def _reduced_in_passes(trainer) -> list[tuple[int, int]]:
+    """Filled in every iteration that is yet to come: buckets whose reduction passes have started, and all."""
+    found, early = [], trainer.optimizer.buffers.early
+    if early is not None:
+        finish = early.finish
+
+        def noting():
+            found.append((early.num_started, len(early._buckets)))
+            finish()
+
+        early.finish = noting
     return found
 
 
@@ -268,7 +300,10 @@ def test_recorded_passes_change_no_bit():
             assert not why and replays_of == (ITERATIONS - WARM_UP) * num_passes * num_parts, name
             assert not num_timed and "captured in" in words[0], name
             times = 2 if name.startswith("copies") else 1  # without any; from then on with
-            assert recordings == (2 * pairs[rank] if pairs else min(num_passes, 2) * times), (name, recordings)
+            if name == "reduced early":  # the first micro-batch's, the last one's, and one between
+                assert recordings == num_passes == 3
+            else:
+                assert recordings == (2 * pairs[rank] if pairs else min(num_passes, 2) * times), (name, recordings)
             assert len(words) == times, name
         assert states == [(False, 0)] * 2 + [(True, 2)] * 3 + [(False, 2)] * 2 + [(True, 4)], states
         assert same and replays == 0 and len(said) == 1 and "run without" in said[0]
@@ -382,8 +417,9 @@ GPU_PIPELINES = {
     "exact copies of chunks": (
         {"plan": dataclasses.replace(CHUNKS, dp=2, ep=2), "num_passes": 4, "online": EXACT}, None,
     ),
+    "weights gathered in a pipeline": ({"plan": PIPES, "workload": {"zero": 3}}, None),
     "reduced early in a pipeline": (
-        {"plan": dataclasses.replace(PIPES, ep=1), "workload": {"reduce_early": True}}, None,
+        {"plan": dataclasses.replace(CHUNKS, dp=2), "num_passes": 4, "workload": {"reduce_early": True}}, None,
     ),
 }  # fmt: skip
 GPU_CASES |= GPU_PIPELINES

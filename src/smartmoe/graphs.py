@@ -2,7 +2,8 @@
 
 Layer 5. Forward and backward of a micro-batch are captured once, after a few iterations that ran as they are, and replayed
 for every micro-batch from then on: one graph for the first micro-batch of an iteration, whose gradients overwrite those of
-the last, and one for all others, whose gradients are added. In a pipeline, where passes of several micro-batches interleave,
+the iteration before, one for all others, whose gradients are added, and with workload.reduce_early one for the last, in which
+gradients are reduced beside what is still to be computed. In a pipeline, where passes of several micro-batches interleave,
 forward and backward are graphs of their own, and there are as many pairs as micro-batches can be in flight in a chunk: what
 a forward pass leaves for its backward pass keeps its place, beside that of the others. Stages exchange activations between
 the graphs. What changes from one micro-batch or iteration to the next lies in memory that keeps its place: tokens, the scale
@@ -114,7 +115,8 @@ class CudaTape:
 @dataclass
 class _Play:
     """A recorded pass: what launches each of its parts, and what each watcher saw of it. fills: the gradients, by ref, that
-    it overwrites. num_launched: parts that have been, 0 = all or none."""
+    it overwrites; num_reduced: buckets that it reduces (parallel.early). num_launched: parts that have been, 0 = all or none.
+    """
 
     work: Pass
     watchers: Sequence[Watcher]
@@ -122,6 +124,7 @@ class _Play:
     replays: list[Callable[[], None]] = field(default_factory=list)
     seen: list[list] = field(default_factory=list)
     fills: list[int] = field(default_factory=list)
+    num_reduced: int = 0
     num_launched: int = 0
 
     def launch(self, part_idx: int) -> None:
@@ -132,6 +135,8 @@ class _Play:
         if self.num_launched == 0:
             for ref_idx in self.fills:
                 self.buffers.fill(ref_idx)
+            if self.num_reduced:
+                self.buffers.early.num_started += self.num_reduced
         for watcher, seen in zip(self.watchers, self.seen[part_idx], strict=True):
             watcher.replayed(seen)
 
@@ -235,8 +240,14 @@ class PassGraphs:
         """The recording for micro-batch `place` of the iteration on this rank's chunk; None = there is none."""
         if not self._plays:
             return None
-        # the first micro-batch of all has its own, from then on they take turns
-        return self._plays[chunk, (place - 1) % self._sources[chunk].num_slots + 1 if place else 0]
+        return self._plays[chunk, self._kind(chunk, place)]
+
+    def _kind(self, chunk: int, place: int) -> int:
+        """Which recording is that of micro-batch `place`: the first one's, that of the last one where it reduces gradients,
+        or one of those that take turns in between."""
+        if place and place == self._num_passes - 1 and self._buffers.early is not None:
+            return -1
+        return (place - 1) % self._sources[chunk].num_slots + 1 if place else 0
 
     def peak_bytes(self) -> int:
         """The most that tensors, and graphs on top of them, have taken of the GPU since its peak was last reset; 0 on a
@@ -300,9 +311,11 @@ class PassGraphs:
             transports = {id(each.transport): each.transport for each in self._dispatchers()}.values()
             are_open = [transport.is_open for transport in transports]
             try:
-                for chunk, source in enumerate(self._sources):
-                    for place in range(min(self._num_passes, source.num_slots + 1)):
-                        self._plays[chunk, place] = self._record_pass(chunk, source, place, sample)
+                for chunk in reversed(range(len(self._sources))):  # as backward passes come, and their reductions
+                    for place in range(self._num_passes):
+                        if (chunk, self._kind(chunk, place)) not in self._plays:
+                            self._plays[chunk, self._kind(chunk, place)] = self._record_pass(chunk, place, sample)
+                self._buffers.reduce_late(True)  # from now on as if nothing had been started
             except Exception as error:
                 _log.warning("the capture of a micro-batch failed here", exc_info=True)
                 failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -323,24 +336,29 @@ class PassGraphs:
             took, gbytes = time.perf_counter() - start, self.num_bytes / 1e9
             self.tell(f"CUDA graph: the passes of a micro-batch were captured in {took:.1f} s and keep {gbytes:.2f} GB")
 
-    def _record_pass(self, chunk: int, source: Source, place: int, sample: Sequence[torch.Tensor]) -> _Play:
+    def _record_pass(self, chunk: int, place: int, sample: Sequence[torch.Tensor]) -> _Play:
+        source, early = self._sources[chunk], self._buffers.early
         play, filled = _Play(source.make(*sample), self._watchers, self._buffers), set(self._buffers.filled())
+        num_started = early.num_started if early is not None else 0
         for part in play.work.parts:
+            call = functools.partial(self._whole, part, early is not None and place == self._num_passes - 1)
             for watcher in self._watchers:
                 watcher.begin()
             try:
-                play.replays.append(self._tape.record(functools.partial(self._whole, part), (chunk, place % source.num_slots)))
+                play.replays.append(self._tape.record(call, (chunk, place % source.num_slots)))
             finally:
                 play.seen.append([watcher.end() for watcher in self._watchers])
             if source.num_slots > 1:
                 for replication in self._exact():
                     replication.forget_weights()  # of other micro-batches, by the time of the backward pass
         play.fills = [ref_idx for ref_idx in self._buffers.filled() if ref_idx not in filled]
+        play.num_reduced = early.num_started - num_started if early is not None else 0
         return play
 
-    def _whole(self, part: Callable[[], None]) -> None:
-        part()
-        self._buffers.flush()
+    def _whole(self, part: Callable[[], None], reduces: bool) -> None:
+        with self._buffers.early.within() if reduces else contextlib.nullcontext():
+            part()
+            self._buffers.flush()
 
     def _any_rank(self, mine: bool) -> bool:
         if self._group is None:

@@ -61,7 +61,7 @@ class GradientBuffers:
         self._empty: set[int] = set()  # of refs: those without a gradient since the last step
         self._waiting: dict[int, torch.Tensor] = {}  # small gradients that are not accumulated yet, by ref
         self._place = {name: place for place, (name, _) in enumerate(named_params)}
-        self._early: EarlyReduction | None = None
+        self.early: EarlyReduction | None = None
         self._early_kinds: frozenset[str] = frozenset()
         self.refs: list[ParamRef] = []
         for kind in KINDS:
@@ -101,7 +101,7 @@ class GradientBuffers:
 
     def take_in(self, ref_idx: int, part: torch.Tensor, may_wait: bool) -> None:
         """Accumulate a gradient, or keep it for a while."""
-        if not may_wait or self._early is not None:
+        if not may_wait or self.early is not None:
             accumulate_(self.refs[ref_idx].grad, part, is_first=self.fill(ref_idx))
             return
         if len(self._waiting) == MANY or ref_idx in self._waiting:
@@ -140,17 +140,17 @@ class GradientBuffers:
         return [ref_idx for ref_idx in range(len(self.refs)) if ref_idx not in self._empty]
 
     def reduce_late(self, late: bool) -> None:
-        """Whether `reduce` starts all reductions, also those of `reduce_early`: its hooks do not run in a pass that a graph
-        replays."""
-        if self._early is not None:
-            self._early.waits_for_finish = late
+        """Whether passes reduce nothing but inside `early.within`, as those do that a graph replays: its hooks ran once."""
+        if self.early is not None:
+            self.early.waits_for_finish = late
+            self.early.reset(1 if late else None)
 
     def reduce_early(self, num_passes: int, kinds: Sequence[str] = KINDS) -> None:
         """From now on reduce gradients of these kinds while backward passes run, as they become complete: after
         num_passes gradients for each parameter since `zero`. Nobody but backward passes may change them."""
         groups = {kind: self._groups[kind] for kind in kinds if kind in self._flat and self._groups.get(kind) is not None}
         order = [self._place[ref.name] for ref in self.refs]
-        self._early = EarlyReduction(self.refs, self._flat, order, groups, num_passes)
+        self.early = EarlyReduction(self.refs, self._flat, order, groups, num_passes)
         self._early_kinds = frozenset(groups)
         for ref_idx, ref in enumerate(self.refs):
             ref.param.register_hook(self._note(ref_idx))
@@ -159,14 +159,14 @@ class GradientBuffers:
         """A hook that runs once in a pass, before the hook that accumulates and behind all uses of the parameter, also
         where no gradient comes to it because the sink has it."""
         mine = weakref.proxy(self)
-        return lambda _: mine._early.note(ref_idx)
+        return lambda _: mine.early.note(ref_idx)
 
     def zero(self) -> None:
         """Forget the gradients: what they were is overwritten by the first backward pass, or by `complete`."""
         self._waiting.clear()
         self._empty = set(range(len(self.refs)))
-        if self._early is not None:
-            self._early.reset()
+        if self.early is not None:
+            self.early.reset()
 
     def complete(self) -> None:
         """Accumulate what waits, and zero what no backward pass has written since `zero`. Before this only hooks may touch
@@ -183,8 +183,8 @@ class GradientBuffers:
         for kind, flat in self._flat.items():
             if self._groups.get(kind) is not None and kind not in self._early_kinds:
                 dist.all_reduce(flat, group=self._groups[kind])
-        if self._early is not None:
-            self._early.finish()
+        if self.early is not None:
+            self.early.finish()
 
     def scale(self, factor: float) -> None:
         for flat in self._flat.values():

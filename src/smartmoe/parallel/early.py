@@ -8,7 +8,8 @@ last. What is not complete by then (a parameter without a gradient in some pass)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,8 @@ class EarlyReduction:
     """Sums gradients over their groups by buckets, early where it can.
 
     refs, flats: the parameters and the flat buffers by kind, see GradientBuffers. order: where in the model each of refs
-    stands. groups: of the kinds to reduce here. num_passes: gradients that each parameter gets in an iteration.
+    stands. groups: of the kinds to reduce here. num_passes: gradients that each parameter gets in an iteration. num_started:
+    buckets whose reduction was started in this iteration.
     """
 
     def __init__(self, refs, flats, order: Sequence[int], groups, num_passes: int, bucket_bytes: int = BUCKET_BYTES):
@@ -48,11 +50,24 @@ class EarlyReduction:
             self._bucket_of |= dict.fromkeys(bucket.ref_idxs, bucket)
         self.reset()
 
-    def reset(self) -> None:
-        """Begin an iteration."""
-        self._num_started, self._writing = 0, None
+    def reset(self, num_passes: int | None = None) -> None:
+        """Begin an iteration, of which only the last `num_passes` come by here, None = all."""
+        self.num_started, self._writing = 0, None
         for bucket in self._buckets:
-            bucket.missing = self._num_passes * len(bucket.ref_idxs)
+            bucket.missing = (self._num_passes if num_passes is None else num_passes) * len(bucket.ref_idxs)
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[None]:
+        """A backward pass that comes by here, although others do not: what is started inside is done at its end, for what
+        follows on the stream."""
+        self.waits_for_finish = False
+        try:
+            yield
+            self._settle()
+            self._start_complete()
+        finally:
+            self.waits_for_finish = True
+            self._wait()
 
     def note(self, ref_idx: int) -> None:
         """A gradient of a parameter is about to be launched. Those noted before have been: it may start reductions."""
@@ -60,27 +75,33 @@ class EarlyReduction:
             return
         self._settle()
         self._writing = self._bucket_of.get(ref_idx)
-        while self._num_started < len(self._buckets) and not self._buckets[self._num_started].missing:
-            self._start_next()
+        self._start_complete()
 
     def finish(self) -> None:
         """Start what is left and wait for all. Collective over the groups; on a GPU the host does not wait."""
         self._settle()
-        while self._num_started < len(self._buckets):
+        while self.num_started < len(self._buckets):
             self._start_next()
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        self._wait()
 
     def _settle(self) -> None:
         if self._writing is not None:
             self._writing.missing -= 1
             self._writing = None
 
+    def _start_complete(self) -> None:
+        while self.num_started < len(self._buckets) and not self._buckets[self.num_started].missing:
+            self._start_next()
+
     def _start_next(self) -> None:
-        bucket = self._buckets[self._num_started]
+        bucket = self._buckets[self.num_started]
         self._works.append(dist.all_reduce(bucket.grad, group=bucket.group, async_op=True))
-        self._num_started += 1
+        self.num_started += 1
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works.clear()
 
 
 def _cut(refs, flat: torch.Tensor, order: Sequence[int], kind: str, group, bucket_bytes: int) -> list[_Bucket]:
