@@ -6,6 +6,12 @@ no sum of the whole is kept from one micro-batch to the next (ZeRO-2). With ZeRO
 and once more for the backward pass of a unit, that of the next unit while this one computes, and freed behind it. Rows,
 shares, checkpoints and what moves with an expert are those of ZeRO-1 (parallel.zero).
 
+Of a parameter that R ranks share, ZeRO-2 saves 4 (1 - 1/R) bytes a number beside what ZeRO-1 saves, and ZeRO-3 all of its
+weight's bytes more: between passes float32 masters of the rows are all there is. Passes need room for the gradients of a
+unit, what travels of them, and the weights of two. They cost a reduce-scatter of 4 bytes a number for every micro-batch
+instead of one a step, ZeRO-3 two gathers of the weight's bytes beside it, and save the gather behind the step. So they pay
+where state fills the memory, micro-batches are few or large, and links fast (planner.sharding weighs it).
+
 torch's own FSDP2 (fully_shard) shards in the same way (Rajbhandari et al., SC 2020; Zhao et al., "PyTorch FSDP", VLDB 2023),
 but makes DTensors of the parameters, takes gradients from autograd alone, and hooks modules that are called: here experts
 travel as rows of plain tensors, their products add gradients to sums themselves, and a norm is used without being called.
