@@ -32,7 +32,7 @@ sanitize() { # tool, command
 echo "== an error that the second of two ranks makes on purpose"
 "$sanitizer" --tool memcheck --target-processes all --require-cuda-init no --log-file "$logs/log" \
   "$PY" -m tests.dispatch.small_world planted >"$logs/rows" 2>"$logs/errors" || true
-if grep -q "Invalid __global__ write" "$logs/log" && grep -q bound_kernel "$logs/log"; then
+if grep -q "Invalid __global__ write" "$logs/log" && grep -q announce_kernel "$logs/log"; then
   echo "reported: $(grep -c "Invalid __global__ write" "$logs/log") writes"
 else
   failed=1

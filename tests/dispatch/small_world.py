@@ -19,12 +19,13 @@ def run(world_rank, num_ranks):
 
 
 def plant(world_rank):
-    from smartmoe.dispatch.direct_kernels import bound_kernel
+    from smartmoe.dispatch.direct_kernels import announce_kernel
 
     if world_rank == 1:
-        wanted, room_for_one = (torch.zeros(num, dtype=torch.int64, device=gpu_of(world_rank)) for num in (1024, 1))
-        numbers = [torch.zeros(2, dtype=torch.int32, device=gpu_of(world_rank)) for _ in range(4)]
-        bound_kernel[(1,)](wanted, room_for_one, *numbers, 1024, 0, L_PAD=1024)
+        slot, room_for_one = (torch.zeros(num, dtype=torch.int64, device=gpu_of(world_rank)) for num in (1024, 1))
+        weight, weight_out = (torch.zeros(1024, device=gpu_of(world_rank)) for _ in range(2))
+        odd, state = (torch.zeros(3, dtype=torch.int32, device=gpu_of(world_rank)) for _ in range(2))
+        announce_kernel[(1,)](slot, weight, room_for_one, weight_out, odd, slot, state, 0, 1024, 1024, 1, 0, W=1, BLOCK=1024)
         torch.cuda.synchronize()
 
 

@@ -127,30 +127,30 @@ def meet_kernel(peers_W, state, me, flag_offset, W: tl.constexpr):
 
 @triton.jit
 def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state, me, num_copies, room, slots_per_rank,
-                    slot_offset, weight_offset, flag_offset, W: tl.constexpr, W_PAD: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    copy_offset, W: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Tell all ranks the slots and weights of this one's copies, and lay out those of all: local_N [W * room], slots of this
     rank or -1, and weight_out_N. odd: [1] int32, takes the number of the call when some weight is not a number.
 
-    Block b of every rank has the same places, so it waits for the blocks b alone."""
+    A copy travels as one word of 8 bytes, which arrives whole: weight, slot + 1, and in the last bit whether the number of
+    the call is odd. Every call writes every word, so a word has come when that bit is the call's; no flag is needed."""
     call = tl.load(state + 1) + 1
-    block, num_blocks = tl.program_id(0), tl.num_programs(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < room
     slot = tl.load(slot_N + i, mask=i < num_copies, other=-1).to(tl.int32)
     weight = tl.load(weight_N + i, mask=i < num_copies, other=0.0)
+    word = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ((slot + 1) * 2 + (call & 1)).to(tl.int64)
     for step in tl.static_range(W - 1):
         peer = (me + 1 + step) % W
-        tl.store(_peer(peers_W, peer, slot_offset, tl.int32) + me * room + i, slot, mask=inside)
-        tl.store(_peer(peers_W, peer, weight_offset, tl.float32) + me * room + i, weight, mask=inside)
-    if W > 1:
-        _raise(peers_W, -1 - me, flag_offset, me * num_blocks + block, call, W, W_PAD)
-        _await_all(peers_W, flag_offset, block, block, num_blocks, me, call, W, W_PAD)
+        tl.store(_peer(peers_W, peer, copy_offset, tl.int64) + me * room + i, word, mask=inside)
     for step in tl.static_range(W):
         source = (me + step) % W
         if step > 0:
-            slot = tl.load(_peer(peers_W, me, slot_offset, tl.int32) + source * room + i, mask=inside, other=-1)
-            weight = tl.load(_peer(peers_W, me, weight_offset, tl.float32) + source * room + i, mask=inside, other=0.0)
+            came = _peer(peers_W, me, copy_offset, tl.int64) + source * room + i
+            word = tl.load(came, mask=inside, other=call & 1, volatile=True)
+            while tl.max((word ^ call) & 1, 0) > 0:
+                word = tl.load(came, mask=inside, other=call & 1, volatile=True)
+            slot = (word & 0xFFFFFFFF).to(tl.int32) // 2 - 1
+            weight = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         local = slot - me * slots_per_rank
         local = tl.where((local >= 0) & (local < slots_per_rank), local, -1)
         tl.store(local_N + source * room + i, local.to(tl.int64), mask=inside)
@@ -161,16 +161,18 @@ def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state
 
 
 @triton.jit
-def bound_kernel(wanted_L, count_L, num_rows, num_needed, odd, state, L, R, L_PAD: tl.constexpr):
-    """Cut the counts of slots where their running sum passes R. One block; num_needed is negated after an odd call."""
+def _bound(wanted_L, count_L, num_rows, num_needed, odd, told, L, R, is_writer, L_PAD: tl.constexpr):
+    """Cut the counts of slots where their running sum passes R; num_needed is negated after an odd announcement. Returns the
+    rows in use. Only a writer stores."""
     slot = tl.arange(0, L_PAD)
     wanted = tl.load(wanted_L + slot, mask=slot < L, other=0)
-    end = tl.cumsum(wanted, 0)
-    kept = tl.minimum(end, R) - tl.minimum(end - wanted, R)
-    tl.store(count_L + slot, kept, mask=slot < L)
-    tl.store(num_rows, tl.sum(kept, 0).to(tl.int32))
-    needed = tl.sum(wanted, 0).to(tl.int32)
-    tl.store(num_needed, tl.where(tl.load(odd) == tl.load(state + 1), -needed, needed))
+    needed = tl.sum(wanted, 0)
+    if is_writer:
+        end = tl.cumsum(wanted, 0)
+        tl.store(count_L + slot, tl.minimum(end, R) - tl.minimum(end - wanted, R), mask=slot < L)
+        tl.store(num_rows, tl.minimum(needed, R).to(tl.int32))
+        tl.store(num_needed, tl.where(tl.load(odd) == tl.load(told + 1), -needed, needed).to(tl.int32))
+    return tl.minimum(needed, R).to(tl.int32)
 
 
 @triton.jit
@@ -251,19 +253,23 @@ def _weigh(grads_TD, rows_RD, grad_RD, out_N, row_N, weight_N, used, first, t, c
 
 
 @triton.jit
-def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, num_rows, peers_W, state, me, num_tokens, capacity,
-                  slots_per_rank, D, lag, token_offset, grad_offset, flag_offset, K: tl.constexpr, W: tl.constexpr,
-                  WEIGH: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, wanted_L, count_L, num_rows, num_needed, odd, told,
+                  peers_W, state, me, num_tokens, capacity, slots_per_rank, R, D, lag, token_offset, grad_offset, flag_offset,
+                  K: tl.constexpr, W: tl.constexpr, WEIGH: tl.constexpr, BOUND: tl.constexpr, L_PAD: tl.constexpr,
+                  K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_W: tl.constexpr):  # fmt: skip
     """Bring each token to the ranks of its copies, and there into their rows. Rows that are not in use stay unwritten.
 
     WEIGH: the tokens are gradients of the output, and the rows get theirs in grad_RD: see `_weigh`. Otherwise rows_RD gets
-    the tokens."""
+    the tokens. BOUND: the plan has only wanted_L, the rows that slots would have, and the rest is made here: see `_bound`."""
     call = tl.load(state + 1) + 1
-    used = tl.load(num_rows)
     num_turns = tl.cdiv(capacity, BLOCK_T)
     PUSHES: tl.constexpr = 1 if W > 1 else 0
     taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    if BOUND:
+        used = _bound(wanted_L, count_L, num_rows, num_needed, odd, told, slots_per_rank, R, taken == 0, L_PAD)
+    else:
+        used = tl.load(num_rows)
     while taken < num_turns * (PUSHES + W):
         is_push, turn, part = _piece(taken, num_turns, lag, PUSHES, W)
         if is_push:

@@ -137,7 +137,7 @@ class SymmetricTransport:
         states = torch.zeros(9, dtype=torch.int32, device=self.device).split([3, 3, 2, 1])
         self._calls, self._told, self._met, self.odd = states
         self.is_open = False  # tokens were sent last, not sums
-        self._stream = None
+        self._stream = self._wanted_L = None
 
     def new_told(self) -> Told:
         """As CollectiveTransport.new_told."""
@@ -151,12 +151,10 @@ class SymmetricTransport:
         regions = {
             "tokens": (rows, self.dtype),
             "sums": (rows, self.dtype),
-            "slots": (num_copies, torch.int32),
-            "weights": (num_copies, torch.float32),
+            "copies": (num_copies, torch.int64),
             "grads": (self.capacity * self.top_k, torch.float32),
             "needed": (self.num_ranks, torch.int32),
             "flags": (self.num_ranks * self._num_turns, torch.int32),
-            "announced": (self.num_ranks * self._num_announcers, torch.int32),
             "met": (self.num_ranks, torch.int32),
         }
         self.offset, total = {}, 0
@@ -179,26 +177,21 @@ class SymmetricTransport:
         weight_NK = torch.empty(shape, dtype=torch.float32, device=self.device)
         self._kernels.announce_kernel[(self._num_announcers,)](
             slot_TK, weight_TK, local_NK, weight_NK, self.odd, self.peers_W, self._told, self.ep_rank, slot_TK.numel(),
-            self.capacity * self.top_k, self.slots_per_rank, self.offset["slots"], self.offset["weights"],
-            self.offset["announced"], W=self.num_ranks, W_PAD=_power_of_two(self.num_ranks), BLOCK=_ANNOUNCED,
+            self.capacity * self.top_k, self.slots_per_rank, self.offset["copies"], W=self.num_ranks, BLOCK=_ANNOUNCED,
         )  # fmt: skip
         return local_NK, weight_NK
 
     def bound(self, wanted_L, weight_NK, row_bound: int):
-        """As CollectiveTransport.bound."""
-        count_L = torch.empty_like(wanted_L)
+        """As CollectiveTransport.bound; the numbers are there when the `bring` that must follow has run."""
+        self._wanted_L = wanted_L
         sizes = torch.empty(2, dtype=torch.int32, device=self.device)
-        num_rows, num_needed = sizes[:1], sizes[1:]
-        self._kernels.bound_kernel[(1,)](
-            wanted_L, count_L, num_rows, num_needed, self.odd, self._told, wanted_L.shape[0], row_bound,
-            L_PAD=_power_of_two(wanted_L.shape[0]),
-        )  # fmt: skip
-        return count_L, num_rows, num_needed
+        return torch.empty_like(wanted_L), sizes[:1], sizes[1:]
 
     def bring(self, x_TD, slot_TK, plan: LocalPlan) -> torch.Tensor:
         """As CollectiveTransport.bring; rows that are not in use are not written."""
         rows_RD = torch.empty(plan.row_bound, self.width, dtype=self.dtype, device=self.device)
-        self._spread(x_TD, slot_TK, rows_RD, rows_RD, plan, weigh=False)
+        wanted_L, self._wanted_L = self._wanted_L, None
+        self._spread(x_TD, slot_TK, rows_RD, rows_RD, plan, wanted_L)
         return rows_RD
 
     def weigh(self, grad_TD, slot_TK, rows_RD, plan: LocalPlan, reuse: bool = False) -> torch.Tensor:
@@ -226,14 +219,16 @@ class SymmetricTransport:
         """As CollectiveTransport.wait; synchronises with the device."""
         torch.cuda.current_stream(self.device).synchronize()
 
-    def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, weigh):
+    def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, wanted_L=None, weigh=False):
         if own_TD.data_ptr() % 16:  # the kernel takes rows of this rank and of others for aligned alike
             own_TD = own_TD.clone()
         self._begin(opens=True)
         self._kernels.spread_kernel[self._grid(self.num_ranks + 1)](
-            own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.num_rows, self.peers_W, self._calls,
-            self.ep_rank, own_TD.shape[0], self.capacity, self.slots_per_rank, self.width, self._lag, self.offset["tokens"],
-            self.offset["grads"], self.offset["flags"], WEIGH=weigh, BLOCK_W=self._weigh_columns(), **self._sizes(),
+            own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.count_L if wanted_L is None else wanted_L,
+            plan.count_L, plan.num_rows, plan.num_needed, self.odd, self._told, self.peers_W, self._calls, self.ep_rank,
+            own_TD.shape[0], self.capacity, self.slots_per_rank, plan.row_bound, self.width, self._lag, self.offset["tokens"],
+            self.offset["grads"], self.offset["flags"], WEIGH=weigh, BOUND=wanted_L is not None,
+            L_PAD=_power_of_two(self.slots_per_rank), BLOCK_W=self._weigh_columns(), **self._sizes(),
         )  # fmt: skip
 
     def _weigh_columns(self) -> int:
