@@ -17,7 +17,7 @@ from smartmoe.dispatch.transport import LocalPlan, Told
 from smartmoe.ops.all_to_all import group_rank, group_size
 
 _ALIGNMENT = 256
-_TILE_ELEMENTS = 4096
+_TILE_ELEMENTS = 2048  # of a tile that a block moves at once: larger ones take so many registers that few blocks run
 _NUM_WARPS = 4
 _BLOCKS_PER_PROCESSOR = 16  # as many as can run at once
 _LAG_BYTES = 6 << 20  # of tokens, by which pushes are ahead of reads: they keep the link busy and stay in the cache
@@ -126,8 +126,8 @@ class SymmetricTransport:
         self.group, self.slots_per_rank, self.capacity, self.top_k = group, slots_per_rank, capacity, top_k
         self.num_ranks, self.ep_rank = group_size(group), group_rank(group)
         self.width, self.dtype, self.device = x_TD.shape[1], x_TD.dtype, x_TD.device
-        self.block_d = _column_block(self.width)
-        self.block_tokens = max(1, _TILE_ELEMENTS // self.block_d)
+        self.block_d = _column_block(self.width, 2048 if self.num_ranks <= 2 else 512)
+        self.block_tokens = max(2, _TILE_ELEMENTS // self.block_d)
         self._num_turns = -(-capacity // self.block_tokens)
         lag = _LAG_BYTES // (self.block_tokens * self.width * self.dtype.itemsize)
         self._lag = min(max(lag, 1), self._num_turns) if self.num_ranks > 1 else 0
@@ -296,7 +296,8 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _column_block(width: int) -> int:
-    """Columns that a block moves at once: the widest tile that leaves no lane idle, or one that covers odd widths."""
-    exact = [block for block in (2048, 1024, 512, 256, 128) if width % block == 0]
-    return exact[0] if exact else min(_power_of_two(width), 1024)
+def _column_block(width: int, most: int) -> int:
+    """Columns that a block moves at once, a tile that leaves no lane idle or one that covers odd widths. Narrow tiles have more
+    tokens, which more than two ranks need: each gets few of a turn's."""
+    exact = [block for block in (2048, 1024, 512, 256, 128) if width % block == 0 and block <= most]
+    return exact[0] if exact else min(_power_of_two(width), most, 1024)
