@@ -310,6 +310,12 @@ def _choice_problems(config: RunConfig) -> list[str]:
         problems.append(f"layer.overlap_degree = {config.layer.overlap_degree} is not one of {degrees}; 0 is tried out")
     if config.layer.overlap_degree and config.layer.dispatcher != "pipelined":
         problems.append('layer.overlap_degree is part of layer.dispatcher = "pipelined"')
+    is_searched = config.layer.dispatcher == "pipelined" and not config.layer.overlap_degree
+    if is_searched and config.plan.recompute and config.plan.pp > 1:
+        problems.append(
+            'layer.dispatcher = "pipelined" may have found another choice when a pass of a pipeline is computed again: set '
+            "layer.overlap_degree, plan.recompute = false or plan.pp = 1"
+        )
     if config.layer.experts == "batched" and config.layer.dispatcher not in EQUAL_BLOCKS:
         problems.append(
             'layer.experts = "batched" needs equally many rows for every expert: set layer.dispatcher to '

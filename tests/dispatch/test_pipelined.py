@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
-from smartmoe.config import LayerConfig, RunConfig, check
+from smartmoe.config import ClusterSpec, LayerConfig, ParallelPlan, RunConfig, check
 from smartmoe.dispatch.degree_search import Choice, DegreeSearch, Trial
 from smartmoe.dispatch.pipelined import PipelinedDispatcher, ranks_per_node
 from smartmoe.ops.expert_ffn import expert_ffn
@@ -118,16 +119,34 @@ def test_two_steps_over_two_nodes_of_three():
     cases.compare(case, spawn(_two_steps, 6, 6), "two steps", torch.float32)
 
 
+def _recompute(world_rank: int, num_ranks: int):
+    """Passes whose experts are computed again: the capacity stays, so that trials go on from pass to pass."""
+    case = next(case for case in cases.cases(num_ranks) if case.name == "even")
+    dispatcher = PipelinedDispatcher(dist.group.WORLD, case.placement().slots_per_rank)
+    again = lambda x, *rest: checkpoint(dispatcher, x, *rest, use_reentrant=False)  # noqa: E731
+    for _ in range(dispatcher.num_trial_passes + 1):
+        answer = cases.carry(case, again, "batched", world_rank, torch.float32, torch.device("cpu"), 8)
+    return dispatcher.search.known(), len(dispatcher._trials), answer
+
+
+def test_activations_may_be_computed_again_while_choices_are_tried():
+    case = next(case for case in cases.cases(2) if case.name == "even")
+    results = spawn(_recompute, 2, 2)
+    assert all(set(known) == {0} and not num_left for known, num_left, _ in results), "a repetition is no trial"
+    cases.compare(case, [answer for *_, answer in results], "recomputed", torch.float32)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="degree = 3 is not 0 .searched. or one of 1, 2, 4, 8"):
         PipelinedDispatcher(None, 2, 3)
     for layer, words in (
         (LayerConfig(dispatcher="pipelined", overlap_degree=3), "overlap_degree = 3 is not one of 0, 1, 2, 4, 8"),
         (LayerConfig(overlap_degree=2), 'is part of layer.dispatcher = "pipelined"'),
+        (LayerConfig(dispatcher="pipelined"), "set layer.overlap_degree, plan.recompute = false or plan.pp = 1"),
         (LayerConfig(experts="batched"), "set layer.dispatcher to padded or pipelined"),
     ):
         with pytest.raises(ValueError, match=words):
-            check(RunConfig(layer=layer))
+            check(RunConfig(layer=layer, plan=ParallelPlan(pp=2, recompute=True), cluster=ClusterSpec(ranks_per_node=2)))
     weights = oracle.slots_of_rank(cases.cases(1)[0].weights(), cases.cases(1)[0].placement(), 0, torch.float32, "cpu")
     rows = torch.zeros(5, cases.WIDTH)
     with pytest.raises(ValueError, match="5 rows are not 2 equal blocks"):

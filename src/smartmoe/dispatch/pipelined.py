@@ -54,12 +54,14 @@ class PipelinedDispatcher:
     def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result but for the order in which a weight's gradient is summed over
         pieces."""
-        self._settle_trials()
+        repeats = torch._C._current_graph_task_id() != -1  # activations computed again: with the choice of the first time
+        if not repeats:
+            self._settle_trials()
         capacity = routing.max_copies or self._largest_count(slot_TK)
         choice, is_trial = self.search.choose(capacity, self._out_of_question(capacity, experts))
-        trial = Trial(capacity, choice, x_TD.is_cuda) if is_trial and x_TD.requires_grad and torch.is_grad_enabled() else None
-        if trial is None:
+        if not is_trial or repeats or not (x_TD.requires_grad and torch.is_grad_enabled()):
             return self._carry(x_TD, routing.weight_TK, slot_TK, experts, capacity, choice)
+        trial = Trial(capacity, choice, x_TD.is_cuda)
         y_TD = self._carry(trial.enter(x_TD), routing.weight_TK, slot_TK, experts, capacity, choice)
         self._trials.append(trial)
         return trial.leave(y_TD)
