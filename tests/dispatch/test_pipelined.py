@@ -123,7 +123,12 @@ def _recompute(world_rank: int, num_ranks: int):
     """Passes whose experts are computed again: the capacity stays, so that trials go on from pass to pass."""
     case = next(case for case in cases.cases(num_ranks) if case.name == "even")
     dispatcher = PipelinedDispatcher(dist.group.WORLD, case.placement().slots_per_rank)
-    again = lambda x, *rest: checkpoint(dispatcher, x, *rest, use_reentrant=False)  # noqa: E731
+
+    def behind(*args):
+        y_TD = dispatcher(*args)
+        return y_TD * torch.ones_like(y_TD)  # kept for the backward pass: what is computed again reaches to here
+
+    again = lambda *args: checkpoint(behind, *args, use_reentrant=False)  # noqa: E731
     for _ in range(dispatcher.num_trial_passes + 1):
         answer = cases.carry(case, again, "batched", world_rank, torch.float32, torch.device("cpu"), 8)
     return dispatcher.search.known(), len(dispatcher._trials), answer
