@@ -20,6 +20,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +43,16 @@ from smartmoe.trace import ExpertTrace
 
 
 class LayerSteps:
-    """One MoE layer of a trace on this rank, and a step of it."""
+    """One MoE layer of a trace on this rank, and a step of it. xs: [2, B, T, D] what goes in, forward and backward."""
 
-    def __init__(self, config: RunConfig, layer_idx: int, world: World):
+    def __init__(self, config: RunConfig, layer_idx: int, world: World, xs: torch.Tensor):
         self.config, self.world = config, world
-        model, work = config.model, config.workload
-        dtype = getattr(torch, work.dtype)
+        dtype = getattr(torch, config.workload.dtype)
         self.layer = MoELayer(
             config, layer_idx=layer_idx, ep_group=world.group, stage_group=world.group, dtype=dtype, device=world.device
         )
         self._buffers = GradientBuffers(list(self.layer.named_parameters()), {})  # sums of gradients, as the trainer has them
-        shape = (2, work.micro_batch_size, model.seq_len, model.hidden_size)
-        generator = torch.Generator().manual_seed(1 + world.ep_rank)
-        self.x_BTD, self.grad_BTD = torch.randn(shape, generator=generator).to(world.device, dtype)
+        self.x_BTD, self.grad_BTD = xs
 
     def token_id(self, row: int) -> torch.Tensor:
         """[B, T] of this rank's micro-batch in the iteration in `row` of the trace."""
@@ -84,16 +82,21 @@ def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = Non
         known = known or profile_layer(config, world, run_dir / "profile.json")
         places = choose_iterations(trace, config.workload.iterations)
         writer = record.RunWriter(run_dir) if world.ep_rank == 0 else None
-        measured_IL = measure(config, trace, places, world, repeat, writer)
-    if writer is None:
-        return []
-    rows = predict(config, known, trace, places, measured_IL)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    Path(run_dir, "predictions.jsonl").write_text(text, encoding="utf-8")
-    record.write_json(run_dir / "accuracy.json", statistics(rows))
-    writer.log(format_statistics(rows))
-    writer.close()
-    print(format_statistics(rows), flush=True)
+        rows = []
+        for number, measured_IL in enumerate(measure(config, trace, places, world, repeat), 1):
+            if writer:  # now already: what ends this run takes no repetition with it
+                rows = predict(config, known, trace, places, measured_IL)
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                Path(run_dir, "predictions.jsonl").write_text(text, encoding="utf-8")
+                record.write_json(run_dir / "accuracy.json", statistics(rows))
+                words = f"{number} of {repeat} repetitions, {measured_IL.mean():.3f} ms a layer: {format_statistics(rows)}"
+                writer.log(words)
+                print(words, flush=True)
+    if writer:
+        for number, (row, ms_L) in enumerate(zip(places, measured_IL, strict=True), 1):
+            iteration, step_ms = int(trace.iteration[row]), round(float(ms_L.sum()), 4)
+            writer.metric({"iteration": number, "trace_iteration": iteration, "step_ms": step_ms})
+        writer.close()
     return rows
 
 
@@ -124,22 +127,19 @@ def choose_iterations(trace: ExpertTrace, num_iterations: int) -> list[int]:
     return np.unique(np.linspace(0, last, min(num_iterations, last + 1)).round().astype(int)).tolist()
 
 
-def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int, writer) -> np.ndarray:
-    """[iterations, layers] median ms. Collective."""
+def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int) -> Iterator[np.ndarray]:
+    """After each of the repetitions [iterations, layers] median ms of those so far. Collective."""
     busy = BusyWork(world, getattr(torch, config.workload.dtype))
-    layers = [LayerSteps(config, layer, world) for layer in range(config.model.num_layers)]
+    model, work = config.model, config.workload
+    shape = (2, work.micro_batch_size, model.seq_len, model.hidden_size)
+    xs = torch.randn(shape, generator=torch.Generator().manual_seed(1 + world.ep_rank))
+    xs = xs.to(world.device, getattr(torch, work.dtype))
+    layers = [LayerSteps(config, layer_idx, world, xs) for layer_idx in range(model.num_layers)]
     lead = max(_lead_ms(world, layer, layer.token_id(places[0])) for layer in layers)
     draw, rounds = np.random.default_rng(0), []
     for _ in range(repeat):
         rounds.append(_one_round(world, busy, layers, places, lead, draw.permutation(len(places) * len(layers))))
-        if writer:
-            writer.log(f"repetition {len(rounds)} of {repeat}: {rounds[-1].mean():.3f} ms a layer on average")
-    found_IL = np.median(rounds, axis=0).reshape(len(places), len(layers))
-    for number, (row, ms_L) in enumerate(zip(places, found_IL, strict=True), 1):
-        if writer:
-            iteration, step_ms = int(trace.iteration[row]), round(float(ms_L.sum()), 4)
-            writer.metric({"iteration": number, "trace_iteration": iteration, "step_ms": step_ms})
-    return found_IL
+        yield np.median(rounds, axis=0).reshape(len(places), len(layers))
 
 
 def _lead_ms(world: World, layer: LayerSteps, token_id_BT: torch.Tensor) -> float:
@@ -226,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=5, help="repetitions of each point; default: 5")
     parser.add_argument("--profile", type=Path, metavar="FILE.json", help="what `smartmoe profile` wrote")
     args = parser.parse_args(argv)
+    if args.repeat < 1:
+        parser.error(f"--repeat {args.repeat}: at least 1")
     with describe_failure(args.run_dir):
         device = record.read_run(args.run_dir)["config"].get("cluster", {}).get("device", "cpu")
         # within the world too: leaving it waits for the other ranks
