@@ -28,6 +28,7 @@ SMALL = dataclasses.replace(MODEL, num_layers=2)
 DIRECT = LayerConfig(dispatcher="direct", row_factor=2.0)
 HISTORY = OnlineConfig(replicate="history", replica_slots=2)
 TWO, PIPE = ParallelPlan(dp=2, ep=2), ParallelPlan(pp=2)
+PIPES, CHUNKS = ParallelPlan(pp=2, dp=2, ep=2), ParallelPlan(pp=2, vpp=2)
 
 
 def trainer_of(config, device="cpu") -> Trainer:
@@ -136,7 +137,7 @@ CASES = {
     "a pipeline": (PIPE, 5, {"online": OnlineConfig(policy="greedy", interval=3)}, _shuffle_at(7)),
     "a pipeline that is never full": (dataclasses.replace(PIPE, recompute=True), 2, {}, None),
     "chunks in turn": (
-        dataclasses.replace(PIPE, vpp=2), 6,
+        CHUNKS, 6,
         {"model": MODEL, "workload": dataclasses.replace(WORKLOAD, zero=1), "gate": GateConfig(kind="gshard")}, None,
     ),
 }  # fmt: skip
@@ -311,6 +312,26 @@ def test_recorded_passes_change_no_bit():
         assert reason == wanted
 
 
+def _copies_of_one_stage(world_rank):
+    """Copies that the first stage of a pipeline of expert groups has, and the second has not."""
+    config = make_config(PIPES, 3, layer=DIRECT, gate=GateConfig(kind="naive"), online=HISTORY)
+
+    def before(trainer, iteration):
+        if trainer.mesh.pp_stage == 0:
+            _come_and_go(trainer, iteration)
+
+    plain = curve(trainer_of(config), before, iterations=6)
+    trainer = trainer_of(config)
+    tape = record_on_cpu(trainer)
+    return plain, curve(trainer, before, iterations=6), tape.recordings
+
+
+def test_stages_record_each_by_itself():
+    for rank, (plain, recorded, recordings) in enumerate(spawn(_copies_of_one_stage, 4)):
+        assert recorded == plain
+        assert recordings == (2 * 2 * 3 if rank < 2 else 2 * 2)  # pairs: twice those of two in flight; of one in flight
+
+
 # ------------------------------------------------------------------------------------------------------- where not
 
 
@@ -389,8 +410,6 @@ def _grow(trainer, iteration):
             dispatcher.told.most.fill_(int(dispatcher.num_rows / 1.05))
 
 
-CHUNKS = ParallelPlan(pp=2, vpp=2)
-PIPES = ParallelPlan(pp=2, dp=2, ep=2)
 GPU_CASES = {
     ASKS: ({}, _ask),
     "experts move": ({"online": OnlineConfig(policy="greedy", interval=4)}, _shuffle_at(9)),
