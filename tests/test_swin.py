@@ -223,6 +223,10 @@ def _losses(config, folder=None, before=None):
         done[1] += result.replica_bytes
         if folder and step == NUM_STEPS // 2 - 1:
             trainer.save(folder)
+    counts_RLME = trainer.online.gather_counts()
+    copies_L = 4 * np.array([16, 4]) * config.model.top_k  # of a micro-batch, by layer
+    copies_LM = counts_RLME.sum((0, 3))
+    assert counts_RLME.shape[1:] == (2, 2, 4) and (copies_LM.T <= copies_L).all() and (copies_LM.T > copies_L / 2).all()
     return losses, done
 
 

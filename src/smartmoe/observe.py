@@ -64,15 +64,18 @@ class LoadRecorder:
     def counts(self) -> np.ndarray:
         """[L, M, E] int64 of the iteration; micro-batches in the order of their tokens. Waits for the device.
 
-        A pass is known by the id of its first token, so that one that ran twice counts once.
+        A layer's pass is known by the id of its first token, so that one that ran twice counts once. Layers may count their
+        tokens differently, but all have the same passes.
         """
         if not self._last:
             return np.zeros((len(self._place), 0, self._num_experts), np.int64)
         places, rows = self._all()
-        rows = rows.cpu().numpy()
-        first_ids, micro_batch = np.unique(rows[:, 0], return_inverse=True)
-        counts_LME = np.zeros((len(self._place), len(first_ids), self._num_experts), np.int64)
-        counts_LME[places, micro_batch] = rows[:, 1:]
+        rows, place_N = rows.cpu().numpy(), np.array(places)
+        micro_batch = np.empty_like(place_N)
+        for place in set(places):
+            micro_batch[place_N == place] = np.unique(rows[place_N == place, 0], return_inverse=True)[1]
+        counts_LME = np.zeros((len(self._place), micro_batch.max() + 1, self._num_experts), np.int64)
+        counts_LME[place_N, micro_batch] = rows[:, 1:]
         return counts_LME
 
     def sums(self, device: torch.device) -> torch.Tensor:
