@@ -8,6 +8,7 @@ from smartmoe.bench import kernel_times, measure, train_step
 from smartmoe.bench.kernel_times import Kernel
 from smartmoe.config import ModelConfig
 from smartmoe.gpt import flops_per_token
+from smartmoe.planner import inputs
 
 MODELS = "[small]\nnum_layers = 2\nseq_len = 16\nhidden_size = 32\nffn_size = 32\nnum_experts = 4\nvocab_size = 300\n"
 
@@ -29,7 +30,7 @@ def test_systems_run_side_by_side_on_the_same_model(tmp_path, capsys):
     file = tmp_path / "rows.json"
     argv = ["--device", "cpu", "--model", "small", "--configs", str(tmp_path), "--synthetic", "--micro-batch", "1"]
     argv += ["--batch", "2", "--warmup", "1", "--iterations", "2", "--json", str(file)]
-    assert train_step.main([*argv, "--systems", "fastmoe", "smartmoe_static:direct", "smartmoe:basic"]) == 0
+    assert train_step.main([*argv, "--systems", "fastmoe", "smartmoe_static:direct+zero3", "smartmoe:basic"]) == 0
     report = json.loads(file.read_text())
     rows = report["rows"]
     assert [row["status"] for row in rows] == ["ok"] * 3
@@ -40,12 +41,17 @@ def test_systems_run_side_by_side_on_the_same_model(tmp_path, capsys):
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and len(row["loss"]) == 3
         rate = report["settings"]["flops_per_token"] * row["tokens_per_s"] / 1e12
         assert row["tflops_per_gpu"] == pytest.approx(rate, abs=1e-3)
-    assert "smartmoe_static:direct" in capsys.readouterr().out
+    assert "smartmoe_static:direct+zero3" in capsys.readouterr().out
     skewed = ["--trace", "synthetic:zipf-strong", "--policy", "greedy", "--interval", "1", "--profile", "smartmoe"]
     assert train_step.main([*argv, *skewed, "--systems", "smartmoe"]) == 0
     assert json.loads(file.read_text())["settings"]["gate"]["kind"] == "trace"
     assert train_step.main([*argv, "--systems", "smartmoe:drect"]) == 2
     assert 'dispatcher "drect" is not one of' in capsys.readouterr().err
+    assert train_step.main([*argv, "--systems", "smartmoe+zero4"]) == 2
+    assert '"+zero4" is neither "+plain"' in capsys.readouterr().err
+    args = train_step.parse_args([*argv, "--plan", "pp1-dp2-ep1"])
+    base = inputs.read_model(args.model, args.configs)
+    assert train_step.config_of(args, base, "smartmoe_static+plain+zero3", 2).workload.zero == 3
 
 
 def test_out_of_memory_is_a_row(capsys):
