@@ -77,6 +77,7 @@ def _exchange(dispatcher, x, slot, weight, grad, ep_rank):
     """(y, gradient of x, gradient of the weights)."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     rows, handle = dispatcher.dispatch(x, slot, weight)
+    assert handle.count_L.sum() <= rows.shape[0], "experts would read behind the rows"
     y = dispatcher.combine(_Scaled(ep_rank)(rows, handle.count_L), handle)
     return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
 
