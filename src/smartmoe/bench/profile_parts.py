@@ -191,9 +191,17 @@ def embedding(site: Site, tokens: int, width: int, vocab: int) -> Step:
 
 
 def loss(site: Site, tokens: int, vocab: int) -> Step:
-    logits = site.randn(tokens, vocab, grad=True)
+    """Each copy has logits of its own: their gradients overwrite them."""
+    logits = [site.randn(tokens, vocab, grad=True) for _ in range(2)]
     target = torch.randint(vocab, (tokens,), device=site.world.device)
-    return _there_and_back(lambda: summed_cross_entropy(logits, target).view(1), [logits])
+    grad = torch.full((1,), 1e-3, device=site.world.device)
+
+    def step(mark, copies=1):
+        out = [summed_cross_entropy(each, target).view(1) for each in logits[:copies]]
+        mark()
+        torch.autograd.grad(out, logits[:copies], [grad] * copies)
+
+    return step
 
 
 def _params(site: Site, numel: int, tensors: int) -> list[tuple[str, torch.nn.Parameter]]:
