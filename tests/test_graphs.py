@@ -347,6 +347,7 @@ class _Layer:
     [
         ({"workload": Workload(cuda_graph="never")}, '"never"'),
         ({"online": dataclasses.replace(HISTORY, return_early=True)}, "return_early"),
+        ({"plan": PIPE, "workload": Workload(zero=2)}, "plan.pp = 2 with workload.zero = 2"),
         ({"layer": LayerConfig()}, "layer 3: the host takes part in the exchange of BasicDispatcher"),
         ({"layer": LayerConfig(dispatcher="padded")}, "PaddedDispatcher"),
         ({"layer": LayerConfig(dispatcher="direct", experts="loop")}, "one by one"),

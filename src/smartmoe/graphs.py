@@ -147,6 +147,8 @@ def why_not(config: RunConfig, layers: Iterable, device: torch.device) -> str:
         return 'workload.cuda_graph = "never"'
     if device.type != "cuda":
         return "it runs on a CPU"
+    if config.plan.pp > 1 and config.workload.zero > 1:
+        return f"plan.pp = {config.plan.pp} with workload.zero = {config.workload.zero}: recorded only where there is one stage"
     if config.online.return_early:
         return "online.return_early: the host starts exchanges inside backward passes"
     for layer in layers:

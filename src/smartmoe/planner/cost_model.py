@@ -204,6 +204,7 @@ class CostModel:
         config, dispatcher = self.config, self.setting(plan, micro_batch).layer.dispatcher
         return (
             config.workload.cuda_graph == "auto" and self.cluster.device == "cuda"
+            and (plan.pp == 1 or config.workload.zero < 2)
             and config.workload.dtype == "bfloat16" and dispatcher == "direct" and config.layer.experts == "grouped"
             and not config.online.return_early
         )  # fmt: skip
