@@ -27,7 +27,7 @@ from smartmoe.bench.profile_parts import Site
 from smartmoe.config import RunConfig
 from smartmoe.planner.primitives import Profile
 
-SECONDS_PER_CASE = {"cpu": 0.3, "cuda": 0.05}
+SECONDS_PER_CASE = {"cpu": 0.3, "cuda": 0.1}
 # Exponents of the Zipf law of a rank's rows over its experts; the last leaves some idle.
 EXPERT_SKEWS = (0.0, 0.6, 1.2, 2.0, 5.0)
 MOST_CHOICES = 16  # experts of a token in the piece that puts rows in order
