@@ -93,6 +93,26 @@ def test_the_hosts_time_is_what_a_further_piece_adds():
         assert found.shape[1] == 2 and (found > 0).all()
 
 
+class _LossInPlace(torch.autograd.Function):
+    """As on a GPU: gradients overwrite the logits."""
+
+    @staticmethod
+    def forward(ctx, logits_SV, target_S):
+        ctx.save_for_backward(logits_SV)
+        return logits_SV.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logits_SV,) = ctx.saved_tensors
+        return logits_SV.mul_(0.5), None
+
+
+def test_losses_that_come_twice_do_not_share_logits(monkeypatch):
+    monkeypatch.setattr(parts, "summed_cross_entropy", _LossInPlace.apply)
+    profiler = profile_cluster.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
+    assert (profiler._launch_ms(parts.loss(profiler.site, 8, 8), lambda: None, True, 4) > 0).all()
+
+
 def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():
     marks_WIM = np.array([[[0.0, 1.0, 3.0]], [[1.0, 2.5, 3.5]]])  # the second rank got a core when the first was done
     assert profile_cluster.slowest_parts(marks_WIM, one_clock=True).tolist() == [[2.5, 1.0]]
