@@ -71,6 +71,8 @@ def test_what_is_there_is_not_missing(folder):
         (lambda folder: (folder / LABELS).write_bytes(b"\0\0\x08\x01\0\0\0\x09abc"), "do not hold an array of [9]"),
         (lambda folder: (folder / LABELS).write_bytes(b"\0\0\x08\x01\0"), "do not hold an array"),
         (lambda folder: (folder / f"{IMAGES}.gz").write_bytes(b"\x1f\x8b\x08"), "cannot read this file"),
+        (lambda folder: (folder / f"{IMAGES}.gz").write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\3\xff\xff"), "cannot read this file"),
+        (lambda folder: (folder / LABELS).write_bytes(b"\0\0\x08\x03\x80\0\0\0\x80\0\0\0\0\0\0\4"), "do not hold an array"),
         (lambda folder: write(folder / LABELS, np.zeros(19, np.uint8)), "have shapes [20, 8, 8] and [19]"),
         (lambda folder: write(folder / LABELS, np.full(20, 10, np.uint8)), "label 10 is outside model.swin.num_classes = 10"),
     ],

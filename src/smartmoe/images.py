@@ -7,7 +7,9 @@ package puts it. Samples depend on the images, the seed and the sample's number 
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,13 +98,13 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise ValueError(f"{folder}: no {name}(.gz) there: {_HELP}")
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot read this file: {error}") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: not an IDX file of bytes (it does not begin with 00 00 08)")
     end = 4 + 4 * raw[3]
     shape = struct.unpack_from(f">{raw[3]}I", raw, 4) if len(raw) >= end else (0,)
-    if len(raw) != end + np.prod(shape, dtype=np.int64):
+    if len(raw) != end + math.prod(shape):  # of Python's whole numbers, which do not overflow
         raise ValueError(f"{path}: {len(raw)} bytes do not hold an array of {list(shape)}: cut short?")
     return np.frombuffer(raw, np.uint8, offset=end).reshape(shape)
 
