@@ -45,7 +45,7 @@ def out_of_windows(x_BWPD: torch.Tensor, side: int, window: int) -> torch.Tensor
 
 def offsets(window: int) -> torch.Tensor:
     """Every offset between two patches of a window, in rows and columns, as the network of the bias gets it:
-    [(2 window - 1)^2, 2] float32, logarithmic, 1 at the largest."""
+    [(2 window - 1)^2, 2] float32, logarithmic, log 9 / log 8 at the largest."""
     step = torch.arange(1 - window, window, dtype=torch.float32) * (_OFFSET_RANGE / max(window - 1, 1))
     scaled = step.sign() * (step.abs() + 1).log2() / math.log2(_OFFSET_RANGE)
     return torch.cartesian_prod(scaled, scaled)
