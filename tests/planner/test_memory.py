@@ -4,12 +4,22 @@ import pytest
 import torch
 
 from smartmoe import gpt
-from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, ModelConfig, ParallelPlan, RunConfig, Workload
+from smartmoe.config import (
+    ClusterSpec,
+    GateConfig,
+    LayerConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+)
 from smartmoe.gpt import GPT
 from smartmoe.layer import MoELayer
 from smartmoe.ops import expert_ffn
 from smartmoe.planner import loads
 from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.sharding import kept_bytes
 
 SIZES = dict(num_layers=4, hidden_size=64, ffn_size=128, num_heads=4, seq_len=128, vocab_size=300, num_experts=8)
 
@@ -119,6 +129,23 @@ def test_zero_shares_out_masters_and_moments():
     assert (with_it.weights, with_it.gradients) == (without.weights, without.gradients)
     alone = [_cost(each).memory(ParallelPlan(), 4) for each in (config, sharing)]
     assert alone[0] == alone[1]
+
+
+def test_stages_of_zero_keep_rows_and_need_room_for_a_block():
+    config, plan = _config(), ParallelPlan(dp=4, ep=2)
+    held, found = _cost(config).parameters(plan)[0], {}
+    for zero in (1, 2, 3):
+        for replicate in ("never", "history", "exact"):
+            online = OnlineConfig(replicate=replicate, replica_slots=int(replicate != "never"))
+            work = dataclasses.replace(config.workload, zero=zero)
+            memory = _cost(dataclasses.replace(config, workload=work, online=online)).memory(plan, 4)
+            assert (memory.weights, memory.gradients) == kept_bytes(held, plan, 2, zero, replicate), (zero, replicate)
+            found[zero, replicate] = memory.transient
+    dense, expert = 4 * 64 + 4 * 64**2 + 8 * 65, 4 * (2 * 64 * 128 + 128 + 64)  # of a block
+    gradients = 2 * dense + 4 * expert + 4 * (dense + expert)
+    assert found[2, "never"] - found[1, "never"] == gradients
+    assert found[3, "never"] - found[1, "never"] == gradients + 2 * 2 * (dense + expert)
+    assert found[3, "exact"] - found[1, "exact"] == gradients + 2 * 2 * dense
 
 
 def test_captured_passes_of_a_pipeline_have_rooms_of_their_own():
