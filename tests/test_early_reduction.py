@@ -121,3 +121,22 @@ def test_a_weight_that_a_pass_uses_twice_counts_once(monkeypatch):
         buffers.early.finish()
         assert len(recorder.seen) == 4
         buffers.zero()
+
+
+def test_what_a_failed_capture_has_started_is_not_waited_for(monkeypatch):
+    recorder = Recorder()
+    recorder.wait = lambda: pytest.fail("what was captured never runs")
+    monkeypatch.setattr(early, "dist", recorder)
+    flat = torch.zeros(6)
+    refs = [ParamRef(f"p{i}", "dense", None, flat[3 * i : 3 * i + 3], flat[3 * i : 3 * i + 3]) for i in range(2)]
+    reduction = early.EarlyReduction(refs, {"dense": flat}, range(2), {"dense": "g"}, num_passes=1, bucket_bytes=12)
+    with pytest.raises(RuntimeError, match="not permitted"), reduction.within():
+        reduction.note(1), reduction.note(0)
+        assert len(recorder.seen) == 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+    del recorder.wait
+    num_waits = []
+    monkeypatch.setattr(Recorder, "wait", lambda self: num_waits.append(1))
+    reduction.reset()
+    reduction.finish()
+    assert len(num_waits) == 2, "the reductions of the pass that runs as it is"

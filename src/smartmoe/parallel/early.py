@@ -65,9 +65,10 @@ class EarlyReduction:
             yield
             self._settle()
             self._start_complete()
+            self._wait()
         finally:
             self.waits_for_finish = True
-            self._wait()
+            self._works.clear()  # of a capture that failed: nothing was launched, and to wait would be an error
 
     def note(self, ref_idx: int) -> None:
         """A gradient of a parameter is about to be launched. Those noted before have been: it may start reductions."""
