@@ -219,13 +219,20 @@ def only(runs: list[Run], pattern: str) -> list[Run]:
 
 
 def give_data(runs: list[Run], names: list[str]) -> None:
-    """Let each run train on those of `names` that suit its model: images, which are folders, or text."""
+    """Let each run train on those of `names` that suit its model: images, which are folders, or text. Raises ValueError where
+    they suit none."""
+    is_taken = False
     for run in runs:
         wants_images = run.config.model.swin is not None
         suiting = [name for name in names if (name == SYNTHETIC or Path(name).is_dir()) == wants_images]
         if suiting:
             work = dataclasses.replace(run.config.workload, data=tuple(suiting))
-            run.config = dataclasses.replace(run.config, workload=work)
+            run.config, is_taken = dataclasses.replace(run.config, workload=work), True
+    if not is_taken:
+        raise ValueError(
+            f"--data {' '.join(names)}: none of these runs trains on it: those of figure 9 take a folder of images that is "
+            f"there, or {SYNTHETIC}, the others text"
+        )
 
 
 def without_what_lacks(runs: list[Run], site: Site | None) -> tuple[list[Run], dict[str, list[Run]]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from launch import give_data, without_what_lacks
 
 from smartmoe.config import ModelConfig, RunConfig, Workload
@@ -22,6 +23,9 @@ def test_each_run_of_the_launcher_gets_the_data_of_its_kind(tmp_path):
     assert [run.config.workload.data for run in runs] == [(folder,), (text,)]
     give_data(runs, ["synthetic"])
     assert [run.config.workload.data for run in runs] == [("synthetic",), (text,)]
+    for run, names in zip(runs, ([text, str(tmp_path / "imagse")], [folder]), strict=True):
+        with pytest.raises(ValueError, match="--data .*: none of these runs trains on it: those of figure 9 take a folder"):
+            give_data([run], names)
     there, absent = [SimpleNamespace(entry="train", key=key, config=run.config) for key, run in enumerate(runs)]
     absent.config = RunConfig(model=MODEL, workload=Workload(data=(str(tmp_path / "nowhere"),)))
     kept, skipped = without_what_lacks([there, absent], None)
