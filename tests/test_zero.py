@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from test_faults import expert_checksums, merged
 from test_parity import REPLICATION, replica_config
 
 from smartmoe import checkpoint
-from smartmoe.config import LayerConfig, ParallelPlan, check
+from smartmoe.config import LayerConfig, OnlineConfig, ParallelPlan, check
 from smartmoe.parallel.zero import ShardedBuffers, cut_rows
 from smartmoe.placement import Placement
 from smartmoe.planner.memory import Parameters, optimizer_bytes
+from smartmoe.trainer import Trainer
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2)  # where no pipeline cuts it, two layers show what four do
 # Nothing divides: rows are dealt out unevenly, and of the 6 experts' router rows the last of 4 ranks gets none.
@@ -255,6 +257,23 @@ def test_what_nobody_shares_stays_whole():
     weight = torch.nn.Parameter(torch.ones(3, 4))
     (share,) = ShardedBuffers([("weight", weight)], {"dense": None}).shares
     assert (share.num, share.idx) == (1, 0) and share.value.data_ptr() == weight.data_ptr()
+
+
+def test_a_move_is_weighed_by_what_travels_with_an_expert():
+    experts = torch.nn.Module()
+    experts.weight = torch.nn.Parameter(torch.zeros(2, 3, 4))  # of each of two experts 12 numbers
+    layer = SimpleNamespace(layer_idx=0, experts=experts)
+
+    def weighed(plan, zero, dtype, mode="never"):
+        online = OnlineConfig(replicate=mode, replica_slots=int(mode != "never"))
+        config = config_of(plan, zero, workload=dataclasses.replace(WORKLOAD, dtype=dtype), online=online)
+        return Trainer._sizes(SimpleNamespace(config=config, dtype=getattr(torch, dtype)), layer).state_bytes / 12
+
+    alone = ParallelPlan(dp=4, ep=4)
+    assert [weighed(SPLIT, zero, "float32") for zero in range(4)] == [4 + 8, 4 + 6, 4 + 6, 6]
+    assert [weighed(SPLIT, zero, "bfloat16") for zero in range(4)] == [2 + 12, 2 + 6, 2 + 6, 6]
+    assert weighed(alone, 3, "float32") == 4 + 8 and weighed(alone, 3, "bfloat16") == 2 + 12
+    assert weighed(SPLIT, 3, "bfloat16", "exact") == 2 + 6  # weights that have copies stay whole
 
 
 def test_other_stages_are_refused():
