@@ -69,14 +69,14 @@ class Recorder:
     """Stands in for torch.distributed: notes which part of the buffer is reduced when."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.num_waits = [], 0
 
     def all_reduce(self, tensor, group, async_op):
         self.seen.append((group, tensor.numel(), tensor[0].item()))
         return self
 
     def wait(self):
-        return True
+        self.num_waits += 1
 
 
 def test_a_bucket_waits_for_the_last_write_of_its_parameters_and_for_those_before(monkeypatch):
@@ -96,6 +96,27 @@ def test_a_bucket_waits_for_the_last_write_of_its_parameters_and_for_those_befor
         reduction.finish()
         assert len(recorder.seen) == 2
         reduction.reset()
+
+
+def test_of_several_passes_the_last_reduces_and_is_not_over_before_it_is_done(monkeypatch):
+    """As a graph holds it: reductions that outlive their pass would be the next one's, or of no capture at all."""
+    recorder = Recorder()
+    monkeypatch.setattr(early, "dist", recorder)
+    flat = torch.zeros(12)
+    refs = [ParamRef(f"p{i}", "dense", None, flat[3 * i : 3 * i + 3], flat[3 * i : 3 * i + 3]) for i in range(4)]
+    reduction = early.EarlyReduction(refs, {"dense": flat}, range(4), {"dense": "g"}, num_passes=3, bucket_bytes=24)
+    reduction.waits_for_finish = True
+    reduction.reset(1)
+    for idx in (3, 2, 1, 0):
+        reduction.note(idx)
+    assert not recorder.seen
+    with reduction.within():
+        for idx in (3, 2, 1, 0):
+            reduction.note(idx)
+        assert (len(recorder.seen), recorder.num_waits) == (1, 0)
+    assert (len(recorder.seen), recorder.num_waits) == (2, 2) and reduction.waits_for_finish
+    reduction.finish()
+    assert (len(recorder.seen), recorder.num_waits) == (2, 2)
 
 
 def test_a_weight_that_a_pass_uses_twice_counts_once(monkeypatch):
