@@ -1,6 +1,7 @@
 """What --smartmoe makes of Megatron's arguments, and a run of ours in Megatron's words; without megatron-core."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -88,6 +89,13 @@ def test_a_file_says_layer_and_placement(tmp_path):
     file.write_text('[layer]\ndispatcher = "direct"\nrow_factor = 1.5\n')
     with pytest.raises(ValueError, match="set it to 2"):
         options.run_config(arguments(smartmoe=str(file)))
+    for settings, words in (("", "tried out"), ("overlap_degree = 2", "")):
+        file.write_text(f'[layer]\ndispatcher = "pipelined"\nexperts = "batched"\n{settings}\n')
+        for how, modules in (("full", None), ("selective", ["moe"])):
+            again = arguments(smartmoe=str(file), recompute_granularity=how, recompute_modules=modules)
+            again.pipeline_model_parallel_size, again.data_parallel_size = 1, 4
+            with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+                options.run_config(again)
     file.write_text("[plan]\npp = 2\n")
     with pytest.raises(ValueError, match="are Megatron's arguments here"):
         options.run_config(arguments(smartmoe=str(file)))

@@ -118,6 +118,12 @@ def run_config(args: argparse.Namespace) -> RunConfig:
             f"--smartmoe {args.smartmoe}: layer.row_factor = {layer.row_factor} is too little for some routings, and Megatron "
             f"does not repeat a step: set it to {plan.ep}, the number of expert-parallel ranks"
         )
+    is_repeated = args.recompute_granularity == "full" or "moe" in (getattr(args, "recompute_modules", None) or ())
+    if plan.recompute and is_repeated and layer.dispatcher == "pipelined" and not layer.overlap_degree:
+        raise ValueError(
+            f"--smartmoe {args.smartmoe}: layer.overlap_degree is tried out in passes with gradients, and Megatron's "
+            "recomputation has none but repetitions: leave --recompute-granularity out, or set layer.overlap_degree in a file"
+        )
     return configs.check(dataclasses.replace(run, layer=layer, gate=parts["gate"]), f"--smartmoe {args.smartmoe}")
 
 
