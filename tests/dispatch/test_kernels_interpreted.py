@@ -6,6 +6,7 @@ Slow, and without the memory model of a GPU; what it holds is the arithmetic of 
 import contextlib
 import importlib.util
 import itertools
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,3 +93,75 @@ def test_kernels_give_the_right_answers_in_the_interpreter(num_ranks, tmp_path, 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
     for seen in spawn(_interpreted, num_ranks, num_ranks, str(tmp_path), fresh=True):
         test_direct.check_overflow(seen, num_ranks)
+
+
+def _late_words():
+    """Announcements of the call before lie where those of the other rank come a little later, in odd and in even calls."""
+    from smartmoe.dispatch.direct_kernels import announce_kernel
+
+    room, slots_per_rank, mine = 3, 3, ([2, -1, 4], [1.0, 2.0, 3.0])
+    theirs_by_call = {
+        1: ([0, 5, 1], [0.5, -1.0, 2.0]),
+        2: ([3, -1, 0], [0.25, 0.0, 8.0]),
+        3: ([1, 1, 7], [1.0, 2.0, -3.0]),
+    }
+    buffer, other = torch.zeros(2, 2 * room, dtype=torch.int64)
+    peers = torch.tensor([buffer.data_ptr(), other.data_ptr()])
+    state, odd = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+    def words(call, slots, weights):
+        bits = torch.tensor(weights).view(torch.int32).long()
+        return (bits << 32) | ((torch.tensor(slots) + 1) * 2 + call % 2)
+
+    for call, theirs in theirs_by_call.items():
+        local, weight = torch.empty(2 * room, dtype=torch.int64), torch.empty(2 * room)
+        late = threading.Timer(0.1, buffer[room:].copy_, [words(call, *theirs)])
+        late.start()
+        announce_kernel[(1,)](
+            torch.tensor(mine[0]), torch.tensor(mine[1]), local, weight, odd, peers, state, 0, room, room, slots_per_rank, 0,
+            W=2, BLOCK=4,
+        )  # fmt: skip
+        late.join()
+        assert local.tolist() == [slot if slot < slots_per_rank else -1 for slot in mine[0] + theirs[0]], call
+        assert weight.tolist() == mine[1] + theirs[1] and torch.equal(other[:room], words(call, *mine)), call
+
+
+def _late_needs():
+    """A block that begins with the second turn, whose rows are there: what the other rank needed comes with its first."""
+    from smartmoe.dispatch.direct_kernels import sum_kernel
+
+    room, call, num_turns = 4, 7, 2
+    for needed, fits in ((room, True), (-9, False)):
+        buffer, other = torch.zeros(2, 64, dtype=torch.uint8)
+        needed_W, flags = buffer[32:40].view(torch.int32), buffer[48:].view(torch.int32).view(2, num_turns)
+        peers = torch.tensor([buffer.data_ptr(), other.data_ptr()])
+        flags[1, 0], flags[1, 1], needed_W[1] = call - 1, call, room
+        state = torch.tensor([0, call - 1, 3], dtype=torch.int32)  # the last piece
+        row_NK = torch.tensor([0, 1, 2, 3, room, room, room, room]).view(-1, 1)
+        rows, y, weight = torch.ones(room, 2), torch.zeros(room, 2), torch.ones(2 * room, 1)
+        slot, used = torch.zeros(room, 1, dtype=torch.int64), torch.tensor([room], dtype=torch.int32)
+        told, most = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+        def tell(needed_W=needed_W, flags=flags, needed=needed):
+            needed_W[1] = needed
+            flags[1, 0] = call
+
+        late = threading.Timer(0.1, tell)
+        late.start()
+        sum_kernel[(1,)](
+            rows, row_NK, weight, y, y, slot, used, used, told, most, peers, state, 0, room, room, 1, room, 2, 1, 0, 0, 32, 48,
+            K=1, W=2, WEIGHTED=True, GRADS=False, K_PAD=1, W_PAD=2, BLOCK_T=2, BLOCK_D=2,
+        )  # fmt: skip
+        late.join()
+        assert state[1] == call and not y[:2].any() and (y[2:] == 1).all() == fits and y[2:].isnan().all() != fits
+
+
+def _late(_):
+    _let_scalars_be_indices()
+    _late_words()
+    _late_needs()
+
+
+def test_what_comes_late_is_waited_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spawn(_late, 1, fresh=True)
