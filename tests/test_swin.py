@@ -23,6 +23,7 @@ from smartmoe.config import (
     check,
     from_dict,
     read_table,
+    replica_bytes,
     to_dict,
 )
 from smartmoe.images import why_no_images
@@ -32,6 +33,8 @@ from smartmoe.placement import Replicas
 from smartmoe.samples import load_data
 from smartmoe.swin import PatchMerging, Swin, WindowAttention
 from smartmoe.swin_sizes import SwinConfig, block_sizes, has_experts
+from smartmoe.trace import ExpertTrace
+from smartmoe.train import _save_trace
 from smartmoe.trainer import Trainer
 
 MODEL = ModelConfig(
@@ -198,6 +201,19 @@ def test_flops_count_every_matrix_and_attention():
     stage_0 = 16 * (2 * (4 * 16**2 + 2 * 4 * 16) + 2 * 16 * 32 + (2 * 2 * 16 * 32 + 16 * 4))
     stage_1 = 4 * (2 * (4 * 32**2 + 2 * 4 * 32) + 2 * 32 * 64 + (2 * 2 * 32 * 64 + 32 * 4) + 4 * 16 * 32)
     assert flops_per_sample(MODEL) == 6 * (stage_0 + stage_1 + 48 * 16 * 16 + 32 * 10)
+
+
+def test_what_is_told_of_layers_is_of_those_with_experts(tmp_path):
+    """Tokens of the first of them in a trace; of copies, room for the largest of them."""
+    later = dataclasses.replace(MODEL, swin=dataclasses.replace(MODEL.swin, moe_from=1))
+    path = tmp_path / "trace.npz"
+    _save_trace(path, [(1, np.zeros((1, 1, 2, 4), int))], make_config(model=later))
+    assert ExpertTrace.load(path).meta["tokens_per_micro_batch_and_rank"] == 4 * 4
+    expert = 2 * 32 * 64 + 64 + 32  # of the second of two layers
+    history, exact = (OnlineConfig(replicate=mode, replica_slots=1) for mode in ("history", "exact"))
+    # weights and sums of either layer, and what is staged of them
+    assert replica_bytes(make_config(BOTH, online=history)) == 4 * expert * (2 * 2 + (2 * 2 + 2))
+    assert replica_bytes(make_config(BOTH, online=exact)) == 4 * expert * (2 + 2 + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- plans
