@@ -9,6 +9,8 @@ import torch
 from smartmoe.bench import measure, profile_cluster
 from smartmoe.bench import profile_parts as parts
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
+from smartmoe.ops import expert_ffn
+from smartmoe.ops.activation import activate_rows_backward
 from smartmoe.planner import inputs
 from smartmoe.planner.primitives import EXCHANGES, KINDS, Point, Primitives, Profile
 from tests.dist import spawn
@@ -111,6 +113,29 @@ def test_losses_that_come_twice_do_not_share_logits(monkeypatch):
     monkeypatch.setattr(parts, "summed_cross_entropy", _LossInPlace.apply)
     profiler = profile_cluster.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
     assert (profiler._launch_ms(parts.loss(profiler.site, 8, 8), lambda: None, True, 4) > 0).all()
+
+
+PIECES = {
+    "linear": (8, 8, 8), "attention": (2, 2, 8, 4), "experts": ([3, 0, 5], 16, 32, "gelu", "grouped"),
+    "gate": (8, 8, 4, 2, True), "route": (8, 16, 8), "direct": (8, 2, 8, None, 0.0), "norm": (8, 8),
+    "embedding": (8, 8, 32), "loss": (8, 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_comes_twice(piece, monkeypatch):
+    """With experts in the form of a GPU, whose backward pass takes the memory of what forward kept."""
+
+    def in_place(hidden_RF, *args):
+        found = activate_rows_backward(hidden_RF, *args)
+        hidden_RF.zero_()
+        return found
+
+    monkeypatch.setattr(expert_ffn, "activate_rows_backward", in_place)
+    monkeypatch.setattr(parts, "expert_ffn", lambda *args, activation, impl: expert_ffn.fused_ffn(*args, activation))
+    step = getattr(parts, piece)(parts.Site(measure.World(torch.device("cpu")), torch.float32), *PIECES[piece])
+    for copies in (2, 1, 2):
+        step(lambda: None, copies=copies)
 
 
 def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():
