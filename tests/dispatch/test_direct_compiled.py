@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from smartmoe.dispatch import direct_ops
 from smartmoe.dispatch.direct import DirectDispatcher
+from smartmoe.dispatch.transport import CollectiveTransport
 from smartmoe.ops.plan import slots_of
 from tests import oracle
 from tests.dispatch import cases
@@ -115,6 +116,29 @@ def test_operations_are_what_they_say():
     opcheck(operations.direct_combine.default, (rows.clone().requires_grad_(), slot, *plan, number))
     opcheck(operations.direct_weigh.default, (grad, rows, slot, *plan, number))
     opcheck(operations.direct_return.default, (rows, slot, *plan, number))
+
+
+class _Late(CollectiveTransport):
+    """Has the numbers of a plan when `bring` has run, as the kernels have."""
+
+    def bound(self, *args):
+        self._numbers = [(torch.full_like(number, -7), number) for number in super().bound(*args)]
+        return [empty for empty, _ in self._numbers]
+
+    def bring(self, *args):
+        for empty, number in self._numbers:
+            empty.copy_(number)
+        return super().bring(*args)
+
+
+def test_the_numbers_of_a_plan_are_read_behind_the_rows():
+    dispatcher = DirectDispatcher(None, SLOTS)
+    x, slot, weight, _ = _inputs(1, 0, "cpu")
+    dispatcher.dispatch(x, slot, weight)
+    dispatcher.transport = _Late(None, SLOTS, TOKENS)
+    *_, count, sizes = direct_ops.dispatch(x, slot, weight, dispatcher._number, dispatcher._num_rows)
+    num_copies = int((slot >= 0).sum())
+    assert count.sum() == num_copies and sizes.tolist() == [num_copies, num_copies]
 
 
 def _layer(world_rank, num_ranks):
