@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from parity import MODEL, WORKLOAD, make_config, make_trainer
 from test_graphs import GPU_MODEL
 
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan
+from smartmoe.parallel import data, zero_passes
+from smartmoe.parallel import zero as zero_rows
 from smartmoe.parallel.zero_passes import PassShardedBuffers
 from smartmoe.planner.memory import Parameters
 from smartmoe.planner.sharding import kept_bytes
@@ -137,6 +140,56 @@ def test_whoever_is_alone_keeps_all():
     buffers.reduce()
     (share,) = buffers.shares
     assert (share.num, share.idx) == (1, 0) and torch.equal(share.grad, torch.ones(3, 4)) and weight.numel() == 12
+
+
+class Exchanges:
+    """Stands in for those between two ranks that have the same, of which this is the first: what they bring is there when
+    it has been waited for. most: that were under way at once."""
+
+    def __init__(self):
+        self.under_way, self.most = [], 0
+
+    def start(self, finish):
+        work = SimpleNamespace(wait=lambda: (finish(), self.under_way.remove(work)))
+        self.under_way.append(work)
+        self.most = max(self.most, len(self.under_way))
+        return work
+
+    def reduce_scatter(self, part, whole, group, async_op):
+        return self.start(lambda: part.copy_(2 * whole[: part.numel()]))
+
+    def all_gather(self, whole, part, group, async_op):
+        return self.start(lambda: whole.copy_(part.repeat(2)))
+
+
+def test_what_travels_is_waited_for_and_what_comes_twice_is_added(monkeypatch):
+    exchanges, group = Exchanges(), SimpleNamespace(size=lambda: 2)
+    for module in (data, zero_rows):
+        monkeypatch.setattr(module, "group_rank", lambda group: 0)
+    for module in (zero_rows, zero_passes):
+        monkeypatch.setattr(module, "group_size", lambda group: 2)
+    for name in ("reduce_scatter", "all_gather"):
+        monkeypatch.setattr(zero_rows, name, getattr(exchanges, name))
+    block, chunk = torch.nn.Module(), torch.nn.Module()
+    a, b, c = (torch.nn.Parameter(torch.zeros(4)) for _ in range(3))
+    block.a, block.b, block.c = a, b, c
+    chunk.blocks = torch.nn.ModuleDict({"0": block})
+    named = list(chunk.named_parameters())
+    buffers = PassShardedBuffers(named, {"dense": group}, [chunk], away=["dense"], bucket_bytes=8)  # a bucket for each
+    buffers.adopt([torch.tensor([value, 9.0]) for value in (1.0, 2.0, 3.0)])
+    buffers.bring(buffers._units[0])
+    assert [param.tolist() for param in (a, b, c)] == [[value, 9.0] * 2 for value in (1.0, 2.0, 3.0)]
+    exchanges.most = 0
+    for products in ((1.0, 2.0), (4.0,)):  # of two passes; those of the first use the weight twice
+        for place, value in enumerate(products):
+            total, is_first = buffers.take(0)
+            assert is_first == (place == 0)
+            total.fill_(value) if is_first else total.add_(value)
+        a.grad, c.grad = torch.full((4,), 10.0), torch.ones(4)  # and what autograd has
+        buffers.collect(buffers._units[0])
+        buffers.add_all()
+    assert [share.grad.tolist() for share in buffers.shares] == [[2 * 27.0] * 2, [0.0] * 2, [4.0] * 2]
+    assert not exchanges.under_way and exchanges.most == zero_passes.MAX_UNDER_WAY
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs
