@@ -156,12 +156,61 @@ def _late_needs():
         assert state[1] == call and not y[:2].any() and (y[2:] == 1).all() == fits and y[2:].isnan().all() != fits
 
 
-def _late(_):
+def _edges():
+    """Turns that end beyond the tokens, a dropped copy, one row too few: what lies behind each region stays as it is, and is
+    not read. The other rank's part is there already."""
+    from smartmoe.dispatch.direct_kernels import spread_kernel, sum_kernel
+
+    room, width, used, nan = 3, 2, 4, torch.nan
+    offset = {"tokens": 0, "sums": 32, "grads": 64, "needed": 80, "flags": 96}  # numbers or so behind each
+    buffers = torch.full((2, 32), nan)
+    mine, theirs = buffers
+    mine.view(torch.int32)[24:28] = 9  # whatever is waited for has come
+    mine[:6] = torch.arange(7.0, 13.0)
+    own = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [nan, nan]])[:room]
+    slot = torch.tensor([[0], [0], [-1]])
+    row_NK = torch.tensor([0, 1, 99, 2, 3, used, 0, 0])[: 2 * room].view(-1, 1)
+    weight_NK = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, nan, nan])[: 2 * room].view(-1, 1)
+    rows, weighed = torch.full((2, used + 1, width), nan)
+    wanted, count = torch.tensor([[used + 1], [-7]])
+    num_rows, num_needed, odd, state, told = torch.zeros(5, 3, dtype=torch.int32)
+    odd[0] = -7
+    peers = torch.tensor([mine.data_ptr(), theirs.data_ptr()])
+    blocks = {"K": 1, "W": 2, "K_PAD": 1, "W_PAD": 2, "BLOCK_T": 2, "BLOCK_D": 2}
+
+    def spread(weigh):
+        spread_kernel[(1,)](
+            own, slot, rows, weighed if weigh else rows, row_NK, weight_NK, wanted, count, num_rows, num_needed, odd, told,
+            peers, state, 0, room, room, 1, used, width, 1, offset["tokens"], offset["grads"], offset["flags"],
+            WEIGH=weigh, BOUND=not weigh, L_PAD=1, BLOCK_W=2, **blocks,
+        )  # fmt: skip
+
+    spread(weigh=False)
+    assert (count[0], num_rows[0], num_needed[0]) == (used, used, used + 1)
+    tokens = torch.cat([own[:2], mine[:4].view(2, width)])
+    assert rows[:used].equal(tokens) and rows[used:].isnan().all()
+    spread(weigh=True)
+    assert weighed[:used].equal(tokens * weight_NK[[0, 1, 3, 4]]) and weighed[used:].isnan().all()
+    dots = tokens.square().sum(1).tolist()
+    for buffer, dot in zip(buffers, (dots[:2], dots[2:]), strict=True):
+        assert buffer[16:18].tolist() == dot and buffer[18:20].isnan().all()
+    y, grad = torch.full((2, 2 * room), nan)
+    sum_kernel[(1,)](
+        rows, row_NK, weight_NK, y, grad, slot, num_rows, num_needed, told, told, peers, state, 0, room, room, 1, used, width,
+        1, offset["sums"], offset["grads"], offset["needed"], offset["flags"], WEIGHTED=False, GRADS=True, **blocks,
+    )  # fmt: skip
+    assert y.tolist() == [*own[:2].flatten().tolist(), 0, 0] and grad[:room].tolist() == [*dots[:2], 0]
+    assert theirs[8:12].equal(mine[:4]) and theirs[12:16].isnan().all() and grad[room:].isnan().all()
+    assert theirs[24:].view(torch.int32)[:2].tolist() == [3, 3] and state.tolist() == [0, 3, 0]
+
+
+def _alone(_):
     _let_scalars_be_indices()
     _late_words()
     _late_needs()
+    _edges()
 
 
-def test_what_comes_late_is_waited_for(monkeypatch):
+def test_what_comes_late_is_waited_for_and_edges_are_kept(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spawn(_late, 1, fresh=True)
+    spawn(_alone, 1, fresh=True)
