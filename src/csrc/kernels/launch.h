@@ -96,7 +96,8 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
 
 // The sum over slot l's rows r of rows[r]^T grad[r], 0 for an empty slot, [rows, columns]; as above. Of the first num_totals
 // slots it becomes total[l] (float32, 16-byte aligned) or, unless is_first, is added to it; of the others out[l - num_totals].
-// held_G: where it is negative, the slot, one of the last num_held, is empty and nothing is written for it; null for 0.
+// held_G: where it is negative, the slot, one of the last num_held, is empty and nothing is written for it (zeros where
+// there are more than 1,024 slots); null for 0.
 cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* end_L, int num_slots, void* out_LXY,
                            float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
                            int64_t num_rows, int rows, int columns, cudaStream_t stream);
