@@ -115,11 +115,12 @@ def _late_words():
 
     for call, theirs in theirs_by_call.items():
         local, weight = torch.empty(2 * room, dtype=torch.int64), torch.empty(2 * room)
+        dtype = torch.bfloat16 if call == 2 else torch.float32  # what others than our gates may have
         late = threading.Timer(0.1, buffer[room:].copy_, [words(call, *theirs)])
         late.start()
         announce_kernel[(1,)](
-            torch.tensor(mine[0]), torch.tensor(mine[1]), local, weight, odd, peers, state, 0, room, room, slots_per_rank, 0,
-            W=2, BLOCK=4,
+            torch.tensor(mine[0]), torch.tensor(mine[1], dtype=dtype), local, weight, odd, peers, state, 0, room, room,
+            slots_per_rank, 0, W=2, BLOCK=4,
         )  # fmt: skip
         late.join()
         assert local.tolist() == [slot if slot < slots_per_rank else -1 for slot in mine[0] + theirs[0]], call

@@ -137,7 +137,7 @@ def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < room
     slot = tl.load(slot_N + i, mask=i < num_copies, other=-1).to(tl.int32)
-    weight = tl.load(weight_N + i, mask=i < num_copies, other=0.0)
+    weight = tl.load(weight_N + i, mask=i < num_copies, other=0.0).to(tl.float32)
     word = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ((slot + 1) * 2 + (call & 1)).to(tl.int64)
     for step in tl.static_range(W - 1):
         peer = (me + 1 + step) % W
