@@ -46,14 +46,15 @@ def run_all(world_rank):
 
 
 def at_once():
-    """Of how many blocks the weights are whole where attention begins, forward and backward, of an iteration; when it has
-    ended, and after a pass without backward; and what such passes give before and behind another iteration."""
+    """Where attention begins, forward and backward, of an iteration: of how many blocks the weights are whole, and of how many
+    parts of the model they are on their way; of how many they are whole when it has ended, and after a pass without backward;
+    and what such passes give before and behind another iteration."""
     trainer = trainer_of(3, dataclasses.replace(BOTH, recompute=True), micro_batches=2)
     blocks, counts = list(trainer.chunks[0].blocks.values()), []
 
     def num_here(*_):
-        # whole, or on their way into the memory that they will have
-        counts.append(sum(block.attention.qkv.weight.untyped_storage().nbytes() > 0 for block in blocks))
+        num_whole = sum(block.attention.qkv.weight.untyped_storage().nbytes() > 0 for block in blocks)
+        counts.append((num_whole, sum(bool(unit.coming) for unit in trainer.optimizer.buffers._units)))
 
     for block in blocks:
         block.attention.register_forward_pre_hook(num_here)
@@ -110,7 +111,9 @@ def test_two_ranks_agree_to_the_bit(runs):
 def test_weights_are_whole_where_they_are_used_and_no_longer(runs):
     for in_passes, between, (before, after) in (result["at once"] for result in runs):
         assert len(in_passes) == 2 * 2 * 3  # micro-batches, layers; forward, again, backward
-        assert set(in_passes) == {1} and between == [0, 0]
+        assert {num_whole for num_whole, _ in in_passes} == {1} and between == [(0, 0)] * 2
+        # the second block, the head; again and backward the first block, then nothing, as embeddings' gradients need no weights
+        assert [num_coming for _, num_coming in in_passes] == [1, 1, 1, 1, 0, 0] * 2
         assert before != after  # of weights as they are now
 
 
