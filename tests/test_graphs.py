@@ -6,6 +6,7 @@ On a CPU a stand-in records by running and plays by running again with what Pyth
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from test_parity import REPLICATION, _shuffle_at
 from smartmoe import train
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan, RunConfig, Workload, check
 from smartmoe.data import TokenDataset
+from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.graphs import WARM_UP, PassGraphs, why_not
 from smartmoe.mesh import build_mesh
+from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.early import EarlyReduction
+from smartmoe.parallel.pipeline_passes import ChunkSource
 from smartmoe.timing import LayerTimer
 from smartmoe.trainer import Trainer
 
@@ -330,6 +334,64 @@ def test_stages_record_each_by_itself():
     for rank, (plain, recorded, recordings) in enumerate(spawn(_copies_of_one_stage, 4)):
         assert recorded == plain
         assert recordings == (2 * 2 * 3 if rank < 2 else 2 * 2)  # pairs: twice those of two in flight; of one in flight
+
+
+class _Rooms:
+    """A Tape that notes what each recording shares memory with, and who had filled the slots for copies when it began."""
+
+    num_bytes = num_cleared = 0
+
+    def __init__(self, replication):
+        self.replication, self.held = replication, []
+
+    def record(self, call, room=None):
+        self.held.append(self.replication._held)
+        call()
+        replay = lambda: None  # noqa: E731
+        replay.room = room
+        return replay
+
+    def clear(self):
+        self.num_cleared += 1
+
+
+@pytest.mark.parametrize("reduces_early", [False, True])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_micro_batches_in_flight_share_no_memory(num_slots, reduces_early):
+    """What a CPU's stand-in cannot show: recordings of one room overwrite each other's memory."""
+    linear, num_passes, replication = torch.nn.Linear(4, 4), 8, SymmetricReplication(None, 1)
+
+    def run(x, token_id, target):
+        replication._held = "this pass"
+        return linear(x.float()).sum().view(1), torch.zeros(1)
+
+    buffers = GradientBuffers(list(linear.named_parameters()), {})
+    if reduces_early:
+        buffers.reduce_early(num_passes)
+    dispatcher = SimpleNamespace(transport=SimpleNamespace(is_open=False), is_settled=True, num_rows=8)
+    layer = SimpleNamespace(observers=[], dispatcher=dispatcher, replication=replication)
+    tape, sources = _Rooms(replication), [ChunkSource(run, (), True, True, num_slots) for _ in range(2)]
+    settings = {"num_passes": num_passes, "reason": "", "tape": tape, "group": None}
+    graphs = PassGraphs(sources, buffers, [layer], [], **settings)
+    for _ in range(WARM_UP + 1):
+        graphs.prepare(*torch.ones(3, 2, 4, dtype=torch.int64))
+    assert graphs.is_recorded, graphs.reason
+    rooms_of = []
+    for chunk in range(2):
+        plays = [graphs.pick(chunk, place) for place in range(num_passes)]
+        rooms = [{replay.room for replay in play.replays} for play in plays]
+        assert all(len(room) == 1 for room in rooms), "forward and backward"
+        for first in range(num_passes - num_slots + 1):
+            assert len(set().union(*rooms[first : first + num_slots])) == num_slots
+            assert len({id(play) for play in plays[first : first + num_slots]}) == num_slots
+        assert [play.fills for play in plays] == [[0, 1] if chunk == 1 and place == 0 else [] for place in range(8)]
+        assert plays[0] not in plays[1:] and (not reduces_early or plays[-1] not in plays[:-1])
+        rooms_of.append(set().union(*rooms))
+    assert not rooms_of[0] & rooms_of[1]
+    backward = tape.held[1::2]  # with copies of another micro-batch, where one can come between
+    assert set(backward) == ({None} if num_slots > 1 else {"this pass"})
+    graphs.drop()
+    assert not graphs.is_recorded and tape.num_cleared == 1
 
 
 # ------------------------------------------------------------------------------------------------------- where not

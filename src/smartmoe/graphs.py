@@ -4,11 +4,11 @@ Layer 5. Forward and backward of a micro-batch are captured once, after a few it
 for every micro-batch from then on: one graph for the first micro-batch of an iteration, whose gradients overwrite those of
 the iteration before, one for all others, whose gradients are added, and with workload.reduce_early one for the last, in which
 gradients are reduced beside what is still to be computed. In a pipeline, where passes of several micro-batches interleave,
-forward and backward are graphs of their own, and there are as many pairs as micro-batches can be in flight in a chunk: what
-a forward pass leaves for its backward pass keeps its place, beside that of the others. Stages exchange activations between
-the graphs. What changes from one micro-batch or iteration to the next lies in memory that keeps its place: tokens, the scale
-of the loss, routing tables, weights, gradients, and what the device itself decides. Where the host takes part in a pass
-nothing is captured, and `why_not` says why.
+forward and backward are graphs of their own, and there are, beside the first one's, as many pairs as micro-batches can be
+in flight in a chunk: what a forward pass leaves for its backward pass keeps its place, beside that of the others. Stages
+exchange activations between the graphs. What changes from one micro-batch or iteration to the next lies in memory that
+keeps its place: tokens, the scale of the loss, routing tables, weights, gradients, and what the device itself decides.
+Where the host takes part in a pass nothing is captured, and `why_not` says why.
 
 A replay runs nothing of Python. Whoever follows the passes from the host is a Watcher; hooks of modules and tensors run at
 the capture and not again.
