@@ -117,7 +117,7 @@ def curve(trainer, before_iteration=None, iterations=ITERATIONS) -> list:
 
 
 def _copies(config) -> int:
-    return config.workload.micro_batch_size * config.model.seq_len * config.model.top_k
+    return config.workload.micro_batch_size * config.model.seq_len * config.model.top_k // config.plan.tp
 
 
 def _come_and_go(trainer, iteration):
@@ -176,7 +176,7 @@ def _with_and_without(world_rank):
         assert all(num_early == num_all > 1 for num_early, num_all in reduced[WARM_UP:]), reduced
         facts = (tape.recordings, tape.replays, config.num_micro_batches, said, trainer.graphs.reason, num_timed)
         found[name] = plain, recorded, facts
-    found["outgrown"] = _outgrown()
+    found["outgrown"] = _outgrown(world_rank)
     found["no room"] = _no_room()
     found["in place"] = _places()
     found["auto"] = _auto()
@@ -198,8 +198,9 @@ def _reduced_in_passes(trainer) -> list[tuple[int, int]]:
     return found
 
 
-def _outgrown():
-    """Room that becomes tight: the recording is dropped, an iteration runs as it is, another is recorded."""
+def _outgrown(world_rank):
+    """Room that becomes tight, as one rank has heard: all drop the recording, an iteration runs as it is, another is
+    recorded."""
     layer = LayerConfig(dispatcher="direct", row_factor=1.5)
     config = make_config(TWO, 2, model=SMALL, layer=layer, gate=GateConfig(kind="naive"))
     trainer = trainer_of(config)
@@ -207,7 +208,7 @@ def _outgrown():
     for dispatcher in dispatchers:
         dispatcher.num_careful = 4
     for iteration in range(8):
-        if iteration == 5:  # as if routings had needed more
+        if iteration == 5 and world_rank == 1:  # as if routings had needed more
             dispatchers[-1].told.on_host[1] = int(dispatchers[-1].num_rows / 1.05)
         trainer.run_iteration()
         states.append((trainer.graphs.is_recorded, tape.recordings))
@@ -330,10 +331,35 @@ def _copies_of_one_stage(world_rank):
     return plain, curve(trainer, before, iterations=6), tape.recordings
 
 
+FOUR = {
+    "tensor-parallel stages": (ParallelPlan(pp=2, tp=2, ep=2), 2, {"model": SMALL}),
+    "chunks of expert groups, reduced early": (
+        dataclasses.replace(CHUNKS, dp=2, ep=2), 4, {"workload": dataclasses.replace(WORKLOAD, reduce_early=True)},
+    ),
+}  # fmt: skip
+
+
+def _four(world_rank):
+    found = {"copies of one stage": _copies_of_one_stage(world_rank)}
+    EarlyReduction.__init__.__defaults__ = (20_000,)
+    for name, (plan, num_passes, changes) in FOUR.items():
+        config = make_config(plan, num_passes, layer=DIRECT, gate=GateConfig(kind="naive"), **changes)
+        plain, trainer = curve(trainer_of(config), iterations=WARM_UP + 1), trainer_of(config)
+        tape, reduced = record_on_cpu(trainer), _reduced_in_passes(trainer)
+        found[name] = plain, curve(trainer, iterations=WARM_UP + 1), tape.replays
+        assert all(num_early == num_all > 1 for num_early, num_all in reduced[WARM_UP:]), reduced
+    return found
+
+
 def test_stages_record_each_by_itself():
-    for rank, (plain, recorded, recordings) in enumerate(spawn(_copies_of_one_stage, 4)):
-        assert recorded == plain
-        assert recordings == (2 * 2 * 3 if rank < 2 else 2 * 2)  # pairs: twice those of two in flight; of one in flight
+    for rank, found in enumerate(spawn(_four, 4)):
+        for name, (plain, recorded, num) in found.items():
+            assert recorded == plain, f"rank {rank}: {name}"
+            if name in FOUR:  # one iteration of forward and backward passes
+                plan, num_passes, _ = FOUR[name]
+                assert num == 2 * num_passes * plan.vpp, name
+            else:
+                assert num == (2 * 2 * 3 if rank < 2 else 2 * 2)  # pairs: twice those of two in flight; of one in flight
 
 
 class _Rooms:
