@@ -13,7 +13,8 @@ LAYERS = {
     "ops": 2,
     "gates": 3, "dispatch": 3,
     "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
-    "gpt": 5, "swin": 5, "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
+    "blocks": 5, "gpt": 5, "swin": 5,
+    "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
     "cli": 7, "sequence": 7, "__main__": 8,
 }  # fmt: skip
@@ -25,6 +26,7 @@ ENTRY_POINTS = {"train", "bench", "hosts", "cli", "sequence"}
 # Steps inside one layer, for instance placement -> solvers -> policy.
 SAME_LAYER = {
     ("config", "swin_sizes"), ("images", "data"), ("samples", "data"), ("samples", "images"), ("models", "gpt"),
+    ("gpt", "blocks"), ("swin", "blocks"),
     ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("online", "migrate"), ("online", "observe"), ("online", "timing"),

@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from smartmoe.blocks import Block, DenseMLP, run_block
 from smartmoe.config import ModelConfig
-from smartmoe.dispatch.direct import same_room
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
 from smartmoe.swin_sizes import has_experts
@@ -47,38 +46,6 @@ def attend(qkv_BTX: torch.Tensor, head_dim: int) -> torch.Tensor:
     return y_BHTd.transpose(1, 2).reshape(batch, tokens, -1)
 
 
-class DenseMLP(nn.Module):
-    """Two-matrix MLP of the blocks that have no experts, with the GELU (tanh form, as GPT-2) that experts have."""
-
-    def __init__(self, model: ModelConfig):
-        super().__init__()
-        self.up = nn.Linear(model.hidden_size, model.ffn_size, bias=False)
-        self.down = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then an MoE layer (`moe` given) or a dense MLP."""
-
-    def __init__(self, model: ModelConfig, moe: nn.Module | None):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(model.hidden_size)
-        self.attention = Attention(model)
-        self.mlp_norm = nn.LayerNorm(model.hidden_size)
-        self.moe = moe
-        self.mlp = DenseMLP(model) if moe is None else None
-
-    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BTD, h_BTD = residual_norm(x_BTD, None, self.attention_norm)
-        x_BTD, h_BTD = residual_norm(x_BTD, self.attention(h_BTD), self.mlp_norm)
-        if self.moe is None:
-            return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
-        y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
-        return x_BTD + y_BTD, balance_loss
-
-
 class GPT(nn.Module):
     """The blocks `layer_idxs` of a GPT, with the embedding when they begin with the first and the head when they end
     with the last; all blocks make the whole model.
@@ -102,9 +69,11 @@ class GPT(nn.Module):
         if self.is_first:
             self.token_embedding = nn.Embedding(model.vocab_size, model.hidden_size)
             self.position_embedding = nn.Embedding(model.seq_len, model.hidden_size)
-        self.blocks = nn.ModuleDict(
-            {str(idx): Block(model, make_moe(idx) if has_experts(model, idx) else None) for idx in layer_idxs}
-        )
+        self.blocks, width = nn.ModuleDict(), model.hidden_size
+        for idx in layer_idxs:
+            moe = make_moe(idx) if has_experts(model, idx) else None
+            mlp = DenseMLP(width, model.ffn_size) if moe is None else None
+            self.blocks[str(idx)] = Block(width, Attention(model), moe, mlp)
         if self.is_last:
             self.final_norm = nn.LayerNorm(model.hidden_size)
             self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
@@ -130,13 +99,7 @@ class GPT(nn.Module):
             x = self.token_embedding(x) + self.position_embedding(token_id_BT % self.seq_len)
             balance_loss = x.new_zeros(1, dtype=torch.float32).requires_grad_()
         for block in self.blocks.values():
-            if self.recompute and self.training:
-                # Every rank must repeat the same collectives, so the recomputation is never cut short.
-                with set_checkpoint_early_stop(False):
-                    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
-                    x, block_loss = checkpoint(block, x, token_id_BT, **options)
-            else:
-                x, block_loss = block(x, token_id_BT)
+            x, block_loss = run_block(block, x, token_id_BT, self.recompute and self.training)
             balance_loss = balance_loss + block_loss
         if not self.is_last:
             return x, balance_loss

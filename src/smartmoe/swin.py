@@ -16,10 +16,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from smartmoe.blocks import Block, DenseMLP, run_block
 from smartmoe.config import ModelConfig
-from smartmoe.dispatch.direct import same_room
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
 from smartmoe.swin_sizes import block_sizes, has_experts, stage_of
@@ -112,38 +111,6 @@ def _roll(x_BTD: torch.Tensor, side: int, shift: int) -> torch.Tensor:
     return x_BTD.unflatten(1, (side, side)).roll((shift, shift), (1, 2)).flatten(1, 2)
 
 
-class DenseMLP(nn.Module):
-    """Two-matrix MLP of the blocks that have no experts; as in Swin-MoE the second has no bias."""
-
-    def __init__(self, sizes: ModelConfig):
-        super().__init__()
-        self.up = nn.Linear(sizes.hidden_size, sizes.ffn_size)
-        self.down = nn.Linear(sizes.ffn_size, sizes.hidden_size, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """Pre-norm block: attention in windows, then an MoE layer (`moe` given) or a dense MLP."""
-
-    def __init__(self, sizes: ModelConfig, place: int, moe: nn.Module | None):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(sizes.hidden_size)
-        self.attention = WindowAttention(sizes, place)
-        self.mlp_norm = nn.LayerNorm(sizes.hidden_size)
-        self.moe = moe
-        self.mlp = DenseMLP(sizes) if moe is None else None
-
-    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BTD, h_BTD = residual_norm(x_BTD, None, self.attention_norm)
-        x_BTD, h_BTD = residual_norm(x_BTD, self.attention(h_BTD), self.mlp_norm)
-        if self.moe is None:
-            return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
-        y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
-        return x_BTD + y_BTD, balance_loss
-
-
 class PatchMerging(nn.Module):
     """Four neighbouring patches become one of twice the width."""
 
@@ -173,7 +140,10 @@ class Swin(nn.Module):
             sizes, (stage, place) = block_sizes(model, idx), stage_of(model, idx)
             if place == 0 and stage > 0:
                 self.merges[str(idx)] = PatchMerging(block_sizes(model, idx - 1))
-            self.blocks[str(idx)] = Block(sizes, place, make_moe(idx) if has_experts(model, idx) else None)
+            width = sizes.hidden_size
+            moe = make_moe(idx) if has_experts(model, idx) else None
+            mlp = DenseMLP(width, sizes.ffn_size, bias=True) if moe is None else None  # one bias, as in Swin-MoE
+            self.blocks[str(idx)] = Block(width, WindowAttention(sizes, place), moe, mlp)
         self.final_norm = nn.LayerNorm(sizes.hidden_size)
         self.head = nn.Linear(sizes.hidden_size, model.swin.num_classes)
 
@@ -195,13 +165,7 @@ class Swin(nn.Module):
             if idx in self.merges:
                 x = self.merges[idx](x)
             token_id_BT = sample_B1 * x.shape[1] + torch.arange(x.shape[1], device=x.device)
-            if self.recompute and self.training:
-                # Every rank must repeat the same collectives, so the recomputation is never cut short.
-                with set_checkpoint_early_stop(False):
-                    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
-                    x, block_loss = checkpoint(block, x, token_id_BT, **options)
-            else:
-                x, block_loss = block(x, token_id_BT)
+            x, block_loss = run_block(block, x, token_id_BT, self.recompute and self.training)
             balance_loss = balance_loss + block_loss
         pooled_BD = residual_norm(x, None, self.final_norm)[1].mean(1)
         return summed_cross_entropy(self.head(pooled_BD), target_BT.flatten()).view(1), balance_loss

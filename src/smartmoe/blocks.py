@@ -1,0 +1,60 @@
+"""What the blocks of every model share: norms, residual sums, a dense MLP or an MoE layer, and recomputation.
+
+Layer 5. Shapes: B samples, T tokens of a sample on this rank, D model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from smartmoe.dispatch.direct import same_room
+from smartmoe.ops.residual_norm import residual_norm
+
+
+class DenseMLP(nn.Module):
+    """Two-matrix MLP of the blocks that have no experts, with the GELU (tanh form, as GPT-2) that experts have. bias: whether
+    the first product has one; the second has none."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, bias: bool = False):
+        super().__init__()
+        self.up = nn.Linear(hidden_size, ffn_size, bias=bias)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `attention`, then `moe`, or where that is None the dense `mlp`. attention and mlp take and
+    give [B, T, D]; moe(x_BTD, token_id_BT) gives (y_BTD, its balance loss)."""
+
+    def __init__(self, hidden_size: int, attention: nn.Module, moe: nn.Module | None, mlp: nn.Module | None):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(hidden_size)
+        self.moe = moe
+        self.mlp = mlp
+
+    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BTD, h_BTD = residual_norm(x_BTD, None, self.attention_norm)
+        x_BTD, h_BTD = residual_norm(x_BTD, self.attention(h_BTD), self.mlp_norm)
+        if self.moe is None:
+            return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
+        y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
+        return x_BTD + y_BTD, balance_loss
+
+
+def run_block(
+    block: Block, x_BTD: torch.Tensor, token_id_BT: torch.Tensor, recompute: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [B, T, D], balance loss [] float32) of a block. recompute: keep nothing of it, and compute it again in backward."""
+    if not recompute:
+        return block(x_BTD, token_id_BT)
+    # Every rank must repeat the same collectives, so the recomputation is never cut short.
+    with set_checkpoint_early_stop(False):
+        options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
+        return checkpoint(block, x_BTD, token_id_BT, **options)
