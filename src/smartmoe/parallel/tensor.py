@@ -4,8 +4,9 @@ Between blocks every rank holds its own part of the sequence; attention and dens
 slice of heads or columns, and scatter the sum back (Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models", MLSys 2023). Everything else sees each token on one rank only.
 
-The two collectives are autograd functions here rather than DTensor layouts: on small worlds of CPU processes DTensor's
-dispatch made a step several times longer. Checkpoints still describe the slices as DTensors.
+The two collectives are autograd functions here rather than DTensor layouts, which made a step on four CPU processes 2 to 3
+times longer (10 iterations of the test model, two busy cores: dp2 tp2 11.0 against 3.6 s, tp4 16.1 against 8.7). Checkpoints
+still describe the slices as DTensors.
 """
 
 from __future__ import annotations
