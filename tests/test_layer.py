@@ -288,11 +288,48 @@ def test_set_placement_changes_the_route_and_refuses_other_sizes():
         MoELayer(make_config(), layer_idx=0, placement=Placement.identity(6, 2))
 
 
-def test_the_placement_is_no_part_of_the_state_dict():
-    assert set(make_layer(make_config()).state_dict()) == {
+def test_a_state_dict_brings_the_placement_of_its_weights():
+    moved, restored = make_layer(make_config()), make_layer(make_config())
+    moved.set_placement(Placement(1, SHUFFLED[1]))
+    state = moved.state_dict()
+    assert set(state) == {
         *("gate.weight_ED", "gate.bias_E"),
         *("experts.w1_LDF", "experts.b1_LF", "experts.w2_LFD", "experts.b2_LD"),
+        "_extra_state",
     }
+    restored.load_state_dict(state)
+    x, _, ids = make_tokens(0)
+    assert restored.placement == moved.placement
+    assert torch.equal(restored(x.float(), ids)[0], moved(x.float(), ids)[0])
+    with pytest.raises(ValueError, match="does not fit"):
+        restored.load_state_dict(state | {"_extra_state": Placement.identity(6, 2).to_dict()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": dataclasses.replace(MODEL, top_k=7)}, "model.top_k = 7 is more than model.num_experts = 6"),
+        ({"model": dataclasses.replace(MODEL, ffn_size=0)}, "model.ffn_size = 0 must be at least 1"),
+        ({"gate": GateConfig(capacity=-1.0)}, "gate.capacity = -1.0 must be positive"),
+        ({"gate": GateConfig(kind="trace")}, "needs gate.trace"),
+        ({"online": OnlineConfig(replicate="exact")}, "online.replicate = \"exact\" does not go with online.replica_slots = 0"),
+        ({"online": OnlineConfig(replicate="histry", replica_slots=1)}, "online.replicate = \"histry\" is not one of"),
+    ],
+)
+def test_a_layer_refuses_a_wrong_config_with_the_key(changes, message):
+    with pytest.raises(ValueError, match=f"layer 0: .*{message}"):
+        MoELayer(dataclasses.replace(make_config(), **changes), layer_idx=0)
+
+
+def test_a_layer_refuses_tokens_of_another_shape_or_dtype():
+    layer = make_layer(make_config())
+    x_BTD, ids_BT = make_tokens(0)[0].float(), make_tokens(0)[2]
+    for wrong in (x_BTD.flatten(0, 1), x_BTD[..., :-1], x_BTD.bfloat16()):
+        with pytest.raises(ValueError, match=r"its experts take torch.float32 \[samples, tokens of each, 16\]"):
+            layer(wrong, ids_BT)
+    for wrong in (ids_BT[:1], ids_BT.flatten(), ids_BT.float()):
+        with pytest.raises(ValueError, match="token_id_BT is .* it must be int64"):
+            layer(x_BTD, wrong)
 
 
 def test_replica_slots_lie_behind_the_parameters_and_stay_there():

@@ -245,10 +245,29 @@ def check(config: RunConfig, where: str = "config") -> RunConfig:
     return config
 
 
+def check_layer(config: RunConfig, where: str = "config") -> RunConfig:
+    """As `check`, of what a layer alone reads: sizes of its experts, gate, mechanism and room for copies, no plan or batch."""
+    model, online = config.model, config.online
+    problems = _below_one(model, ("num_layers", "hidden_size", "ffn_size", "num_experts", "top_k"))
+    problems += _gate_problems(config) + _choice_problems(config)
+    if (online.replicate == "never") != (online.replica_slots == 0):
+        problems.append(
+            f'online.replicate = "{online.replicate}" does not go with online.replica_slots = {online.replica_slots}: copies '
+            'need both, a mode and at least one slot; "never" and 0 turn them off'
+        )
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+    return config
+
+
+def _below_one(model: ModelConfig, keys: tuple[str, ...]) -> list[str]:
+    return [f"model.{key} = {getattr(model, key)} must be at least 1" for key in keys if getattr(model, key) < 1]
+
+
 def _model_problems(config: RunConfig) -> list[str]:
     model, dtype_bytes = config.model, 4 if config.workload.dtype == "float32" else 2
     sizes = ("num_layers", "hidden_size", "ffn_size", "num_heads", "seq_len", "num_experts", "top_k", "moe_every")
-    problems = [f"model.{key} = {getattr(model, key)} must be at least 1" for key in sizes if getattr(model, key) < 1]
+    problems = _below_one(model, sizes)
     if problems:
         return problems
     if model.vocab_size < 257 and model.swin is None:
@@ -257,8 +276,6 @@ def _model_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_heads = {model.num_heads}"
         )
-    if model.top_k > model.num_experts:
-        problems.append(f"model.top_k = {model.top_k} is more than model.num_experts = {model.num_experts}")
     if config.layer.experts == "grouped":
         for key in ("hidden_size", "ffn_size"):
             if getattr(model, key) * dtype_bytes % 16:
@@ -266,6 +283,13 @@ def _model_problems(config: RunConfig) -> list[str]:
                     f"model.{key} = {getattr(model, key)} makes rows that are no multiple of 16 bytes, which grouped GEMM "
                     f'needs: take a multiple of {16 // dtype_bytes}, or layer.experts = "loop"'
                 )
+    return problems + _gate_problems(config)
+
+
+def _gate_problems(config: RunConfig) -> list[str]:
+    model, problems = config.model, []
+    if model.top_k > model.num_experts:
+        problems.append(f"model.top_k = {model.top_k} is more than model.num_experts = {model.num_experts}")
     if config.gate.kind == "switch" and model.top_k != 1:
         problems.append(
             f'gate.kind = "switch" routes each token to one expert: set model.top_k = 1 (it is {model.top_k})'

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from smartmoe.config import ModelConfig, RunConfig
+from smartmoe.config import ModelConfig, RunConfig, check_layer
 from smartmoe.dispatch import build_dispatcher, nodes_of
 from smartmoe.gates import Routing, build_gate
 from smartmoe.ops.activation import widening
@@ -137,7 +137,7 @@ class MoELayer(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        model, seed = config.model, config.workload.seed
+        model, seed = check_layer(config, f"layer {layer_idx}").model, config.workload.seed
         placement = placement or Placement.identity(model.num_experts, group_size(ep_group))
         self.layer_idx, self.ep_group = layer_idx, ep_group
         self.observers: list[Callable[[int, Routing, torch.Tensor], None]] = []
@@ -215,8 +215,9 @@ class MoELayer(nn.Module):
 
         x_BTD: [B, T, D], the dtype of the experts; token_id_BT: [B, T] int64, each sample's ids consecutive. Returns
         (y_BTD, 0-dim float32 share of the balance loss). Collective over ep_group and, for some gates, over
-        stage_group.
+        stage_group. Raises ValueError, before anything is sent, for another shape or dtype.
         """
+        self._check_input(x_BTD, token_id_BT)
         x_TD, token_id_T = x_BTD.flatten(0, 1), token_id_BT.flatten()
         routing = self.gate(x_TD, token_id_T, num_segments=token_id_BT.shape[0])
         for observer in self.observers:
@@ -227,6 +228,27 @@ class MoELayer(nn.Module):
         else:
             y_TD = self._forward_with_replicas(x_TD, routing, token_id_T)
         return y_TD.view(x_BTD.shape), routing.balance_loss
+
+    def _check_input(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> None:
+        hidden_size, dtype = self.experts.w1_LDF.shape[1], self.experts.w1_LDF.dtype
+        if x_BTD.dim() != 3 or x_BTD.shape[2] != hidden_size or x_BTD.dtype != dtype:
+            raise ValueError(
+                f"layer {self.layer_idx}: x_BTD is {x_BTD.dtype} {list(x_BTD.shape)}, its experts take {dtype} "
+                f"[samples, tokens of each, {hidden_size}]: reshape or cast it, or build the layer with another dtype"
+            )
+        if token_id_BT.shape != x_BTD.shape[:2] or token_id_BT.dtype != torch.int64:
+            raise ValueError(
+                f"layer {self.layer_idx}: token_id_BT is {token_id_BT.dtype} {list(token_id_BT.shape)}, it must be int64 "
+                f"{list(x_BTD.shape[:2])}: the number of each token, for instance sample * seq_len + position"
+            )
+
+    def get_extra_state(self) -> dict:
+        """What `state_dict` keeps beside the weights of this rank's slots: which experts they are."""
+        return self.placement.to_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        """As `set_placement`: a state_dict of the same rank brings its placement with it."""
+        self.set_placement(Placement.from_dict(state))
 
     def _forward_with_replicas(self, x_TD, routing: Routing, token_id_T) -> torch.Tensor:
         plan = self.replication.plan(routing.expert_idx_TK, token_id_T)
