@@ -12,7 +12,8 @@ LAYERS = {
     "planner": 1, "mesh": 1, "slow_links": 1, "slow_links_kernel": 1, "systems": 1, "controller": 1, "load_map": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
-    "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "parallel": 4, "timing": 4,
+    "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "own_loop": 4, "parallel": 4,
+    "timing": 4,
     "blocks": 5, "gpt": 5, "swin": 5,
     "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
     "trainer": 6, "train": 6, "bench": 6, "hosts": 6,
@@ -29,7 +30,7 @@ SAME_LAYER = {
     ("gpt", "blocks"), ("swin", "blocks"),
     ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
-    ("online", "migrate"), ("online", "observe"), ("online", "timing"),
+    ("own_loop", "layer"), ("own_loop", "replicas"), ("online", "migrate"), ("online", "observe"), ("online", "timing"),
     ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"), ("hosts", "train"),
     ("hosts", "trainer"),
 }  # fmt: skip

@@ -1,0 +1,103 @@
+"""The MoE layer in a model and a training loop of one's own: what `smartmoe.trainer` would do around the passes.
+
+Layer 4. Letters: L owned experts of this rank. A step is: send_copies, forward and backward passes of a loss whose sum over
+the ranks is the loss that is meant, reduce_gradients, the optimizer's step, OnlinePlacement.after_step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smartmoe.layer import MoELayer
+from smartmoe.ops.all_to_all import group_size
+from smartmoe.replicas import HistoryReplication, return_all, send_all
+
+BUCKET_BYTES = 64 << 20
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoELayers of `model`, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def send_copies(model: nn.Module) -> int:
+    """Give copies of experts that stay for whole steps (online.replicate = "history") the weights of now; returns bytes sent.
+
+    Before the first pass of every step. Collective over the layers' expert group, and nothing to do in the other modes.
+    """
+    layers = _layers_with_copies(model)
+    return send_all([layer.replication for layer in layers], layers[0].ep_group) if layers else 0
+
+
+def reduce_gradients(model: nn.Module, stage_group, expert_dp_group=None) -> None:
+    """Sum the gradients of `model` over the ranks that share a parameter; after the last backward pass of a step.
+
+    stage_group: all ranks that have the model, each with tokens of its own: gradients of everything but experts are summed
+    over it. expert_dp_group: the ranks that have the same experts, None = every expert is on one rank. Experts have seen the
+    tokens of all ranks of their expert group, so there is nothing to sum over that. Groups are ProcessGroups, None = this
+    process alone. A parameter that no token reached gets a gradient of zeros, so that optimizers hold the same state on
+    every rank. Collective over both groups and the layers' expert group. Not for a model inside DistributedDataParallel,
+    which would average different experts.
+    """
+    params = [param for param in model.parameters() if param.requires_grad]
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    _return_copies(model)
+    for is_expert, group in ((False, stage_group), (True, expert_dp_group)):
+        if group_size(group) > 1:
+            grads = [param.grad for param in params if (getattr(param, "parallel", "dense") == "expert") == is_expert]
+            for bucket in _buckets(grads):
+                _sum(bucket, group)
+
+
+def expert_state(layer: MoELayer, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Everything [L, ...] that belongs to the experts of `layer` and moves with them: weights, and what `optimizer` keeps of
+    their size, such as Adam's moments. For OnlinePlacement(state_of=...)."""
+    tensors = []
+    for param in layer.experts.parameters():
+        kept = optimizer.state.get(param, {}).values()
+        tensors += [param.data, *(value for value in kept if torch.is_tensor(value) and value.shape == param.shape)]
+    return tensors
+
+
+def _layers_with_copies(model: nn.Module) -> list[MoELayer]:
+    return [layer for layer in moe_layers(model) if isinstance(layer.replication, HistoryReplication)]
+
+
+def _return_copies(model: nn.Module) -> None:
+    layers = _layers_with_copies(model)
+    if not layers:
+        return
+    grads = [[param.grad for param in layer.experts.parameters()] for layer in layers]
+    sums = [[grad.float() for grad in some] for some in grads]  # the gradients themselves where they are float32
+    return_all([layer.replication for layer in layers], sums, layers[0].ep_group)
+    for grad, total in zip(itertools.chain(*grads), itertools.chain(*sums), strict=True):
+        if total is not grad:
+            grad.copy_(total)
+
+
+def _buckets(grads: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Gradients of one dtype together, as many as make BUCKET_BYTES."""
+    for _, some in itertools.groupby(sorted(grads, key=lambda grad: str(grad.dtype)), key=lambda grad: grad.dtype):
+        bucket, num_bytes = [], 0
+        for grad in some:
+            if bucket and num_bytes + grad.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append(grad)
+            num_bytes += grad.nbytes
+        if bucket:
+            yield bucket
+
+
+def _sum(bucket: list[torch.Tensor], group) -> None:
+    flat = torch.cat([grad.flatten() for grad in bucket])
+    dist.all_reduce(flat, group=group)
+    for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+        grad.copy_(part.view_as(grad))
