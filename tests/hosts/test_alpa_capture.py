@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from smartmoe.hosts.deepspeed_alpa.capture import capture_blocks, noise_of
+from smartmoe.hosts.deepspeed_alpa.capture import capture_blocks, noise_of, tape_for
+from tests.dist import gpu_backend, spawn
 
 SHAPE = (2, 8, 16)
+KEPT = []  # what lives until a process ends
 
 
 class Block(nn.Module):
@@ -30,7 +33,8 @@ def train(device, is_captured: bool, needs_loss: bool):
     torch.manual_seed(5)
     called = blocks
     if is_captured:
-        called = capture_blocks(blocks, torch.ones(SHAPE, device=device), token_id_BT, needs_loss=needs_loss)
+        tape = tape_for(torch.device(device))
+        called = capture_blocks(blocks, torch.ones(SHAPE, device=device), token_id_BT, tape, needs_loss=needs_loss)
     losses = []
     for step in range(3):
         x = torch.linspace(-1, 1, blocks[0].never.numel() * 16, device=device).view(SHAPE).requires_grad_()
@@ -60,6 +64,32 @@ def test_captured_blocks_train_as_blocks_do(device, needs_loss):
     assert captured[0] == pytest.approx(plain[0], rel=1e-6)
     torch.testing.assert_close(captured[1], plain[1])
     assert torch.equal(captured[2], plain[2]), "as many random numbers were drawn"
+
+
+class Exchanging(nn.Module):
+    def forward(self, x_BTD, token_id_BT):
+        y_BTD = x_BTD.clone()
+        dist.all_reduce(y_BTD)
+        return y_BTD, x_BTD.new_zeros(())
+
+
+def world_with_captured_collectives(rank: int) -> float:
+    """The groups end right after this, while the blocks are alive: they would wait for graphs without end."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    tape, x_BTD = tape_for(device), torch.full(SHAPE, rank + 1.0, device=device)
+    blocks = capture_blocks([Exchanging()], x_BTD, torch.zeros(SHAPE[:2], device=device).long(), tape, needs_loss=False)
+    with torch.no_grad():
+        found = blocks[0](x_BTD, torch.zeros(SHAPE[:2], device=device).long())[0].mean().item()
+    KEPT.extend(blocks)
+    tape.clear()
+    return found
+
+
+@pytest.mark.gpu
+def test_process_groups_end_after_the_tape_is_cleared():
+    found = spawn(world_with_captured_collectives, 2, backend=gpu_backend(2), timeout_s=90.0)
+    assert found == [3.0, 3.0]
 
 
 def test_noise_goes_back():

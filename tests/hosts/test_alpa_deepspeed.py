@@ -89,7 +89,11 @@ def train(run: Run) -> Curve:
     args.optimizer = run.optimizer
     tokens = read_tokens()
     built = bench.build(args, case, device)
-    return Curve([bench.run_iteration(built, tokens, case, idx, device)[0] for idx in range(ITERATIONS)], norms(built))
+    losses = [bench.run_iteration(built, tokens, case, idx, device)[0] for idx in range(ITERATIONS)]
+    assert bool(built.module.captured) == ("--capture" in run.words)
+    built.module.release()
+    assert not built.module.captured
+    return Curve(losses, norms(built))
 
 
 @functools.cache

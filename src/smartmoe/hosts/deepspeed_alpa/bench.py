@@ -98,6 +98,7 @@ def measure(args: argparse.Namespace, case: Case, device: torch.device) -> dict:
             seconds.append(duration)
         if dist.get_rank() == 0:
             print(f"iteration {iteration + 1}: loss {loss:.5f}, {duration:.3f} s", flush=True)
+    engine.module.release()
     peaks = [0] * dist.get_world_size()
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0)
     return {

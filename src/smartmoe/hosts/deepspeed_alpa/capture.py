@@ -100,10 +100,17 @@ class _Replay(torch.autograd.Function):
         return None, grad_x, None, *grads
 
 
-def capture_blocks(blocks: Sequence[nn.Module], x_BTD, token_id_BT, *, needs_loss: bool) -> list[CapturedBlock]:
-    """Every block captured, on inputs like x_BTD: [B, T, D] in the blocks' dtype, and token_id_BT: [B, T] int64. Their graphs
-    share memory. Collective where the blocks are."""
-    tape = CudaTape(x_BTD.device) if x_BTD.is_cuda else _Calls()
+def tape_for(device: torch.device) -> Tape:
+    """A tape of CUDA graphs, on a CPU of calls."""
+    return CudaTape(device) if device.type == "cuda" else _Calls()
+
+
+def capture_blocks(
+    blocks: Sequence[nn.Module], x_BTD, token_id_BT, tape: Tape, *, needs_loss: bool
+) -> list[CapturedBlock]:
+    """Every block captured on `tape`, on inputs like x_BTD: [B, T, D] in the blocks' dtype, and token_id_BT: [B, T] int64.
+    Their graphs share memory. Clear the tape before the process groups end, which wait for graphs that hold their
+    collectives. Collective where the blocks are."""
     return [CapturedBlock(block, x_BTD, token_id_BT, tape, needs_loss=needs_loss) for block in blocks]
 
 

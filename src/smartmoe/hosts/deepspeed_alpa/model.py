@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from smartmoe.config import ModelConfig
+from smartmoe.graphs import Tape
 from smartmoe.hosts.deepspeed.moe import Expert
-from smartmoe.hosts.deepspeed_alpa.capture import CapturedBlock, capture_blocks, noise_of
+from smartmoe.hosts.deepspeed_alpa.capture import CapturedBlock, capture_blocks, noise_of, tape_for
 from smartmoe.layer import INIT_STD
 from smartmoe.ops.hashing import make_key
 from smartmoe.ops.residual_norm import residual_norm
@@ -77,6 +78,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         self.seq_len, self.balance_weight, self.recompute = model.seq_len, balance_weight, recompute
         self.captured: list[CapturedBlock] = []
+        self._tape: Tape | None = None
         self.token_embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.position_embedding = nn.Embedding(model.seq_len, model.hidden_size)
         self.blocks = nn.ModuleList(
@@ -117,7 +119,14 @@ class MoETransformer(nn.Module):
         with torch.no_grad():
             x_BTD = self._embed(token_BT, token_id_BT)
         noise.set(before)
-        self.captured = capture_blocks(self.blocks, x_BTD, token_id_BT, needs_loss=bool(self.balance_weight))
+        self._tape = tape_for(x_BTD.device)
+        self.captured = capture_blocks(self.blocks, x_BTD, token_id_BT, self._tape, needs_loss=bool(self.balance_weight))
+
+    def release(self) -> None:
+        """Let go of what was captured, if anything: process groups wait for graphs that hold their collectives."""
+        if self._tape is not None:
+            self._tape.clear()
+            self.captured, self._tape = [], None
 
 
 @torch.no_grad()
