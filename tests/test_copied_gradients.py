@@ -1,5 +1,5 @@
 """Gradients of one batch at the same weights, with copies of experts that stay for a step and without. A factor, or a part
-that is missed or taken twice, in the sums or in the norm, is a slope off 1 here; losses of runs would hide it in their noise."""
+that is missed or taken twice, in the sums or in the norm, is a slope off 1 here; losses of runs hide it in their noise."""
 
 import dataclasses
 
