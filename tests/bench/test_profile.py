@@ -1,6 +1,6 @@
-import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +27,26 @@ def _run(_world_rank, path, slow):
     few = [*TINY[:4], "--tokens", "16", "--seconds", "0.001"]
     args = profile_cluster.parse_args([*few, "--slow-links", str(SLOW), "--out", str(slow)])
     profile_cluster.run(args, world)
+    _leave_out_what_is_too_large(world)
+
+
+def _leave_out_what_is_too_large(world):
+    """Too large for one rank, when it is built or when it first runs: the ranks go on together."""
+
+    def full(*_):
+        if world.ep_rank:
+            raise torch.OutOfMemoryError
+        return lambda mark: None
+
+    def grown(mark):
+        full()
+
+    for rounds in (0, 2):
+        profiler = profile_cluster.Profiler(world, "float32", 0.001)
+        builds = {"launch": lambda: lambda mark: None, "optimizer": full, "by_sample": lambda: grown}
+        sizes = {"ranks": 1 + rounds}  # alone, and together
+        profiler.run([profile_cluster.Case(name, sizes, build, False, False) for name, build in builds.items()], rounds)
+        assert list(profiler.points) == ["launch"]
 
 
 def test_two_ranks_profile_every_primitive(tmp_path):
@@ -67,16 +87,20 @@ def test_rows_of_an_exchange_and_sizes_between():
 
 def test_times_of_one_chip_become_those_of_the_slowest():
     profiler = profile_cluster.Profiler.__new__(profile_cluster.Profiler)
-    profiler._has_one_clock, profiler.site = False, None
+    profiler._has_one_clock, profiler.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
     point = Point({}, dict.fromkeys(("median", "p10", "p90"), 3.0), {})
     profiler.points = {name: [point] * 4 for name in ("experts_forward", "experts_backward")}
-    case = profile_cluster.both_ways("experts", {}, False, None)
-    cases = [dataclasses.replace(case, busiest=busiest) for busiest in (None, 0, 1, None)]
-    times_W = [[0.8, 1.0], [9.0, 1.0], [1.0, 9.0], [1.6, 2.0]]
-    profiler._experts = [(case, np.array(times)) for case, times in zip(cases, times_W, strict=True)]
+    # the second and the third have the same rows, each on its own rank while the other has few
+    timed = [(10, None, [0.8, 1.0]), (30, 0, [2.4, 0.1]), (30, 1, [0.1, 3.0]), (20, None, [1.6, 2.0])]
+    profiler._experts = [
+        (profile_cluster.both_ways("experts", {"rows": rows}, False, None, busiest), np.array(times_W))
+        for rows, busiest, times_W in timed
+    ]
     assert profiler.settle() == [0.8, 1.0]
     for found in profiler.points.values():
         assert [point.device_ms["median"] for point in found] == pytest.approx([3.0, 3.0 / 0.8, 3.0, 3.0])
+    for some in (profiler._experts[1:3], profiler._experts[::3]):  # either kind tells
+        assert profile_cluster.rank_pace(some, 2) == pytest.approx([0.8, 1.0])
 
 
 def test_the_hosts_time_is_what_a_further_piece_adds():
@@ -116,7 +140,7 @@ def test_losses_that_come_twice_do_not_share_logits(monkeypatch):
 
 
 PIECES = {
-    "linear": (8, 8, 8), "attention": (2, 2, 8, 4), "experts": ([3, 0, 5], 16, 32, "gelu", "grouped"),
+    "linear": (8, 8, 8), "attention": (2, 2, 8, 4), "experts": ([3, 0, 5], 16, 32),
     "gate": (8, 8, 4, 2, True), "route": (8, 16, 8), "direct": (8, 2, 8, None, 0.0), "norm": (8, 8),
     "embedding": (8, 8, 32), "loss": (8, 32),
 }  # fmt: skip
@@ -133,7 +157,13 @@ def test_every_piece_comes_twice(piece, monkeypatch):
 
     monkeypatch.setattr(expert_ffn, "activate_rows_backward", in_place)
     monkeypatch.setattr(parts, "expert_ffn", lambda *args, activation, impl: expert_ffn.fused_ffn(*args, activation))
-    step = getattr(parts, piece)(parts.Site(measure.World(torch.device("cpu")), torch.float32), *PIECES[piece])
+    site = parts.Site(measure.World(torch.device("cpu")), torch.float32)
+    if piece == "experts":
+        counts_L, width, ffn = PIECES[piece]
+        weights, rows, grad = parts.expert_weights(site, len(counts_L), width, ffn, "gelu"), *torch.randn(2, 8, width)
+        step = parts.experts(rows, grad, counts_L, weights, "gelu", "grouped")
+    else:
+        step = getattr(parts, piece)(site, *PIECES[piece])
     for copies in (2, 1, 2):
         step(lambda: None, copies=copies)
 

@@ -1,3 +1,4 @@
+import heapq
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from smartmoe.planner.primitives import (
     Point,
     Primitives,
     Profile,
+    deep_rows,
     expert_sizes,
     fit_non_negative,
     held_out_errors,
@@ -63,7 +65,7 @@ def test_the_slowest_rank_is_found_among_many():
     curve = Curve(np.array([0.1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
     primitives = Primitives({"experts_forward": curve}, {}, "described")
     rows = np.random.default_rng(0).integers(1, 9000, (3, 16))
-    sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128, largest=rows / 4)
+    sizes = dict(rows=rows, padded_rows=rows, active=4, slots=4, width=64, ffn=128, deep_rows=rows)
     slowest = primitives.slowest_ms("experts_forward", **sizes)
     assert slowest == pytest.approx(primitives.ms("experts_forward", **sizes).max(-1))
     for ranks in (16, 3):  # chips of other speeds: the fullest is not always the slowest
@@ -80,7 +82,7 @@ def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
     assert Primitives.fit(again).ms("linear_forward", **GRID[0]) == pytest.approx(_law(**GRID[0]))
     good = json.loads(path.read_text())
     for change, message in (
-        (lambda d: d.update(schema=9), "schema 3"),
+        (lambda d: d.update(schema=9), "schema 4"),
         (lambda d: d["points"].update(linaer_forward=[]) or d["points"]["linaer_forward"].extend([{}]), "did you mean"),
         (lambda d: d["points"]["linear_forward"][0]["sizes"].pop("tokens"), "sizes"),
         (lambda d: d["points"]["linear_forward"][0]["device_ms"].update(median=-1), "positive"),
@@ -125,15 +127,48 @@ def test_what_else_a_host_does_is_not_taken_for_launches():
 
 
 def test_sizes_of_experts_are_those_of_their_rows():
-    sizes = expert_sizes(np.array([[0, 1, 128, 300], [2, 2, 2, 2]]))
+    sizes = expert_sizes(np.array([[0, 1, 128, 300], [2, 2, 2, 2]]), 512, 1024, processors=0)
     assert sizes["rows"].tolist() == [429, 8] and sizes["padded_rows"].tolist() == [128 * 5, 128 * 4]
-    assert sizes["active"].tolist() == [3, 4] and sizes["largest"].tolist() == [300, 2]
-    # the largest expert alone tells these points apart, as no other size does
+    assert sizes["active"].tolist() == [3, 4] and sizes["deep_rows"].tolist() == [429, 8]
+    # the depth alone tells these points apart, as no other size does
     points = [
         Point({"rows": 1024.0, "padded_rows": 1024.0, "active": 4.0, "slots": 4.0, "width": 512.0, "ffn": 1024.0,
-               "largest": float(n)}, {"median": 0.5 + n * 1e-3}, {"median": 0.0})
+               "deep_rows": float(n)}, {"median": 0.5 + n * 1e-3}, {"median": 0.0})
         for n in (256, 300, 500, 800)
     ]  # fmt: skip
-    known = {key: value for key, value in points[0].sizes.items() if key != "largest"}
+    known = {key: value for key, value in points[0].sizes.items() if key != "deep_rows"}
     primitives = Primitives.fit(Profile({"experts_backward": points}, "bfloat16", {}))
-    assert float(primitives.ms("experts_backward", **known, largest=650)) == pytest.approx(1.15, rel=0.01)
+    assert float(primitives.ms("experts_backward", **known, deep_rows=650)) == pytest.approx(1.15, rel=0.01)
+
+
+def _longest_turn(count_L, tiles, processors):
+    """List scheduling, step by step: the fullest expert's tiles first, each to whoever is free first."""
+    free = [0.0] * processors
+    for rows in sorted(count_L, reverse=True):
+        for _ in range(tiles):
+            heapq.heapreplace(free, free[0] + rows)
+    return max(free)
+
+
+def test_depth_is_what_the_busiest_processor_sums_up():
+    width, ffn, processors = 1536, 6144, 132
+    tiles = 12 * 12  # of 128 x 256 in each of the two matrices of 1536 x 3072
+    draw = np.random.default_rng(0)
+    counts = np.array([[60000, *[350] * 15], [30000, 20000, *[1000] * 14], *draw.multinomial(65536, [1 / 16] * 16, 3)])
+    found, real = deep_rows(counts, width, ffn, processors), [_longest_turn(c, tiles, processors) for c in counts]
+    # two turns of the first expert alone; even loads wait for little but a last turn that is half empty
+    assert found[0] == 2 * 60000 * processors / tiles == pytest.approx(real[0] * processors / tiles)
+    assert (found >= counts.sum(1)).all() and found[2:] == pytest.approx(65536 * 18 * processors / (16 * tiles), rel=0.06)
+    assert np.all(found <= np.array(real) * processors / tiles * 1.0001) and found == pytest.approx(
+        np.array(real) * processors / tiles, rel=0.12
+    )
+    assert deep_rows(counts, width, ffn, 0).tolist() == counts.sum(1).tolist()  # who knows
+
+
+def test_sizes_without_a_hosts_time_take_no_part_in_it():
+    points = [
+        Point({"tokens": 64.0 * k, "width": 32.0}, {"median": 1.0 + k}, {"median": 0.02} if k < 3 else {}) for k in (1, 2, 3, 4)
+    ]
+    primitives = Primitives.fit(Profile({"norm_forward": points}, "float32", {}))
+    assert float(primitives.host_ms("norm_forward", tokens=512, width=32)) == pytest.approx(0.02)
+    assert float(primitives.ms("norm_forward", tokens=256, width=32)) == pytest.approx(5.0)

@@ -14,8 +14,8 @@ import functools
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +42,13 @@ DEFAULT_SHAPES = {
 TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
 _HOST_RUNS = (4, 8)  # the fewest and the most of a piece for its host's time, of which the first is left out
 _HOST_SECONDS = 0.02
+_MOST_FOR_HOST = 5e-3  # seconds of a piece: what takes longer has launches like those of smaller sizes
 # Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
 WAITING = ("optimizer", "optimizer_launches", "experts_loop")
 _LEAST_HOST_MS = 2e-3
-EXPERT_SKEWS = (0.0, 0.8, 1.6, 3.0)  # exponents of the Zipf law of rows over a rank's experts; the last leaves some idle
+_TELL_SECONDS = 10.0
+# Exponents of the Zipf law of rows over a rank's experts, for numbers of rows in turn; the last leaves some idle.
+EXPERT_SKEWS = ((0.0, 1.6), (0.8, 3.0))
 _SMALL = 64  # numbers of a tensor whose update takes no time but that of its launch
 
 
@@ -83,6 +86,20 @@ class Case:
     busiest: int | None = None
 
 
+@dataclass
+class _Ready:
+    """A case that has run: step and reset of its piece, ms of other work before each run, how often to run it, [iterations,
+    parts] ms of the host that launches it (None: not measured), and the marks of its runs."""
+
+    case: Case
+    step: Callable
+    reset: Callable
+    lead: float
+    num: int
+    host_IP: np.ndarray | None
+    runs: list[list] = field(default_factory=list)
+
+
 class Profiler:
     """Runs cases and keeps their points. Collective: all ranks have the same cases."""
 
@@ -90,57 +107,60 @@ class Profiler:
         self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
         self.points: dict[str, list[Point]] = {}
         self._experts: list[tuple[Case, np.ndarray]] = []  # times of each rank, [ranks] ms
+        self._tell_at = time.monotonic() + _TELL_SECONDS
+        self._has_host: set[str] = set()  # names of cases
         self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
         self._busy = BusyWork(world, self.site.dtype)
 
-    def run(self, case: Case) -> None:
-        """Measure a case; one that runs out of memory on any rank is left out."""
-        world = self.site.world
-        try:
-            built = case.build()
-            step, reset = built if isinstance(built, tuple) else (built, lambda: None)
-            marks_IM, host_IP = self._time(step, reset, case)
-            word = {"marks": marks_IM.tolist(), "host": host_IP.tolist()}
-        except torch.OutOfMemoryError:
-            word = None
-        words = world.share(word)
-        if None in words:
+    def run(self, cases: list[Case], rounds: int) -> None:
+        """Measure cases, in an order of chance: what drifts with time is no rule of sizes. Each for the seconds of a case, all
+        runs in a row; or, with rounds > 0, all cases ready at once and one run of each in every round, without a pause."""
+        draw = np.random.default_rng(0)
+        order = [cases[place] for place in draw.permutation(len(cases))]
+        if not rounds:
+            for place, case in enumerate(order):
+                self._tell(f"{place} of {len(order)} pieces")
+                self._run_alone(case)
             return
-        device_IP = slowest_parts(np.array([w["marks"] for w in words]), self._has_one_clock)
-        host_WIP = np.array([w["host"] for w in words])
-        host_IP = host_WIP[np.median(host_WIP, axis=1).sum(1).argmax()]
-        if case.name == "experts":
-            marks_WIM = np.array([w["marks"] for w in words])
-            self._experts.append((case, np.median(marks_WIM[:, :, -1] - marks_WIM[:, :, 0], axis=1)))
-        names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
-        for part, name in enumerate(names):
-            host = spread(host_IP[:, part])
-            device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
-            self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
+        ready = [found for found in map(self._prepare, order) if found]
+        for number in range(rounds):
+            self._tell(f"{number} of {rounds} rounds of {len(ready)} pieces")
+            self._run_once([ready[place] for place in draw.permutation(len(ready))])
+        for each in ready:
+            self._keep(each)
 
-    def settle(self) -> list[float]:
-        """Bring times of experts that were measured on one rank to those of the slowest one. Returns for each rank its time
-        over the slowest's for the same products: chips whose power is limited differ in their clocks."""
-        alike_CW = np.array([times_W / times_W.max() for case, times_W in self._experts if case.busiest is None])
-        if not len(alike_CW) or self._has_one_clock:
-            return [1.0] * self.site.world.num_ranks
-        pace_W = np.median(alike_CW, axis=0)
-        pace_W /= pace_W.max()
-        for name in ("experts_forward", "experts_backward"):
-            for place, (case, _) in enumerate(self._experts):
-                if case.busiest is not None:
-                    point = self.points[name][place]
-                    slowest = {key: ms / pace_W[case.busiest] for key, ms in point.device_ms.items()}
-                    self.points[name][place] = dataclasses.replace(point, device_ms=slowest)
-        return pace_W.round(4).tolist()
+    def _tell(self, words: str) -> None:
+        """Say how far it is, now and then, from rank 0."""
+        if time.monotonic() > self._tell_at and self.site.world.ep_rank == 0:
+            print(f"profiling: {words}", file=sys.stderr, flush=True)
+            self._tell_at = time.monotonic() + _TELL_SECONDS
 
-    def _time(self, step, reset, case: Case) -> tuple[np.ndarray, np.ndarray]:
-        """([iterations, parts + 1] ms at which the device passed each mark, [iterations, parts] ms of the host that
-        launched the parts)."""
+    def _run_alone(self, case: Case) -> None:
+        ready = self._prepare(case)
+        if ready:
+            self._run_once([ready] * ready.num)
+            self._keep(ready)
+
+    def _prepare(self, case: Case) -> _Ready | None:
+        """Build a case and find how long to be busy before it; None on all ranks when it is out of memory on any."""
         world = self.site.world
-        for _ in range(2):
-            step(lambda: None)
-            reset()
+        built, is_alone = [], case.sizes.get("ranks", 1) == 1
+
+        def build():
+            made = case.build()
+            built.extend(made if isinstance(made, tuple) else (made, lambda: None))
+
+        def first():
+            built[0](lambda: None)
+
+        # a piece in which ranks meet begins when all have built it
+        for calls in ((build, first),) if is_alone else ((build,), (first,)):
+            if not self._fits(calls):
+                return None
+        step, reset = built
+        reset()
+        step(lambda: None)
+        reset()
         world.synchronize()
         start = time.perf_counter()
         step(lambda: None)
@@ -148,19 +168,67 @@ class Profiler:
         world.synchronize()
         took = world.largest(time.perf_counter() - start)
         reset()
-        num = int(np.clip(self.seconds / max(took, 1e-6), 5, 25))
-        num_parts = 1 + case.has_backward
+        num, num_parts = int(np.clip(self.seconds / max(took, 1e-6), 5, 25)), 1 + case.has_backward
         if world.device.type != "cuda":
             lead, host_IP = 0.0, np.zeros((1, num_parts))
         elif case.name in WAITING:
             lead, host_IP = 0.0, np.full((1, num_parts), _LEAST_HOST_MS)
         else:
-            lead = lead_ms(1e3 * launched, 1e3 * took)
-            host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
+            lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), None
+            if took < _MOST_FOR_HOST or case.name not in self._has_host:
+                host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
+                self._has_host |= set() if case.is_held_out else {case.name}
+        return _Ready(case, step, reset, lead, num, host_IP)
+
+    def _fits(self, calls: Iterable[Callable]) -> bool:
+        """Call them in turn: whether there was memory for it on all ranks. A rank that went on alone would wait for those that
+        did not."""
+        try:
+            for call in calls:
+                call()
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        return all(self.site.world.share(fits))
+
+    def _run_once(self, order: list[_Ready]) -> None:
+        """Each of them in turn, as often as it is named."""
         self._busy.launch(WARM_MS)
-        runs = [self._once(step, reset, lead) for _ in range(num)]
-        world.synchronize()
-        return np.array([[self._passed(d[0], mark) for mark in d] for d, _ in runs]), host_IP
+        for ready in order:
+            ready.runs.append(self._once(ready.step, ready.reset, ready.lead)[0])
+        self.site.world.synchronize()
+
+    def _keep(self, ready: _Ready) -> None:
+        """Make points of what was measured."""
+        case, marks_IM = ready.case, [[self._passed(run[0], mark) for mark in run] for run in ready.runs]
+        words = self.site.world.share({"marks": marks_IM, "host": None if ready.host_IP is None else ready.host_IP.tolist()})
+        marks_WIM = np.array([w["marks"] for w in words])
+        device_IP = slowest_parts(marks_WIM, self._has_one_clock)
+        if ready.host_IP is not None:
+            host_WIP = np.array([w["host"] for w in words])
+            host_IP = host_WIP[np.median(host_WIP, axis=1).sum(1).argmax()]
+        if case.name == "experts":
+            self._experts.append((case, np.median(marks_WIM[:, :, -1] - marks_WIM[:, :, 0], axis=1)))
+        names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
+        for part, name in enumerate(names):
+            host = {} if ready.host_IP is None else spread(host_IP[:, part])
+            device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
+            self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
+
+    def settle(self) -> list[float]:
+        """Bring times of experts that were measured on one rank to those of the slowest one. Returns for each rank its time
+        over the slowest's for the same products: chips whose power is limited differ in their clocks."""
+        num_ranks = self.site.world.num_ranks
+        if self._has_one_clock or not self._experts:
+            return [1.0] * num_ranks
+        pace_W = rank_pace(self._experts, num_ranks)
+        for name in ("experts_forward", "experts_backward"):
+            for place, (case, _) in enumerate(self._experts):
+                if case.busiest is not None:
+                    point = self.points[name][place]
+                    slowest = {key: ms / pace_W[case.busiest] for key, ms in point.device_ms.items()}
+                    self.points[name][place] = dataclasses.replace(point, device_ms=slowest)
+        return pace_W.round(4).tolist()
 
     def _launch_ms(self, step, reset, has_backward: bool, num_runs: int) -> np.ndarray:
         """[runs, parts] ms of the host. It launches onto an idle device, as one that is behind does: launches behind much other
@@ -205,6 +273,22 @@ class Profiler:
         if isinstance(mark, float):
             return mark * 1e3
         return 0.0 if mark is first else first.elapsed_time(mark)
+
+
+def rank_pace(timed: list[tuple[Case, np.ndarray]], num_ranks: int) -> np.ndarray:
+    """[ranks] time of each rank over that of the slowest one for the same products. timed: cases with the times of each rank,
+    of which those count that had the case's sizes to do: all ranks, or the busiest one. Least squares of logarithms, with one
+    unknown for each size and one for each rank."""
+    idx_of_size, seen = {}, []
+    for case, times_W in timed:
+        size_idx = idx_of_size.setdefault(tuple(sorted(case.sizes.items())), len(idx_of_size))
+        ranks = range(num_ranks) if case.busiest is None else (case.busiest,)
+        seen += [(size_idx, rank, np.log(times_W[rank])) for rank in ranks]
+    matrix, log_ms = np.zeros((len(seen), len(idx_of_size) + num_ranks)), np.array([row[2] for row in seen])
+    for place, (size_idx, rank, _) in enumerate(seen):
+        matrix[place, [size_idx, len(idx_of_size) + rank]] = 1.0
+    pace_W = np.exp(np.linalg.lstsq(matrix, log_ms, rcond=None)[0][len(idx_of_size) :])
+    return pace_W / pace_W.max()
 
 
 def slowest_parts(marks_WIM: np.ndarray, one_clock: bool) -> np.ndarray:
@@ -289,25 +373,33 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
     cases = []
     draw = np.random.default_rng(0)
     for slots in sorted({max(1, shape.experts // 8), max(1, shape.experts // 2), shape.experts}):
-        for rows, held in token_grid([*tokens, 2 * tokens[-1], 4 * tokens[-1]]):
-            few = EXPERT_SKEWS[::2] if rows > 2 * tokens[-1] else EXPERT_SKEWS  # what takes long
-            for skew in few if slots > 1 else (0.0,):
+        for place, (rows, held) in enumerate(token_grid([*tokens, 2 * tokens[-1], 4 * tokens[-1]])):
+            for skew in EXPERT_SKEWS[place % 2] if slots > 1 else (0.0,):
                 share = np.arange(1, slots + 1) ** -skew
                 counts = draw.multinomial(rows, draw.permutation(share / share.sum()))
-                sizes = expert_case_sizes(counts, shape.width, 2 * shape.ffn)
+                sizes = expert_case_sizes(site, counts, shape.width, 2 * shape.ffn)
                 for name, impl in (("experts", "grouped"), ("experts_loop", "loop")):
                     if impl == "loop" and (skew or slots == shape.experts):
                         continue  # its time is that of the products: even loads tell it
-                    run = functools.partial(parts.experts, site, counts.tolist(), shape.width, shape.ffn, "gelu", impl)
+                    run = functools.partial(_alone, site, counts.tolist(), shape, impl)
                     cases.append(both_ways(name, sizes, held, run))
     return cases
 
 
-def expert_case_sizes(counts_L: np.ndarray, width: int, ffn: int) -> dict[str, float]:
+def _alone(site, counts_L, shape, impl):
+    weights, rows_RD = parts.expert_weights(site, len(counts_L), shape.width, shape.ffn, "gelu"), (sum(counts_L), shape.width)
+    return parts.experts(site.randn(*rows_RD), site.randn(*rows_RD), counts_L, weights, "gelu", impl)
+
+
+def expert_case_sizes(site: Site, counts_L: np.ndarray, width: int, ffn: int) -> dict[str, float]:
     """Sizes of the primitive "experts" for rows of local experts; ffn: of both products together."""
-    return {key: int(value) for key, value in expert_sizes(counts_L).items()} | dict(
-        slots=len(counts_L), width=width, ffn=ffn
-    )
+    found = expert_sizes(counts_L, width, ffn, num_processors(site.world.device))
+    return {key: int(value) for key, value in found.items()} | dict(slots=len(counts_L), width=width, ffn=ffn)
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 0 = a device whose products are not divided among them tile by tile."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def exchange_cases(site: Site, shapes: list[Shape], tokens: list[int]) -> list[Case]:
@@ -403,6 +495,7 @@ def topology(world: World) -> dict:
     return {
         "device": torch.cuda.get_device_name(),
         "num_ranks": world.num_ranks,
+        "processors": num_processors(world.device),
         "backend": "nccl",
         "memory_gbytes": round(torch.cuda.get_device_properties(mine).total_memory / 1e9, 1),
         "reaches": [d for d in range(count) if d != mine and torch.cuda.can_device_access_peer(mine, d)],
@@ -425,12 +518,13 @@ def run(args: argparse.Namespace, world: World) -> Profile:
         return measure(profiler, cases, args.out, [vars(s) for s in shapes], args.slow_links)
 
 
-def measure(profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict], slow_links_rate: float) -> Profile:
+def measure(
+    profiler: Profiler, cases: list[Case], path: Path, shapes: list[dict], slow_links_rate: float, rounds: int = 0
+) -> Profile:
     """Measure `cases`, and write the profile and print its held-out errors from rank 0. `shapes`: what they are sizes of;
-    slow_links_rate: what links are slowed down to by the caller, 0 = not. Collective."""
+    slow_links_rate: what links are slowed down to by the caller, 0 = not; rounds: see Profiler.run. Collective."""
     start, world = time.monotonic(), profiler.site.world
-    for place in np.random.default_rng(0).permutation(len(cases)):  # what drifts with time is no rule of sizes
-        profiler.run(cases[place])
+    profiler.run(cases, rounds)
     profiler.points["sync"] = [measure_sync(world)]
     facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
     facts["slow_links_gbytes_per_s"] = slow_links_rate
@@ -463,7 +557,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--shapes", nargs="+", metavar="SIZES", help="models to measure for (default: small to 2560 wide)"
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a rank in a micro-batch to measure at")
-    parser.add_argument("--seconds", type=float, default=0.06, help="time for each of some hundred cases")
+    parser.add_argument("--seconds", type=float, default=0.05, help="time for each of some hundred cases")
     parser.add_argument(
         "--slow-links", type=float, default=0.0, metavar="GB/S", help="slow exchanges down to this rate"
     )

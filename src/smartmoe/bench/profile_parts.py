@@ -47,9 +47,10 @@ class Site:
         return made.requires_grad_(grad)
 
 
-def _there_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Step:
-    with torch.no_grad():
-        grad = torch.randn_like(forward()).mul_(1e-3)  # products of equal numbers take less power
+def _there_and_back(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], grad=None) -> Step:
+    if grad is None:
+        with torch.no_grad():
+            grad = torch.randn_like(forward()).mul_(1e-3)  # products of equal numbers take less power
 
     def step(mark, copies=1):
         out = [forward() for _ in range(copies)]
@@ -82,18 +83,22 @@ class _Sum:
         return self._total, False
 
 
-def experts(site: Site, counts_L: list[int], width: int, ffn: int, activation: str, impl: str) -> Step:
-    """ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu). The gradients of the matrices are
-    added to float32 sums, as in training."""
-    wide, slots = ffn * (2 if activation == "swiglu" else 1), len(counts_L)
-    rows = site.randn(sum(counts_L), width, grad=True)
+def expert_weights(site: Site, slots: int, width: int, ffn: int, activation: str) -> list[torch.Tensor]:
+    """Both matrices and biases. ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu). The
+    gradients of the matrices are added to float32 sums, as in training."""
+    wide = ffn * (2 if activation == "swiglu" else 1)
     shapes = ((slots, width, wide), (slots, wide), (slots, ffn, width), (slots, width))
     weights = [site.randn(*shape, grad=True) for shape in shapes]
     for matrix in weights[::2]:
         matrix.grad_sink = _Sum(matrix)
-    count = torch.tensor(counts_L, device=site.world.device)
+    return weights
+
+
+def experts(rows_RD, grad_RD, counts_L: list[int], weights: list[torch.Tensor], activation: str, impl: str) -> Step:
+    """As many rows for each expert; grad_RD: of the result. Pieces may share all of them."""
+    rows_RD, count = rows_RD.detach().requires_grad_(), torch.tensor(counts_L, device=rows_RD.device)
     return _there_and_back(
-        lambda: expert_ffn(rows, count, *weights, activation=activation, impl=impl), [rows, *weights]
+        lambda: expert_ffn(rows_RD, count, *weights, activation=activation, impl=impl), [rows_RD, *weights], grad_RD
     )
 
 

@@ -159,10 +159,10 @@ class CopyCosts:
     def tokens_per_copy(self, exact: bool) -> float:
         """Of all token copies of a group's micro-batch, the fraction that is computed while one copy is sent."""
         model, rows = self.setting.model, float(self.setting.copies)
-        sizes = dict(active=1, slots=1, largest=0, width=model.hidden_size, ffn=self.setting.inner)
+        sizes = dict(active=1, slots=1, width=model.hidden_size, ffn=self.setting.inner)
         row_ms = sum(
-            float(self.primitives.ms(f"experts_{way}", rows=2 * rows, padded_rows=2 * rows, **sizes))
-            - float(self.primitives.ms(f"experts_{way}", rows=rows, padded_rows=rows, **sizes))
+            float(self.primitives.ms(f"experts_{way}", rows=2 * rows, padded_rows=2 * rows, deep_rows=2 * rows, **sizes))
+            - float(self.primitives.ms(f"experts_{way}", rows=rows, padded_rows=rows, deep_rows=rows, **sizes))
             for way in ("forward", "backward")
         )
         copy_ms = float(self.copy_ms(np.array(1.0), exact)) / (1 if exact else self.num_micro)

@@ -134,7 +134,7 @@ def _times(primitives, setting, travel, count):
     gate = "gate_limited" if setting.gate.capacity is not None else "gate"
     experts = "experts_loop" if layer.experts == "loop" else "experts"
     sizes = dict(tokens=setting.tokens, width=model.hidden_size, experts=model.num_experts, top_k=model.top_k)
-    work = expert_sizes(count)
+    work = expert_sizes(count, model.hidden_size, setting.inner, primitives.facts.get("processors", 0))
     rows = work["rows"]
     kept = travel.sum(-1).mean(-1)  # copies that a rank sends
     work |= dict(
@@ -147,7 +147,7 @@ def _times(primitives, setting, travel, count):
         part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
         host[way]["gate"] = float(primitives.host_ms(f"{gate}_{way}", **sizes))
         part["experts"] = primitives.slowest_ms(f"{experts}_{way}", setting.pace or 1.0, **work)
-        idle = {**work, "rows": 0, "padded_rows": 0, "active": 0, "largest": 0}
+        idle = {**work, "rows": 0, "padded_rows": 0, "active": 0, "deep_rows": 0}
         host[way]["experts"] = float(primitives.host_ms(f"{experts}_{way}", **idle))
         if layer.dispatcher == "direct":
             size = dict(tokens=setting.tokens, copies=rows.max(-1), width=model.hidden_size, ranks=setting.ep)

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-SCHEMA = 3
+SCHEMA = 4
 TILE_ROWS = 128  # rows of a tile of a grouped product: an expert's rows are computed in multiples of it
+TILE_COLUMNS = 256
 _NEAR = 1e-6  # squared distance (of logarithms) below which a point is taken as the point itself
 _CHUNK = 4096  # sizes evaluated at once
 _GIGA, _MEGA = 1e-9, 1e-6
@@ -48,25 +49,41 @@ def _attention(samples, heads, tokens, head_dim):
     return 1.0, samples * heads * tokens**2 * head_dim * _GIGA, samples * heads * tokens * head_dim * _MEGA
 
 
-def _experts(rows, padded_rows, active, slots, width, ffn, largest):
+def _experts(rows, padded_rows, active, slots, width, ffn, deep_rows):
     matrix = width * ffn
-    # the last: each tile of the largest expert's weight gradient is a sum over all of its rows, by one processor
     return (
         1.0, active, rows * matrix * _GIGA, padded_rows * matrix * _GIGA, rows * (2 * width + ffn) * _MEGA,
-        active * matrix * _MEGA, slots * matrix * _MEGA, largest * matrix * _GIGA,
+        active * matrix * _MEGA, slots * matrix * _MEGA, deep_rows * matrix * _GIGA,
     )  # fmt: skip
 
 
-def _experts_host(rows, padded_rows, active, slots, width, ffn, largest):
+def _experts_host(rows, padded_rows, active, slots, width, ffn, deep_rows):
     return 1.0, slots
 
 
-def expert_sizes(count: np.ndarray) -> dict[str, np.ndarray]:
-    """What the time of experts depends on of their rows, count [..., slots]: each [...]."""
+def expert_sizes(count: np.ndarray, width: int, ffn: int, processors: int) -> dict[str, np.ndarray]:
+    """What the time of experts depends on of their rows, count [..., slots]: each [...]. ffn: of both products together."""
     return dict(
         rows=count.sum(-1), padded_rows=(np.ceil(count / TILE_ROWS) * TILE_ROWS).sum(-1), active=(count > 0).sum(-1),
-        largest=count.max(-1),
+        deep_rows=deep_rows(count, width, ffn, processors),
     )  # fmt: skip
+
+
+def deep_rows(count: np.ndarray, width: int, ffn: int, processors: int) -> np.ndarray:
+    """[...] rows that would take as long as weight gradients of count [..., slots] rows do, if each processor had its even
+    share of them; processors: of the device, 0 = not known, then nothing is uneven.
+
+    A tile of a weight gradient is a sum over all rows of its expert, by one processor; those of the fullest expert come first.
+    Some processor has ceil(k * tiles / processors) tiles of the k fullest experts, each at least as deep as the k-th's: the
+    longest of these turns is what the product waits for (a bound of list scheduling that one or a few hot experts reach).
+    """
+    rows = count.sum(-1)
+    if not processors:
+        return rows
+    tiles = max(1, round(width * ffn / 2 / (TILE_ROWS * TILE_COLUMNS)))
+    turns_L = np.ceil(np.arange(1, count.shape[-1] + 1) * tiles / processors)
+    depth = (-np.sort(-count, axis=-1) * turns_L).max(-1)
+    return np.maximum(depth * processors / tiles, rows)
 
 
 def _gate(tokens, width, experts, top_k):
@@ -98,7 +115,7 @@ def _exchange(ranks, intra_bytes, inter_bytes):
 
 
 _TOKENS = ("tokens", "width")
-_EXPERTS = ("rows", "padded_rows", "active", "slots", "width", "ffn", "largest")
+_EXPERTS = ("rows", "padded_rows", "active", "slots", "width", "ffn", "deep_rows")
 _PARTS = {
     "linear": Kind(("tokens", "inner", "outer"), _linear),
     "attention": Kind(("samples", "heads", "tokens", "head_dim"), _attention),
@@ -188,7 +205,8 @@ def fit_non_negative(matrix_PA: np.ndarray, target_P: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Point:
-    """One measured size. `device_ms` and `host_ms` are medians with p10 and p90. A held-out point takes no part in fits."""
+    """One measured size. `device_ms` and `host_ms` are medians with p10 and p90; host_ms is empty where it was not measured,
+    as the larger sizes need not be. A held-out point takes no part in fits."""
 
     sizes: dict[str, float]
     device_ms: dict[str, float]
@@ -253,8 +271,9 @@ class Primitives:
                 kind = KINDS[name]
                 sizes_PQ = np.array([[p.sizes[key] for key in kind.sizes] for p in kept], float)
                 device[name] = Curve.fit(*_tables(kind.amounts, kind, sizes_PQ), _medians(kept, "device_ms"))
-                host_P = np.maximum(_medians(kept, "host_ms"), 1e-6)
-                host[name] = Curve(_fit_host(_tables(kind.host_amounts, kind, sizes_PQ)[0], host_P))
+                is_known = np.array([bool(p.host_ms) for p in kept])
+                host_P = np.maximum(_medians([p for p in kept if p.host_ms], "host_ms"), 1e-6)
+                host[name] = Curve(_fit_host(_tables(kind.host_amounts, kind, sizes_PQ[is_known])[0], host_P))
         return cls(device, host, "measured", profile.facts)
 
     def has(self, name: str) -> bool:
