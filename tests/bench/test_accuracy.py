@@ -160,8 +160,12 @@ def test_statistics_by_hand():
     )
     assert found["blind_regret"] == pytest.approx(0.25) and found["memory_mape"] == pytest.approx(0.1)
     assert "memory: MAPE 10.0%" in plan_accuracy.format_rows(rows)
-    points = [{"measured_ms": m, "predicted_ms": p, "naive_ms": 2.0} for m, p in ((1.0, 1.1), (2.0, 2.0), (3.0, 3.0))]
+    points = [
+        {"measured_ms": m, "predicted_ms": p, "naive_ms": 2.0, "repeats_ms": [m - 0.1, m + 0.1]}
+        for m, p in ((1.0, 1.1), (2.0, 2.0), (3.0, 3.0))
+    ]
     found = layer_accuracy.statistics(points)
+    assert found["scatter"] == pytest.approx(0.1 / 2) and found["ceiling_r2"] == pytest.approx(1 - 0.01 / (2 / 3))
     assert found["r2"] == pytest.approx(1 - 0.01 / 2) and found["naive_r2"] == 0.0
     assert found["naive_mape"] == pytest.approx((1 + 0 + 1 / 3) / 3)
 

@@ -9,8 +9,10 @@ rank. On a GPU it is between events of the device, which is busy with other work
 of training, and the host is ahead as there: launches cost time only where the layer makes the host wait. The direct
 dispatcher has room for any routing: as in training behind its first calls, none waits. Beside it stands what uniform loads say.
 
-RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, and
-accuracy.json: R2 and MAPE over all points. With --profile a profile made before serves in place of the run's own.
+RUN_DIR gets profile.json, metrics.jsonl (all layers of an iteration), predictions.jsonl, as figures read it, with all
+repetitions of each point, and accuracy.json: R2 and MAPE over all points, the scatter of a measured point, from those
+repetitions, and the R2 of who knew the true times: no prediction can be expected to reach more. With --profile a profile made
+before serves in place of the run's own.
 """
 
 from __future__ import annotations
@@ -82,10 +84,12 @@ def run(run_dir: Path, world: World, repeat: int = 5, profile: Path | None = Non
         known = known or profile_layer(config, world, run_dir / "profile.json")
         places = choose_iterations(trace, config.workload.iterations)
         writer = record.RunWriter(run_dir) if world.ep_rank == 0 else None
-        rows = []
-        for number, measured_IL in enumerate(measure(config, trace, places, world, repeat), 1):
+        rows, rounds = [], []
+        for number, round_IL in enumerate(measure(config, trace, places, world, repeat), 1):
+            rounds.append(round_IL)
+            measured_IL = np.median(rounds, axis=0)
             if writer:  # now already: what ends this run takes no repetition with it
-                rows = predict(config, known, trace, places, measured_IL)
+                rows = predict(config, known, trace, places, np.stack(rounds, -1))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 Path(run_dir, "predictions.jsonl").write_text(text, encoding="utf-8")
                 record.write_json(run_dir / "accuracy.json", statistics(rows))
@@ -128,7 +132,7 @@ def choose_iterations(trace: ExpertTrace, num_iterations: int) -> list[int]:
 
 
 def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: World, repeat: int) -> Iterator[np.ndarray]:
-    """After each of the repetitions [iterations, layers] median ms of those so far. Collective."""
+    """After each of the repetitions its [iterations, layers] ms. Collective."""
     busy = BusyWork(world, getattr(torch, config.workload.dtype))
     model, work = config.model, config.workload
     shape = (2, work.micro_batch_size, model.seq_len, model.hidden_size)
@@ -136,10 +140,10 @@ def measure(config: RunConfig, trace: ExpertTrace, places: list[int], world: Wor
     xs = xs.to(world.device, getattr(torch, work.dtype))
     layers = [LayerSteps(config, layer_idx, world, xs) for layer_idx in range(model.num_layers)]
     lead = max(_lead_ms(world, layer, layer.token_id(places[0])) for layer in layers)
-    draw, rounds = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
     for _ in range(repeat):
-        rounds.append(_one_round(world, busy, layers, places, lead, draw.permutation(len(places) * len(layers))))
-        yield np.median(rounds, axis=0).reshape(len(places), len(layers))
+        points = _one_round(world, busy, layers, places, lead, draw.permutation(len(places) * len(layers)))
+        yield points.reshape(len(places), len(layers))
 
 
 def _lead_ms(world: World, layer: LayerSteps, token_id_BT: torch.Tensor) -> float:
@@ -174,9 +178,10 @@ def _one_round(world: World, busy: BusyWork, layers: list[LayerSteps], places: l
 
 
 def predict(
-    config: RunConfig, profile: Profile, trace: ExpertTrace, places: list[int], measured_IL: np.ndarray
+    config: RunConfig, profile: Profile, trace: ExpertTrace, places: list[int], measured_ILP: np.ndarray
 ) -> list[dict]:
-    """Rows of predictions.jsonl. What crosses nodes was profiled as it is, so to the cost model the world is one node."""
+    """Rows of predictions.jsonl, of P repetitions. What crosses nodes was profiled as it is, so to the cost model the world is
+    one node."""
     cluster = dataclasses.replace(config.cluster, num_nodes=1, ranks_per_node=config.plan.world_size)
     seen = loads.from_trace(trace, config.model).mean_over_micro_batches()
     primitives, micro_batch = Primitives.fit(profile), config.workload.micro_batch_size
@@ -189,16 +194,18 @@ def predict(
             "iteration": int(trace.iteration[row]),
             "layer": layer,
             "predicted_ms": round(float(predicted[row, 0, layer]), 5),
-            "measured_ms": round(float(ms), 5),
+            "measured_ms": round(float(np.median(ms_P)), 5),
             "naive_ms": round(float(blind[0, 0, layer]), 5),
+            "repeats_ms": ms_P.round(4).tolist(),
         }
-        for row, measured_L in zip(places, measured_IL, strict=True)
-        for layer, ms in enumerate(measured_L)
+        for row, measured_LP in zip(places, measured_ILP, strict=True)
+        for layer, ms_P in enumerate(measured_LP)
     ]
 
 
 def statistics(rows: list[dict]) -> dict[str, float]:
-    """R2 of the prediction itself (not of a line through it) and MAPE, with and without looking at the loads."""
+    """R2 of the prediction itself (not of a line through it) and MAPE, with and without looking at the loads; "scatter", the
+    relative standard deviation of measured points from the difference of their even and odd repetitions, and "ceiling_r2"."""
     real = np.array([row["measured_ms"] for row in rows])
     found = {"num": len(rows)}
     for name, key in (("", "predicted_ms"), ("naive_", "naive_ms")):
@@ -206,13 +213,21 @@ def statistics(rows: list[dict]) -> dict[str, float]:
         spread = np.square(real - real.mean()).sum()
         found[f"{name}r2"] = float(1 - np.square(real - guess).sum() / spread) if spread else 0.0
         found[f"{name}mape"] = float(np.abs(guess / real - 1).mean())
+    repeats_NP = np.array([row["repeats_ms"] for row in rows])
+    num = repeats_NP.shape[1]
+    if num > 1:
+        gap_N = np.median(repeats_NP[:, ::2], axis=1) - np.median(repeats_NP[:, 1::2], axis=1)
+        noise = float(np.square(gap_N).mean()) * (num // 2) * (num - num // 2) / num**2  # of medians of all repetitions
+        found["scatter"] = noise**0.5 / float(real.mean())
+        found["ceiling_r2"] = 1 - noise / float(real.var()) if spread else 0.0
     return found
 
 
 def format_statistics(rows: list[dict]) -> str:
     s = statistics(rows)
+    ceiling = f" of {s['ceiling_r2']:.3f}, points scatter by {s['scatter']:.1%}" if "ceiling_r2" in s else ""
     return (
-        f"{s['num']} points: R2 {s['r2']:.3f}, MAPE {s['mape']:.1%}; "
+        f"{s['num']} points: R2 {s['r2']:.3f}{ceiling}, MAPE {s['mape']:.1%}; "
         f"uniform loads: R2 {s['naive_r2']:.3f}, MAPE {s['naive_mape']:.1%}"
     )
 
