@@ -19,8 +19,8 @@ from smartmoe.gates import Routing
 from smartmoe.layer import MoELayer
 from smartmoe.optimizer import StepResult
 from smartmoe.replicas import return_all, send_all
+from smartmoe.run_log import Progress, write_iteration
 from smartmoe.solvers.exact_step import solve_exact_step
-from smartmoe.train import Progress, write_iteration
 from smartmoe.trainer import IterationResult
 
 NUM_RANKS, NUM_TOKENS, NUM_SLOTS = 2, 2048, 2

@@ -30,11 +30,11 @@ from smartmoe.images import why_no_images
 from smartmoe.mesh import build_mesh
 from smartmoe.models import flops_per_sample
 from smartmoe.placement import Replicas
+from smartmoe.run_log import _save_trace
 from smartmoe.samples import load_data
 from smartmoe.swin import PatchMerging, Swin, WindowAttention
 from smartmoe.swin_sizes import SwinConfig, block_sizes, has_experts
 from smartmoe.trace import ExpertTrace
-from smartmoe.train import _save_trace
 from smartmoe.trainer import Trainer
 
 MODEL = ModelConfig(

@@ -11,14 +11,12 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,16 +24,11 @@ from smartmoe import checkpoint, record
 from smartmoe.config import ParallelPlan, RunConfig, check, from_dict
 from smartmoe.data import TokenDataset
 from smartmoe.images import ImageDataset
-from smartmoe.load_map import load_line
 from smartmoe.mesh import Mesh, shared_mesh
-from smartmoe.models import flops_per_sample
-from smartmoe.online import is_due
+from smartmoe.run_log import RunLog
 from smartmoe.samples import load_data
 from smartmoe.slow_links import slow_links
-from smartmoe.swin_sizes import block_sizes, has_experts
-from smartmoe.timing import LayerTimer
-from smartmoe.trace import ExpertTrace
-from smartmoe.trainer import IterationResult, Trainer
+from smartmoe.trainer import Trainer
 
 INTERRUPTED = 143  # 128 + SIGTERM: what a shell reports of a job that was asked to end
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -122,215 +115,49 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool = False, notes: Sequenc
     and stops. A checkpoint that cannot be written is said and does not end the run. notes: for the user, printed and
     logged first. Collective.
     """
-    config = trainer.config
-    is_writer = trainer.mesh.world_rank == 0
-    writer = record.RunWriter(run_dir, keep_through=trainer.iteration if resumed else None) if is_writer else None
-    timer = LayerTimer(trainer.layers, trainer.mesh.device) if config.record_spans else None
-    if timer:
-        trainer.graphs.join(timer)
-    stop: list[int] = []
-    asks = (signal.SIGTERM, signal.SIGUSR1)
-    previous = [signal.signal(number, lambda signum, frame: stop.append(signum)) for number in asks]
+    config, is_cuda = trainer.config, trainer.config.cluster.device == "cuda"
     checkpoints, interval = run_dir / "checkpoints", config.workload.checkpoint_interval
-    trace_parts = _earlier_trace(run_dir / "trace.npz", trainer.iteration) if is_writer and config.record_trace else []
-    progress = Progress(config, trainer.iteration)
-
-    def tell(text: str) -> None:
-        if writer:
-            writer.log(text)
-            print(text, flush=True)
-
-    for note in notes:
-        tell(note)
-    trainer.graphs.tell = tell
-    if config.cluster.device == "cuda" and trainer.graphs.reason:
-        tell(f"CUDA graph: micro-batches run without, {trainer.graphs.reason}")
-    if is_writer:
-        print(progress.opening(config), flush=True)
-    try:
+    with RunLog(trainer, run_dir, resumed) as log, _requests_to_stop() as requests:
+        for note in notes:
+            log.tell(note)
+        trainer.graphs.tell = log.tell
+        if is_cuda and trainer.graphs.reason:
+            log.tell(f"CUDA graph: micro-batches run without, {trainer.graphs.reason}")
+        log.opening()
         while trainer.iteration < config.workload.iterations:
-            in_force = {idx: (layer.placement, layer.replicas) for idx, layer in trainer.layers.items()}
-            if config.cluster.device == "cuda":
+            if is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            result = trainer.run_iteration(stop_requested=bool(stop))
-            spans = _gather_spans(timer, trainer) if timer else []
-            loads = _gather_loads(in_force, trainer) if config.record_spans else []
-            events = _gather_events(result.events, trainer)
-            counts = _gather_counts(trainer) if config.record_trace else None
-            if counts is not None:
-                trace_parts.append((result.iteration, counts))
-            if writer:
-                write_iteration(writer, config, result, progress, spans, loads, events)
+            log.begin()
+            result = trainer.run_iteration(stop_requested=bool(requests))
+            log.follow(result)
             if result.stop_requested or (interval and result.iteration % interval == 0):
-                try:
-                    path = trainer.save(checkpoints)
-                except OSError as error:
-                    good = checkpoint.latest(checkpoints)
-                    tell(f"{error}. Training goes on; the newest checkpoint is {good.name if good else 'none yet'}")
-                else:
-                    if writer:
-                        _save_trace(run_dir / "trace.npz", trace_parts, config)
-                        writer.log(f"checkpoint {path.name} written")
+                _save(trainer, checkpoints, log)
             if result.stop_requested:
                 return True
-    finally:
-        for number, handler in zip(asks, previous, strict=True):
-            signal.signal(number, handler)
-        if writer:
-            _save_trace(run_dir / "trace.npz", trace_parts, config)
-            writer.close()
     return False
 
 
-class Progress:
-    """The line a person follows: step, loss, tokens/s, load of the fullest rank over the mean, time left."""
-
-    def __init__(self, config: RunConfig, first_iteration: int):
-        self._total, self._first = config.workload.iterations, first_iteration
-        self._start = time.monotonic()
-
-    def opening(self, config: RunConfig) -> str:
-        """What is about to run, and why its first iteration is slow on a GPU."""
-        plan, work = config.plan, config.workload
-        text = (
-            f"{config.system}: {plan.describe()}, {work.dtype}, {config.num_micro_batches} x {work.micro_batch_size} samples "
-            f"a rank and iteration, iterations {self._first + 1} to {self._total}"
-        )
-        if config.cluster.device == "cuda":
-            text += "; the first compiles kernels and opens connections, which may take a minute"
-        return text
-
-    def line(self, metric: dict) -> str:
-        done = metric["iteration"]
-        left_s = (time.monotonic() - self._start) / (done - self._first) * (self._total - done)
-        loss = "skipped" if metric["skipped"] else f"loss {metric['lm_loss']:.4f}"
-        return (
-            f"[{done}/{self._total}] {loss}  {metric['step_ms']:.0f} ms  {metric['tokens_per_s']:,.0f} tokens/s  "
-            f"{metric['tflops_per_rank']:,.3g} TFLOP/s a rank  max/mean load {metric['load_max_over_mean']:.2f}  "
-            f"{left_s:.0f} s left"
-        )
+@contextlib.contextmanager
+def _requests_to_stop() -> Iterator[list[int]]:
+    """The signals by which this process has been asked to stop, as they come."""
+    requests: list[int] = []
+    asks = (signal.SIGTERM, signal.SIGUSR1)
+    previous = [signal.signal(number, lambda signum, frame: requests.append(signum)) for number in asks]
+    try:
+        yield requests
+    finally:
+        for number, handler in zip(asks, previous, strict=True):
+            signal.signal(number, handler)
 
 
-def write_iteration(
-    writer: record.RunWriter,
-    config: RunConfig,
-    result: IterationResult,
-    progress: Progress,
-    spans: Sequence[dict] = (),
-    loads: Sequence[dict] = (),
-    events: Sequence[dict] = (),
-) -> None:
-    """Write one iteration into the run's files, and print its line."""
-    work = config.workload
-    tokens = work.global_batch_size * config.model.seq_len
-    flops = work.global_batch_size * flops_per_sample(config.model) / config.plan.world_size
-    metric = {
-        "iteration": result.iteration,
-        "step_ms": round(result.step_ms, 3),
-        "lm_loss": result.lm_loss,
-        "balance_loss": result.balance_loss,
-        "grad_norm": result.optimizer.grad_norm,
-        "loss_scale": result.optimizer.loss_scale,
-        "learning_rate": result.optimizer.lr,
-        "tokens_per_s": round(tokens / result.step_ms * 1e3, 1),
-        "tflops_per_rank": float(f"{flops / result.step_ms / 1e9:.4g}"),
-        "load_max_over_mean": round(result.load_max_over_mean, 4),
-        "replica_bytes": result.replica_bytes,
-        "skipped": result.optimizer.skipped,
-        "consumed_samples": result.iteration * work.global_batch_size,
-    }
-    if result.peak_memory_bytes:
-        metric["peak_memory_bytes"] = result.peak_memory_bytes
-    writer.metric(metric)
-    for span in spans:
-        writer.span({"iteration": result.iteration, **span})
-    for load in loads:
-        writer.load({"iteration": result.iteration, **load})
-    for event in events:
-        writer.event(event)
-    writer.log(record.iteration_line(metric, num_iterations=work.iterations, global_batch_size=work.global_batch_size))
-    print(progress.line(metric), flush=True)
-
-
-def _gather_objects(mine, trainer: Trainer) -> list:
-    if trainer.mesh.world_group is None:
-        return [mine]
-    parts = [None] * trainer.config.plan.world_size if trainer.mesh.world_rank == 0 else None
-    dist.gather_object(mine, parts, dst=0)
-    return parts or []
-
-
-def _gather_spans(timer: LayerTimer, trainer: Trainer) -> list[dict]:
-    """Layer times of all ranks, on world rank 0. Collective over the world."""
-    rank = trainer.mesh.world_rank
-    mine = [
-        {"rank": rank, "layer": idx, **{part: round(ms, 3) for part, ms in times.items()}}
-        for idx, times in sorted(timer.take().items())
-    ]
-    return [span for part in _gather_objects(mine, trainer) for span in part]
-
-
-def _gather_loads(in_force: dict[int, tuple], trainer: Trainer) -> list[dict]:
-    """Load of experts and ranks in all MoE layers, on world rank 0. in_force: (placement, replicas) that the iteration ran
-    with, by layer. Collective over the world."""
-    count_RLME = trainer.online.gather_counts()
-    mine = [
-        load_line(idx, count_RLME[:, place], *in_force[idx], getattr(layer.replication, "copy_cost", None))
-        for place, (idx, layer) in enumerate(trainer.layers.items())
-        if trainer.mesh.stage_rank == 0
-    ]
-    return [line for part in _gather_objects(mine, trainer) for line in part]
-
-
-def _gather_events(events: list[dict], trainer: Trainer) -> list[dict]:
-    """Placement events of all pipeline stages, on world rank 0. Collective over the world on the iterations in which
-    placement is considered, free on all others."""
-    if not is_due(trainer.config.online, trainer.iteration):
-        return []
-    mine = events if trainer.mesh.stage_rank == 0 else []
-    return [event for part in _gather_objects(mine, trainer) for event in part]
-
-
-def _gather_counts(trainer: Trainer) -> np.ndarray | None:
-    """Expert counts [stage ranks, MoE layers, micro-batches, experts] of the iteration, on world rank 0; pipeline stages
-    are joined along the layers. Collective over the world."""
-    counts = trainer.online.gather_counts()
-    mine = (list(trainer.layers), counts) if trainer.mesh.stage_rank == 0 else None
-    parts = [part for part in _gather_objects(mine, trainer) if part is not None]
-    by_layer = {layer: counts[:, place] for layers, counts in parts for place, layer in enumerate(layers)}
-    return np.stack([by_layer[layer] for layer in sorted(by_layer)], axis=1) if by_layer else None
-
-
-def _earlier_trace(path: Path, last_iteration: int) -> list[tuple[int, np.ndarray]]:
-    """What a run that is now resumed after `last_iteration` has recorded up to there."""
-    if last_iteration == 0 or not path.exists():
-        return []
-    trace = ExpertTrace.load(path)
-    recorded = zip(trace.iteration.tolist(), trace.counts, strict=True)
-    return [(iteration, counts) for iteration, counts in recorded if iteration <= last_iteration]
-
-
-def _save_trace(path: Path, parts: list[tuple[int, np.ndarray]], config: RunConfig) -> None:
-    if not parts:
-        return
-    if len({counts.shape for _, counts in parts}) > 1:  # resumed under another plan: the ranks are others now
-        parts = [(iteration, counts) for iteration, counts in parts if counts.shape == parts[-1][1].shape]
-    model = config.model
-    first = block_sizes(model, next(layer for layer in range(model.num_layers) if has_experts(model, layer)))
-    meta = {
-        "model": config.model.name,
-        "num_experts": config.model.num_experts,
-        "top_k": config.model.top_k,
-        "gate": config.gate.kind,
-        "capacity": config.gate.capacity,
-        "plan": config.plan.describe(),
-        "tokens_per_micro_batch_and_rank": config.workload.micro_batch_size * first.seq_len // config.plan.tp,
-    }
-    ExpertTrace(
-        counts=np.stack([counts for _, counts in parts]).astype(np.int32),
-        iteration=np.array([iteration for iteration, _ in parts], np.int64),
-        meta=meta,
-    ).save(path)
+def _save(trainer: Trainer, checkpoints: Path, log: RunLog) -> None:
+    try:
+        path = trainer.save(checkpoints)
+    except OSError as error:
+        good = checkpoint.latest(checkpoints)
+        log.tell(f"{error}. Training goes on; the newest checkpoint is {good.name if good else 'none yet'}")
+    else:
+        log.saved(path)
 
 
 @contextlib.contextmanager

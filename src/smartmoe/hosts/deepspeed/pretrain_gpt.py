@@ -32,7 +32,8 @@ from smartmoe.hosts.deepspeed.limits import problems
 from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE
 from smartmoe.hosts.deepspeed.text import micro_batch
 from smartmoe.optimizer import StepResult, learning_rate
-from smartmoe.train import Progress, fail, write_iteration
+from smartmoe.run_log import Progress, write_iteration
+from smartmoe.train import fail
 from smartmoe.trainer import IterationResult
 
 
