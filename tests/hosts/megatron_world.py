@@ -69,6 +69,7 @@ TP2_EP2 = (*EP2, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--
 PP2 = ("--pipeline-model-parallel-size", "2")
 # without clipping a migration changes no bit: Megatron sums the gradient norm in an order that depends on where experts are
 SHARDED = ("--use-distributed-optimizer", "--clip-grad", "0")
+CLIPPED = ("--use-distributed-optimizer", "--clip-grad", "0.3", "--train-iters", "4")
 HALF = (*EP2, *SHARDED, "--bf16")
 RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
 RESHARDABLE = (*SHARDED, "--dist-ckpt-optim-fully-reshardable")
@@ -108,6 +109,7 @@ def worlds() -> dict[int, list[Case]]:
         ],
         4: [
             *plan("edp2", (*EP2, *SHARDED, *RECOMPUTE), ("ours", "moving")),
+            *plan("clipped", (*EP2, *CLIPPED), ("megatron", "ours")),
             Case("bare-moving", MOVING, (*EP2, *PP2, "--moe-layer-freq", "[1,0]", "--train-iters", str(MOVE_AT), *SAVE)),
             *plan("pp2ep2", (*EP2, *PP2, *SHARDED)),
         ],
