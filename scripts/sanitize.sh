@@ -3,6 +3,7 @@
 # One GPU, the first that is visible: with a GPU for each rank, and so NCCL, the planted error alone took more than two minutes.
 # First an error is planted in a rank, which must be reported: it shows that the processes of ranks are watched.
 # The arguments are its tools (memcheck, racecheck, synccheck, initcheck); default: memcheck racecheck. Any report fails.
+# After both without one, tests/sanitized.json, to be committed, says of which sources.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 sanitizer="$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")"
@@ -49,3 +50,4 @@ for tool in "$@"; do
   [ "$(grep -c ' balanced .* [0-9.]* (' "$logs/rows")" = 6 ] || failed=1
 done
 [ "$failed" = 0 ] || { echo "sanitize.sh: see the reports above" >&2; exit 1; }
+"$PY" -m tests.sanitized "$@"  # tests/sanitized.json: a test holds that kernels are as they were here
