@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--smartmoe-same-start",
         action="store_true",
         help="begin with the same experts whichever layer trains: with --smartmoe megatron, Megatron's experts get the first "
-        "values of SmartMoE's (all other weights begin alike anyhow, except with --use-cpu-initialization, where Megatron draws "
+        "values of SmartMoE's (other weights begin alike anyhow, except with --use-cpu-initialization, where Megatron draws "
         "them and its experts one after the other from one stream)",
     )
     group.add_argument(
