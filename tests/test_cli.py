@@ -99,12 +99,46 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
         (["train", "run.toml", "--resume"], "--resume needs --out"),
         (["trace", "show", "run.toml"], "run.toml"),
         (["trace", "show", "absent.npz"], "absent.npz"),
+        (["train", "run.toml", "--ranks", "1", "--out", "text.txt"], "--out text.txt: cannot write a run there: File exists"),
+        (["train", "run.toml", "--ranks", "1", "--out", "text.txt/below"], "cannot write a run there: Not a directory"),
+        (["train", "run.toml", "--ranks", "1", "--out", "absent", "--resume"], "absent holds no run to go on with"),
+        (["train", "run.toml", "--ranks", "1", "--out", "out", "--data", "short.txt"], "too few for one sample"),
+        (["trace", "save", "synthetic:one-hot", "absent/out.npz"], "absent is no folder that can be written to"),
+        (["trace", "show", "synthetic:one-hot", "--out", "."], ".: cannot write this file: is a folder"),
+        (["export", "absent", "absent/out.pt"], "absent/out.pt: cannot write this file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(folder, capsys, arguments, message):
+    Path("short.txt").write_text("short")
     assert cli.main(arguments) == 2
+    assert not Path("out").exists()
     text = capsys.readouterr().err
     assert message in text and text.count("\n") == 1 and text.startswith("smartmoe: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('system = "depspeed"\n' + TINY, 'run.toml: system = "depspeed": did you mean "deepspeed"?'),
+        (TINY + '[gate]\nkind = "trace"\ntrace = "absent.npz"\n', "absent.npz: cannot read this trace"),
+        (
+            TINY + '[gate]\nkind = "trace"\ntrace = "synthetic:one-hot,experts=6"\n',
+            "gate.trace synthetic:one-hot,experts=6 has 6 experts, model.num_experts is 4",
+        ),
+        (TINY + '[cluster]\ndevice = "cuda"\nranks_per_node = 1\n', 'cluster.device = "cuda" needs 1 GPUs here'),
+        (TINY + "lr = nan\n", "run.toml: workload: lr: nan is no finite number"),
+        (TINY + "[gate]\ncapacity = inf\n", "capacity: inf is no finite number; leave the key out for no limit"),
+        (TINY + "lr = -1.0\n", "workload.lr = -1.0 must be at least 0"),
+        (TINY + "adam_beta1 = 1.0\n", "workload.adam_beta1 = 1.0 must be in 0 .. 1, below 1"),
+        (TINY + "adam_eps = 0.0\n", "workload.adam_eps = 0.0 must be positive"),
+    ],
+)
+def test_what_a_rank_would_find_wrong_is_said_before_one_starts(folder, capsys, monkeypatch, text, message):
+    Path("run.toml").write_text(text)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("out").exists()
 
 
 def test_unknown_command_and_help(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import shutil
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError names the file, and what the system says of it
         print(f"smartmoe: {error}", file=sys.stderr)
         return 2
 
@@ -127,19 +128,26 @@ def _train(args: argparse.Namespace) -> int:
     stamp = record.utc_now().replace(":", "").replace("-", "")
     run_id = record.safe_run_id(args.config.stem, stamp)
     run_dir = args.out or Path("runs", run_id)
-    if (run_dir / "run.json").exists() and not args.resume:
+    has_run = (run_dir / "run.json").exists()
+    if has_run and not args.resume:
         raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
-    load_data(config)  # before the ranks ask for it all at once
+    if args.resume and not has_run:
+        raise ValueError(f"{run_dir} holds no run to go on with: leave --resume out to start one there")
+    _check_inputs(config, str(args.config))
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
     facts = record.provenance(num_ranks=world_size, entry=entry)
-    record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
+    try:
+        record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
+    except OSError as error:
+        raise ValueError(f"--out {run_dir}: cannot write a run there: {error.strerror}; give another --out") from None
     (run_dir / "error.json").unlink(missing_ok=True)
     command = [sys.executable]
     if world_size > 1 or host:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     command += ["-m", host.module if host else "smartmoe.train", str(run_dir), *(["--resume"] if args.resume else [])]
-    print(f"{config.plan.describe()}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
+    where = f"{world_size} processes on the {'GPUs' if config.cluster.device == 'cuda' else 'CPU'}"
+    print(f"{config.plan.describe()}, {where}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
     record.set_status(run_dir, "running")
     code, interrupted = _run(command)
     status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
@@ -147,6 +155,41 @@ def _train(args: argparse.Namespace) -> int:
     if status != "ok":
         print(f"smartmoe: the run {status}: {message}", file=sys.stderr)
     return 130 if interrupted else 0 if status == "ok" else 1
+
+
+def _check_inputs(config: RunConfig, where: str) -> None:
+    """What every rank would find out for itself, and all at once: read and prepare the data, look for trace and GPUs. Raises
+    ValueError."""
+    cluster, system = config.cluster, systems.SYSTEMS
+    near = [] if config.system in system else difflib.get_close_matches(config.system, system, n=1, cutoff=0.8)
+    if near:
+        raise ValueError(f'{where}: system = "{config.system}": did you mean "{near[0]}"?')
+    if config.gate.kind == "trace":
+        num_experts = config.model.num_experts
+        found = read_trace(config.gate.trace, experts=num_experts, layers=config.model.num_layers).counts.shape[4]
+        if found != num_experts:
+            raise ValueError(f"{where}: gate.trace {config.gate.trace} has {found} experts, model.num_experts is {num_experts}")
+    if cluster.device == "cuda":
+        import torch  # and what it takes to start it, which runs on the CPU ask for in their ranks
+
+        needed, found = min(config.plan.world_size, cluster.ranks_per_node), torch.cuda.device_count()
+        if found < needed:
+            raise ValueError(
+                f'{where}: cluster.device = "cuda" needs {needed} GPUs here, torch {torch.__version__} finds {found}: take '
+                'fewer ranks, a CUDA build of torch, or cluster.device = "cpu"'
+            )
+    data = load_data(config)
+    if config.model.swin is None:
+        data.sample(0, config.model.seq_len)
+
+
+def check_out(path: Path) -> Path:
+    """`path`, if a file can be written there; else ValueError, before work is done for it."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
+        raise ValueError(f"{path}: cannot write this file: {reason}; name another file, or make its folder first")
+    return path
 
 
 def _run(command: list[str]) -> tuple[int, bool]:
@@ -170,7 +213,7 @@ def _run(command: list[str]) -> tuple[int, bool]:
 def _export(args: argparse.Namespace) -> int:
     from smartmoe import checkpoint  # and torch with it, which other commands start without
 
-    path = args.checkpoint
+    path, _ = args.checkpoint, check_out(args.out)
     if not (path / "meta.json").exists():
         found = checkpoint.newest_good(path / "checkpoints", lambda text: print(text, file=sys.stderr))
         if found is None:
@@ -187,11 +230,13 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _save(args: argparse.Namespace) -> int:
-    read_trace(args.trace).save(args.out)
+    read_trace(args.trace).save(check_out(args.out))
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
+    if args.out and not args.text:
+        check_out(args.out)
     trace = read_trace(args.trace)
     num_iterations, num_ranks, num_layers, num_micro_batches, num_experts = trace.counts.shape
     span = f"{trace.iteration[0]} .. {trace.iteration[-1]}"
@@ -241,6 +286,7 @@ def _draw(args: argparse.Namespace, data: dict) -> int:
         raise ValueError(f"{out}: the picture could not be drawn (see above); --text leaves it out")
     print(f"\n{out}: load over time, layer {data['maps'][0]['layer']}")
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -480,6 +481,14 @@ def _batch_problems(config: RunConfig) -> list[str]:
         )
     if work.clip_grad < 0:
         problems.append(f"workload.clip_grad = {work.clip_grad} must be positive, or 0 for no clipping")
+    keys = ("lr", "min_lr", "lr_warmup_iterations", "weight_decay", "checkpoint_interval")
+    problems += [f"workload.{key} = {getattr(work, key)} must be at least 0" for key in keys if getattr(work, key) < 0]
+    keys = ("adam_beta1", "adam_beta2")
+    problems += [
+        f"workload.{key} = {getattr(work, key)} must be in 0 .. 1, below 1" for key in keys if not 0 <= getattr(work, key) < 1
+    ]
+    keys = ("adam_eps", "initial_loss_scale")
+    problems += [f"workload.{key} = {getattr(work, key)} must be positive" for key in keys if not getattr(work, key) > 0]
     return problems
 
 
@@ -528,6 +537,9 @@ def _coerce(hint, value, where: str):
     if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
         names = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
         raise ValueError(f"{where}: expected {names}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        no_limit = "; leave the key out for no limit" if type(None) in allowed else ""
+        raise ValueError(f"{where}: {value} is no finite number{no_limit}")
     return value
 
 
