@@ -128,6 +128,7 @@ def test_moving_experts_changes_no_bit_where_gradients_are_not_clipped(runs, pla
 def test_copies_of_hot_experts_change_losses_by_rounding(runs, mode):
     """fp32 with weights that are the storage's own memory; bf16 with weights in Megatron's buffers, rounded gradients."""
     assert losses(runs, f"ep2-{mode}") == pytest.approx(losses(runs, "ep2-ours"), rel=TOLERANCE)
+    assert gradient_norms(runs, f"ep2-{mode}") == pytest.approx(gradient_norms(runs, "ep2-ours"), rel=1e-4)
     assert losses(runs, f"half-{mode}") == pytest.approx(losses(runs, "half-ours"), rel=5e-3)
     if mode == "history":
         assert all(max(event["num_copies"] for event in events(runs, f"{name}-history")) for name in ("ep2", "half"))
