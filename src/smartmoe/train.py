@@ -86,19 +86,22 @@ def _train_on(args: argparse.Namespace, config: RunConfig, mesh: Mesh, data: Tok
     return INTERRUPTED if interrupted else 0
 
 
+def own_device(kind: str) -> torch.device:
+    """This rank's device, "cuda" or "cpu", as the one that is used from now on. Raises ValueError when it has no GPU."""
+    if kind != "cuda":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()} here")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def start_world(config: RunConfig, alone: bool = False) -> torch.device:
     """Join the world that torchrun started, unless this process has, and return this rank's device. Raises ValueError when GPUs
     or ranks lack. alone: a world of one rank is one, too."""
-    if config.cluster.device == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+    device = own_device(config.cluster.device)
     if (config.plan.world_size > 1 or alone) and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:
             raise ValueError(
@@ -183,8 +186,8 @@ def memory_advice(config: RunConfig) -> str:
         ways.append(f"lower workload.micro_batch_size ({work.micro_batch_size})")
     if not plan.recompute:
         ways.append("set plan.recompute = true")
-    if not work.zero and plan.stage_size > 1:
-        ways.append("set workload.zero = 1")
+    if work.zero < 3 and plan.stage_size > 1:
+        ways.append(f"raise workload.zero ({work.zero})")
     if plan.expert_dp > 1:
         ways.append(f"raise plan.ep ({plan.ep})")
     if online.replica_slots:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from smartmoe import record
+from smartmoe.train import own_device
 
 MIN_ITERATIONS = 5
 FIRST_LEAD, LAST_LEAD = 1 << 20, 1 << 26  # cycles that a GPU idles: from half a millisecond to about 35
@@ -102,12 +103,7 @@ def start_world(device: str) -> World:
     """Join the world that torchrun started, or be alone. `device` "cpu" or "cuda"."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; take --device cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    if where.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(where)
+    where = own_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         store, rank, world_size = next(dist.rendezvous("env://"))
         # processes that torchrun started anew find the store as the ones before them left it

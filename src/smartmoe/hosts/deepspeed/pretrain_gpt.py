@@ -33,7 +33,7 @@ from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE
 from smartmoe.hosts.deepspeed.text import micro_batch
 from smartmoe.optimizer import StepResult, learning_rate
 from smartmoe.run_log import Progress, write_iteration
-from smartmoe.train import fail
+from smartmoe.train import fail, own_device
 from smartmoe.trainer import IterationResult
 
 
@@ -84,13 +84,8 @@ def start_world(config: RunConfig) -> torch.device:
     """Join the world that torchrun started and return this rank's device. Raises ValueError when GPUs or ranks lack."""
     if "LOCAL_RANK" not in os.environ:
         raise ValueError(f"{config.plan.describe()}: start it with torchrun, also for one rank")
-    local_rank, is_cuda = int(os.environ["LOCAL_RANK"]), config.cluster.device == "cuda"
-    if is_cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"cluster.device is cuda, but local rank {local_rank} finds {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    init_world("nccl" if is_cuda else "gloo")
+    device = own_device(config.cluster.device)
+    init_world("nccl" if device.type == "cuda" else "gloo")
     if dist.get_world_size() != config.plan.world_size:
         raise ValueError(
             f"{config.plan.describe()} needs {config.plan.world_size} ranks, but {dist.get_world_size()} were started"
