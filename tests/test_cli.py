@@ -106,6 +106,8 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
         (["trace", "save", "synthetic:one-hot", "absent/out.npz"], "absent is no folder that can be written to"),
         (["trace", "show", "synthetic:one-hot", "--out", "."], ".: cannot write this file: is a folder"),
         (["export", "absent", "absent/out.pt"], "absent/out.pt: cannot write this file"),
+        (["profile", "--out", "absent/out.json"], "absent/out.json: cannot write this file"),
+        (["profile", "--out", "out", "--device", "cuda", "--ranks", "999"], "--device cuda needs 999 GPUs here"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(folder, capsys, arguments, message):

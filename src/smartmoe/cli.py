@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     save.add_argument("trace", help=TRACE_HELP)
     save.add_argument("out", type=Path, metavar="OUT.npz")
     save.set_defaults(command=_save)
-    add_parsers(commands, start=lambda command: _run(command)[0])
+    add_parsers(commands, start=lambda command: _run(command)[0], check_gpus=_check_gpus)
     return parser
 
 
@@ -170,26 +170,21 @@ def _check_inputs(config: RunConfig, where: str) -> None:
         if found != num_experts:
             raise ValueError(f"{where}: gate.trace {config.gate.trace} has {found} experts, model.num_experts is {num_experts}")
     if cluster.device == "cuda":
-        import torch  # and what it takes to start it, which runs on the CPU ask for in their ranks
-
-        needed, found = min(config.plan.world_size, cluster.ranks_per_node), torch.cuda.device_count()
-        if found < needed:
-            raise ValueError(
-                f'{where}: cluster.device = "cuda" needs {needed} GPUs here, torch {torch.__version__} finds {found}: take '
-                'fewer ranks, a CUDA build of torch, or cluster.device = "cpu"'
-            )
+        _check_gpus(f'{where}: cluster.device = "cuda"', min(config.plan.world_size, cluster.ranks_per_node))
     data = load_data(config)
     if config.model.swin is None:
         data.sample(0, config.model.seq_len)
 
 
-def check_out(path: Path) -> Path:
-    """`path`, if a file can be written there; else ValueError, before work is done for it."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
-        raise ValueError(f"{path}: cannot write this file: {reason}; name another file, or make its folder first")
-    return path
+def _check_gpus(what: str, needed: int) -> None:
+    import torch  # and the second that it takes to start, which runs on CPUs do without
+
+    found = torch.cuda.device_count()
+    if found < needed:
+        raise ValueError(
+            f"{what} needs {needed} GPUs here, torch {torch.__version__} finds {found}: take fewer ranks, a CUDA build of "
+            "torch, or the device cpu"
+        )
 
 
 def _run(command: list[str]) -> tuple[int, bool]:
@@ -213,7 +208,7 @@ def _run(command: list[str]) -> tuple[int, bool]:
 def _export(args: argparse.Namespace) -> int:
     from smartmoe import checkpoint  # and torch with it, which other commands start without
 
-    path, _ = args.checkpoint, check_out(args.out)
+    path, _ = args.checkpoint, record.check_out(args.out)
     if not (path / "meta.json").exists():
         found = checkpoint.newest_good(path / "checkpoints", lambda text: print(text, file=sys.stderr))
         if found is None:
@@ -230,13 +225,13 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _save(args: argparse.Namespace) -> int:
-    read_trace(args.trace).save(check_out(args.out))
+    read_trace(args.trace).save(record.check_out(args.out))
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     if args.out and not args.text:
-        check_out(args.out)
+        record.check_out(args.out)
     trace = read_trace(args.trace)
     num_iterations, num_ranks, num_layers, num_micro_batches, num_experts = trace.counts.shape
     span = f"{trace.iteration[0]} .. {trace.iteration[-1]}"

@@ -46,6 +46,15 @@ def safe_run_id(*parts: object) -> str:
 # ------------------------------------------------------------------------------------------------------------ run.json
 
 
+def check_out(path: Path) -> Path:
+    """`path`, if a file can be written there; else ValueError, before work is done for it."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
+        raise ValueError(f"{path}: cannot write this file: {reason}; name another file, or make its folder first")
+    return path
+
+
 def create_run(
     run_dir: str | Path,
     run_id: str,

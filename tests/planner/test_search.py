@@ -170,7 +170,10 @@ def test_bad_input_is_named_before_anything_runs(folder, capsys):
     for options, message in (
         (("--top", "0"), "--top 0: at least 1"),
         (("--micro-batch", "0"), "--micro-batch 0: at least 1"),
-        (("--out", "nowhere/best.toml"), "--out nowhere/best.toml: there is no folder nowhere"),
+        (("--out", "nowhere/best.toml"), "nowhere/best.toml: cannot write this file"),
+        (("--out", "scripts"), "scripts: cannot write this file: is a folder"),
+        (("--batch", "-3"), "--batch -3: at least 1"),
+        (("--configs", "nowhere", "--model", "run.toml"), "nowhere/clusters: none; --configs names another folder"),
         (("--explain", "1", "16"), "--explain 16: the table has rows 1 .. 15"),
         (("--explain", "1", "dp2"), '--explain dp2: plan "dp2": give its micro-batch'),
         (("--explain", "dp2-mb3", "1"), "--explain dp2-mb3: not a legal plan: workload.global_batch_size = 8"),

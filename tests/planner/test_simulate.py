@@ -156,7 +156,9 @@ def test_the_command_writes_a_run_that_figures_draw_as_simulated(tmp_path, capsy
         (["--gpus", "8", "--plan", "dp8-ep8"], "give its micro-batch"),
         (["--gpus", "8", "--plan", "dp4-ep4-mb1"], "not legal"),
         (["--gpus", "8", "--plan", "dp8-ep8-mb1", "--iterations", "9"], "the trace has 6"),
+        (["--gpus", "8", "--plan", "dp8-ep8-mb1", "--iterations", "0"], "--iterations 0: the trace has 6"),
         (["--gpus", "8", "--plan", "dp8-ep8-mb1", "--out", "set/fastmoe"], "holds a run already"),
+        (["--gpus", "8", "--plan", "dp8-ep8-mb1", "--out", "set/fastmoe/run.json"], "or is a file"),
         (["--gpus", "8", "--plan", "dp8-ep8-mb1", "--bar", "fig10"], "FIGURE,PANEL,GROUP,SERIES"),
     ):
         assert cli.main([*common, *more]) == 2

@@ -14,7 +14,7 @@ import numpy as np
 from smartmoe.config import DTYPES, GATES, OnlineConfig, RunConfig, slowed
 from smartmoe.planner import inputs, loads, pool, search, simulate
 from smartmoe.planner.cost_model import CostModel, Estimate
-from smartmoe.record import safe_run_id
+from smartmoe.record import check_out, safe_run_id
 from smartmoe.trace import synthetic
 from smartmoe.trace_synthetic import SKEWS
 
@@ -34,9 +34,10 @@ else a prior by the type of gate. --loads uniform judges as a planner does that 
 """
 
 
-def add_parsers(commands, start: Callable[[list[str]], int]) -> None:
-    """Add the planner's commands to an argparse subparsers object. `start` runs a command line to its end."""
-    _add_profile(commands, start)
+def add_parsers(commands, start: Callable[[list[str]], int], check_gpus: Callable[[str, int], None]) -> None:
+    """Add the planner's commands to an argparse subparsers object. `start` runs a command line to its end, check_gpus(for
+    what, how many) raises ValueError where they are not there."""
+    _add_profile(commands, start, check_gpus)
     _add_plan(commands)
     _add_simulate(commands)
 
@@ -44,7 +45,7 @@ def add_parsers(commands, start: Callable[[list[str]], int]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- profile
 
 
-def _add_profile(commands, start) -> None:
+def _add_profile(commands, start, check_gpus) -> None:
     parser = commands.add_parser(
         "profile",
         help="measure what this machine's pieces of a training step take",
@@ -57,14 +58,17 @@ def _add_profile(commands, start) -> None:
     parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S",
                         help="slow exchanges between ranks down to this rate")  # fmt: skip
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
-    parser.set_defaults(command=lambda args: _profile(args, start))
+    parser.set_defaults(command=lambda args: _profile(args, start, check_gpus))
 
 
-def _profile(args: argparse.Namespace, start) -> int:
+def _profile(args: argparse.Namespace, start, check_gpus) -> int:
     if args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: at least 1")
     if args.slow_links < 0:
         raise ValueError(f"--slow-links {args.slow_links:g}: GB/s must be positive, or 0 for links as they are")
+    check_out(args.out)
+    if args.device == "cuda":
+        check_gpus("--device cuda", args.ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command += ["-m", "smartmoe.bench.profile_cluster", "--out", str(args.out), *args.more]
     command += ["--slow-links", str(args.slow_links)] if args.slow_links else []
@@ -132,6 +136,9 @@ def add_setting(parser) -> None:
 
 def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     """The run without its plan, and the cost model that the options describe."""
+    for option, number in (("--samples", args.samples), ("--batch", args.batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number}: at least 1")
     cluster, rates, cluster_file = inputs.read_cluster(args.cluster, args.configs)
     cluster = slowed(cluster, args.slow_links)
     config = inputs.read_model(args.model, args.configs)
@@ -148,8 +155,6 @@ def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     )
     layer = dataclasses.replace(config.layer, dispatcher=args.dispatcher or config.layer.dispatcher)
     config = dataclasses.replace(config, workload=work, gate=gate, layer=layer)
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: at least 1")
     primitives = inputs.read_primitives(cluster, rates, cluster_file, args.profile, work.dtype)
     if cluster.num_nodes == 1:  # a node that ranks were profiled on has them, whatever its file says
         there = max(cluster.ranks_per_node, primitives.facts.get("ranks", 1))
@@ -184,8 +189,8 @@ def _check_options(args: argparse.Namespace, cost: CostModel) -> None:
     for option, number in (("--top", args.top), ("--micro-batch", args.micro_batch)):
         if number is not None and number < 1:
             raise ValueError(f"{option} {number}: at least 1")
-    if args.out and not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out:
+        check_out(args.out)
     for word in args.explain or ():
         if not word.isdigit():
             search.named(cost, word, args.gpus)
@@ -249,6 +254,8 @@ def _add_simulate(commands) -> None:
 
 def _simulate(args: argparse.Namespace) -> int:
     start = time.monotonic()
+    if args.out and ((args.out / "run.json").exists() or args.out.is_file()):
+        raise ValueError(f"{args.out} holds a run already, or is a file: give another --out")
     plan, micro_batch = pool.parse_name(args.plan)
     config, cost = setting_of(args)
     cluster = pool.cluster_of(cost.cluster, args.gpus)
@@ -258,7 +265,7 @@ def _simulate(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(f"--trace {args.trace}: {error}") from None
     chosen = chosen.limited(config.gate.capacity)
-    num_iterations = args.iterations or chosen.num_samples
+    num_iterations = chosen.num_samples if args.iterations is None else args.iterations
     if not 1 <= num_iterations <= chosen.num_samples:
         raise ValueError(f"--iterations {num_iterations}: the trace has {chosen.num_samples}")
     chosen = loads.Loads(chosen.share[:num_iterations], chosen.about)
@@ -280,8 +287,6 @@ def _simulate(args: argparse.Namespace) -> int:
           f"max/mean load {found.max_over_mean.mean():.2f}; {len(found.events)} changes; "
           f"{memory.total / 1e9:.1f} GB on the fullest rank")  # fmt: skip
     if args.out:
-        if (args.out / "run.json").exists():
-            raise ValueError(f"{args.out} holds a run already: give another --out")
         facts = {"device": f"cluster {cluster.name}", "primitives": cost.primitives.source, "loads": chosen.about}
         simulate.write_run(args.out, safe_run_id(args.plan, args.policy), config, found, bars, facts)
     return 0

@@ -45,7 +45,8 @@ def read_cluster(text: str, folder: Path) -> tuple[ClusterSpec, described.Rates 
     if not path.exists():
         known = sorted(p.stem for p in (folder / "clusters").glob("*.toml"))
         near = difflib.get_close_matches(text, known, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"known in {folder}/clusters: {', '.join(known) or 'none'}"
+        there = ", ".join(known) or "none; --configs names another folder, the repository's is scripts"
+        hint = f'did you mean "{near[0]}"?' if near else f"known in {folder}/clusters: {there}"
         raise ValueError(f'unknown cluster "{text}"; {hint}')
     table = dict(read_table(path))
     rates = table.pop("rates", None)
