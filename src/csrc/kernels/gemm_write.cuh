@@ -106,9 +106,14 @@ __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t sh
   threads_sync(3, 32 * kWriters);  // before the next sums are left there
 }
 
+__device__ __forceinline__ void wait_half(const Shared& at, int half, int& parity) {
+  barrier_wait(at.done + half * 8, parity >> half & 1);
+  parity ^= 1 << half;
+}
+
 // A writing warp's part of a tile in float32: the columns come in two parts.
 __device__ __forceinline__ void write_total(float* total, int pitch, int num_columns, int rows_left, bool is_first,
-                                            const Shared& at, int (&parity)[kWarpgroups]) {
+                                            const Shared& at, int& parity) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
@@ -117,8 +122,7 @@ __device__ __forceinline__ void write_total(float* total, int pitch, int num_col
     for (int half = 0; half < kWarpgroups; ++half) {
       const int num_rows = min(64, rows_left - half * 64);
       if (num_rows <= 0) break;
-      barrier_wait(at.done + half * 8, parity[half]);
-      parity[half] ^= 1;
+      wait_half(at, half, parity);
 #pragma unroll 8
       for (int row = warp; row < num_rows && column < num_columns; row += kWriters) {
         const uint4 four = load_shared(at.piece(half, row, lane));
@@ -137,13 +141,12 @@ __device__ __forceinline__ void write_total(float* total, int pitch, int num_col
 
 // A writing warp's part of a tile of weights in bfloat16: one of them has the copy engine store a half.
 __device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_columns, const Tile& tile, int num_totals,
-                                            int rows_left, const Shared& at, int (&parity)[kWarpgroups]) {
+                                            int rows_left, const Shared& at, int& parity) {
   static_assert(kWarpgroups <= kWriters, "a warp for each half");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
 #pragma unroll
   for (int half = 0; half < kWarpgroups && half * 64 < rows_left; ++half) {
-    barrier_wait(at.done + half * 8, parity[half]);
-    parity[half] ^= 1;
+    wait_half(at, half, parity);
     if (warp == half && lane == 0) {
       for (int box = 0; box < kTileColumns / kBox && box * kBox < num_columns; ++box) {
         store_box(at.box(half, box), map, tile.column + box * kBox, tile.row + half * 64, tile.slot - num_totals);
@@ -155,31 +158,89 @@ __device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_colu
   }
 }
 
+template <bool GATED>
+__device__ __forceinline__ Pair get(const __nv_bfloat16* from, int columns) {
+  Pair pair{*reinterpret_cast<const uint4*>(from), {}};
+  if constexpr (GATED) pair.second = *reinterpret_cast<const uint4*>(from + columns);
+  return pair;
+}
+
+template <bool GATED>
+__device__ __forceinline__ void put(__nv_bfloat16* to, int columns, const Pair& pair) {
+  *reinterpret_cast<uint4*>(to) = pair.first;
+  if constexpr (GATED) *reinterpret_cast<uint4*>(to + columns) = pair.second;
+}
+
+// A writing warp's part of a tile of gradients of an activation, every third row of it: written are those of the
+// activation's argument, and the activation. A group of rows is on its way from memory while the one before is written: the
+// few counters of loads make a wait for one a wait for all that are under way, so none may have begun shortly before.
+template <int ACT>
+__device__ __forceinline__ void write_slopes(const Pointers& pointers, const Tile& tile, int columns, const Shared& at,
+                                             int& parity) {
+  constexpr bool kGated = ACT == kSwiglu;
+  constexpr int kGroup = kGated ? 3 : 4, kStep = kGroup * kWriters;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+  const int column = tile.column + lane * 8, pitch = kGated ? 2 * columns : columns;
+  const bool valid = column < columns && !(tile.is_narrow && lane >= kTileColumns / 16);
+  const int num_rows = min(kTileRows, tile.end - tile.begin - tile.row);
+  const int64_t above = tile.begin + tile.row, first = above * pitch + column;
+  Pair bias{};
+  if (pointers.bias && valid) bias = get<kGated>(pointers.bias + int64_t(tile.slot) * pitch + column, columns);
+  const auto load_group = [&](Pair (&to)[kGroup], int row0, int end) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int row = row0 + i * kWriters;
+      if (row < end && valid) to[i] = get<kGated>(pointers.hidden + first + row * pitch, columns);
+    }
+  };
+  Pair hidden[kGroup];
+  load_group(hidden, warp, min(64, num_rows));
+#pragma unroll 1
+  for (int half = 0; half * 64 < num_rows; ++half) {
+    const int end = min(half * 64 + 64, num_rows);
+    float sum[2][8] = {};
+    wait_half(at, half, parity);
+#pragma unroll 1
+    for (int row0 = half * 64 + warp; row0 < end; row0 += kStep) {
+      const bool is_last = row0 + kStep >= end;
+      Pair next[kGroup];
+      load_group(next, is_last ? half * 64 + 64 + warp : row0 + kStep, is_last ? num_rows : end);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int row = row0 + i * kWriters;
+        if (row < end && valid) {
+          const uint4 product = load_shared(at.piece(half, row % 64, lane));
+          const uint4 again = slopes_of<ACT>(product, hidden[i], bias, sum);
+          put<kGated>(pointers.out + first + row * pitch, columns, hidden[i]);
+          *reinterpret_cast<uint4*>(pointers.act + above * columns + column + row * columns) = again;
+        }
+        hidden[i] = next[i];
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at.written + half * 8);
+    if (pointers.partial) {
+      // as pieces.cuh numbers them: a half is a piece
+      const int64_t number = tile.begin / kPieceRows + tile.slot + tile.row / kPieceRows + half;
+      store_sums<kGated ? 2 : 1>(sum, at.sums, pointers.partial + number * pitch + column, columns, valid);
+    }
+  }
+}
+
 // A writing warp's part: every third row of each half of a tile, 16 bytes a thread and row. ACT kIdentity: the products, and
-// the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: the products are gradients of the
-// activation; written are those of its argument, and it.
+// the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: see write_slopes.
 template <Kind KIND, int ACT>
 __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, Walk<KIND> walk, const Shared& at) {
-  constexpr bool kGated = ACT == kSwiglu, kForward = KIND == kRows && ACT != kIdentity;
-  constexpr bool kBack = KIND == kRowsTransposed && ACT != kIdentity;
+  constexpr bool kGated = ACT == kSwiglu && KIND == kRows, kForward = KIND == kRows && ACT != kIdentity;
   // the two halves of a gated product lie 16 pieces apart: half a warp has a row
-  constexpr int kLanes = kForward && kGated ? 16 : 32, kTurns = kGated ? 4 : 8, kStep = kWriters * 32 / kLanes;
+  constexpr int kLanes = kGated ? 16 : 32, kStep = kWriters * 32 / kLanes, kTurns = kGated ? 4 : 8;
   const int lane = threadIdx.x % 32, piece = lane % kLanes;
   const int first_row = (threadIdx.x / 32 - 4 * kWarpgroups) * (32 / kLanes) + lane / kLanes;
   const int columns = walk.size.columns;
-  const int64_t pitch = kGated ? 2 * columns : columns;  // of hidden, its gradient, the bias
-  const auto get = [&](const __nv_bfloat16* from) {
-    Pair pair{*reinterpret_cast<const uint4*>(from), {}};
-    if constexpr (kGated) pair.second = *reinterpret_cast<const uint4*>(from + columns);
-    return pair;
-  };
-  const auto put = [&](__nv_bfloat16* to, const Pair& pair) {
-    *reinterpret_cast<uint4*>(to) = pair.first;
-    if constexpr (kGated) *reinterpret_cast<uint4*>(to + columns) = pair.second;
-  };
+  const int64_t pitch = kGated ? 2 * columns : columns;  // of the products, the bias
   Tile tile;
   Turns turns;
-  int parity[kWarpgroups] = {};
+  int parity = 0;
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
     walk.seek(index, tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : tile.end - tile.begin) - tile.row;
@@ -192,59 +253,35 @@ __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMa
       write_boxes(map_out, columns - tile.column, tile, walk.size.num_totals, rows_left, at, parity);
       continue;
     }
+    if constexpr (KIND == kRowsTransposed && ACT != kIdentity) {
+      write_slopes<ACT>(pointers, tile, columns, at, parity);
+      continue;
+    }
     const int column = tile.column + piece * 8;
     const bool valid = column < columns && !(tile.is_narrow && piece >= kTileColumns / 16);
     Pair bias{};
-    if (KIND != kWeights && pointers.bias && valid) bias = get(pointers.bias + tile.slot * pitch + column);
+    if (pointers.bias && valid) bias = get<kGated>(pointers.bias + tile.slot * pitch + column, columns);
 #pragma unroll
     for (int half = 0; half < kWarpgroups; ++half) {
       const int num_rows = min(64, rows_left - half * 64);
       if (num_rows <= 0) break;
-      const int64_t above =
-          (KIND == kWeights ? int64_t(tile.slot - walk.size.num_totals) * walk.size.rows : tile.begin) + tile.row + half * 64;
-      // what is kTurns rows ahead of the one that is written is under way
-      Pair hidden[kTurns];
-      const auto load_hidden = [&](int row, int i) {
-        if (kBack && row < num_rows && valid) hidden[i] = get(pointers.hidden + (above + row) * pitch + column);
-      };
-#pragma unroll
-      for (int i = 0; i < kTurns; ++i) load_hidden(first_row + i * kStep, i);
-      float sum[2][8] = {};
-      barrier_wait(at.done + half * 8, parity[half]);
-      parity[half] ^= 1;
-      for (int row0 = first_row; row0 < num_rows; row0 += kTurns * kStep) {
-#pragma unroll
-        for (int i = 0; i < kTurns; ++i) {
-          const int row = row0 + i * kStep;
-          if (row >= num_rows || !valid) break;
-          Pair product{load_shared(at.piece(half, row, piece)), {}};
-          __nv_bfloat16* out = pointers.out + (above + row) * pitch + column;
-          __nv_bfloat16* act_out = pointers.act + (above + row) * columns + column;
-          if constexpr (kForward) {
-            if constexpr (kGated) product.second = load_shared(at.piece(half, row, piece + 16));
-            put(out, product);
-            *reinterpret_cast<uint4*>(act_out) = activation_of<ACT>(product, bias);
-          } else if constexpr (kBack) {
-            const uint4 again = slopes_of<ACT>(product.first, hidden[i], bias, sum);
-            put(out, hidden[i]);
-            load_hidden(row + kTurns * kStep, i);
-            *reinterpret_cast<uint4*>(act_out) = again;
-          } else {
-            if (KIND != kWeights && pointers.bias) product.first = add(product.first, bias.first);
-            put(out, product);
-          }
+      const int64_t above = tile.begin + tile.row + half * 64;
+      wait_half(at, half, parity);
+#pragma unroll kTurns
+      for (int row = first_row; row < num_rows && valid; row += kStep) {
+        Pair product{load_shared(at.piece(half, row, piece)), {}};
+        __nv_bfloat16* out = pointers.out + (above + row) * pitch + column;
+        if constexpr (kForward) {
+          if constexpr (kGated) product.second = load_shared(at.piece(half, row, piece + 16));
+          put<kGated>(out, columns, product);
+          *reinterpret_cast<uint4*>(pointers.act + (above + row) * columns + column) = activation_of<ACT>(product, bias);
+        } else {
+          if (pointers.bias) product.first = add(product.first, bias.first);
+          put<kGated>(out, columns, product);
         }
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(at.written + half * 8);
-      if constexpr (kBack) {
-        if (pointers.partial) {
-          // as pieces.cuh numbers them: a half is a piece
-          const int64_t number = tile.begin / kPieceRows + tile.slot + tile.row / kPieceRows + half;
-          store_sums<kGated ? 2 : 1>(sum, at.sums, pointers.partial + number * pitch + column, columns,
-                                     valid);
-        }
-      }
     }
   }
 }
