@@ -38,8 +38,7 @@ class Routing:
     expert_idx_TK: [T, K] int64, logical experts, -1 = dropped copy.
     weight_TK: [T, K] float32, differentiable combine weights, 0 where dropped.
     balance_loss: 0-dim float32, this rank's share: the sum over the ranks of the stage is the loss, not weighted.
-    max_copies: a bound on the copies that this rank may send to one expert, where the gate knows one without asking
-    the
+    max_copies: a bound on the copies that this rank may send to one expert, where the gate knows one without asking the
         device (capacity of scope "local"); None = no bound known.
     """
 
@@ -154,6 +153,11 @@ class Gate(nn.Module, abc.ABC):
         mean_prob_E = prob_TE.sum(0) / num_normal
         return self.num_experts * (fraction_E.detach() * mean_prob_E).sum() / self._loss_divisor
 
+    def _first_choice_loss(self, logits_TE, total_KE):
+        """GShard's balance loss: E * sum_e f_e * P_e, f_e the fraction of tokens whose first choice is e."""
+        num_tokens = max(logits_TE.shape[0] * self._num_stat_ranks, 1)
+        return self._importance_loss(total_KE[0] / num_tokens, logits_TE.softmax(-1), num_tokens)
+
 
 class NaiveGate(Gate):
     """Top-k of the logits, weights = softmax over the chosen ones; no balance loss. FastMoE's NaiveGate."""
@@ -228,17 +232,11 @@ class GShardGate(Gate):
         top_TK, expert_idx_TK = logits_TE.topk(self.top_k, dim=-1)
         weight_TK = top_TK.softmax(-1)
         pruned_TK, total_KE, _ = self._prune(expert_idx_TK, tokens)
-        loss = first_choice_loss(self, logits_TE, total_KE)
+        loss = self._first_choice_loss(logits_TE, total_KE)
         skip_T = 2 * weight_TK[:, 1] <= uniform(self.key, token_id_T, 1)[:, 0]
         second_T = torch.where(skip_T, -1, pruned_TK[:, 1])
         pruned_TK = torch.stack([pruned_TK[:, 0], second_T], 1)
         return self._routing(pruned_TK, weight_TK, loss, x_TD.shape[0])
-
-
-def first_choice_loss(gate: Gate, logits_TE, total_KE):
-    """GShard's balance loss from the first choices of all tokens."""
-    num_tokens = max(logits_TE.shape[0] * gate._num_stat_ranks, 1)
-    return gate._importance_loss(total_KE[0] / num_tokens, logits_TE.softmax(-1), num_tokens)
 
 
 class NoisyGate(Gate):
@@ -322,7 +320,7 @@ class FasterGate(Gate):
         top_idx_TK = logits_TE.topk(self.top_k, dim=-1).indices
         expert_idx_TK, valid_TK = self._limit_outgoing(logits_TE.detach(), top_idx_TK)
         weight_TK = logits_TE.gather(1, expert_idx_TK).masked_fill(~valid_TK, _NEVER).softmax(-1)
-        loss = first_choice_loss(self, logits_TE, self._totals(top_idx_TK))
+        loss = self._first_choice_loss(logits_TE, self._totals(top_idx_TK))
         if self.capacity is not None:
             expert_idx_TK = self._prune(expert_idx_TK, tokens)[0]
         return self._routing(torch.where(valid_TK, expert_idx_TK, -1), weight_TK, loss, x_TD.shape[0])
@@ -386,8 +384,7 @@ def _read_trace(gate: GateConfig, model: ModelConfig, layer_idx: int, num_copies
 
 
 def scale_counts(count_E: np.ndarray, total: int) -> np.ndarray:
-    """Scale counts [E] to integers that sum to `total`, by largest remainder (ties: the first). All zero = equal
-    shares."""
+    """Scale counts [E] to integers that sum to `total`, by largest remainder (ties: the first). All zero = equal shares."""
     count_E = np.asarray(count_E, dtype=np.int64)
     if not count_E.sum():
         count_E = np.ones_like(count_E)
@@ -397,8 +394,7 @@ def scale_counts(count_E: np.ndarray, total: int) -> np.ndarray:
 
 
 def _even_stride(num: int) -> int:
-    """A step near num / golden ratio, prime to num: i * step % num visits every seat once, and any run of i
-    evenly."""
+    """A step near num / golden ratio, prime to num: i * step % num visits every seat once, and any run of i evenly."""
     step = max(1, round(num * 0.6180339887498949))
     while np.gcd(step, num) != 1:
         step += 1
