@@ -139,11 +139,18 @@ def _num_values(figure: BarFigure | PanelFigure) -> int:
 
 
 def _tell(datasets: list[Dataset]) -> None:
-    """Warnings and missing figures on stderr."""
+    """Warnings and missing figures on stderr: one line for each kind, the page has all."""
     for data in datasets:
         prefix = f"{data.name}: " if data.name else ""
+        kinds: dict[str, list[Finding]] = {}
         for finding in data.findings:
-            print(f"warning: {prefix}{report.finding_line(finding)}", file=sys.stderr)
+            kinds.setdefault(finding.code, []).append(finding)
+        for same in kinds.values():
+            more = f"; {len(same) - 1} more of this kind in index.html" if len(same) > 1 else ""
+            print(f"warning: {prefix}{report.finding_line(same[0])}{more}", file=sys.stderr)
+        if len(datasets) > 1 and data.waits:  # of one set, a user's own as a rule, whole
+            print(f"no data: {prefix}{', '.join(data.waits)}; index.html says what they wait for", file=sys.stderr)
+            continue
         for figure, text in data.waits.items():
             print(f"no data: {prefix}{figure} waits for {text}", file=sys.stderr)
 

@@ -49,7 +49,8 @@ def _draw_panel(axes: Axes, groups: dict[str, dict[str, Bar]], series: list[str]
     tallest = (
         max((b.speedup_high or b.speedup or 0 for group in groups.values() for b in group.values()), default=0) or 1.0
     )
-    axes.set_ylim(0, tallest * 1.3)
+    longest = max((len(_symbols(b)) for group in groups.values() for b in group.values()), default=0)
+    axes.set_ylim(0, tallest * (1.3 + 0.07 * longest))  # room for the label of the tallest bar
     present = [s for s in series if any(s in group for group in groups.values())]
     step = 0.84 / len(present)
     for x, group in enumerate(groups.values()):
@@ -65,7 +66,7 @@ def _draw_panel(axes: Axes, groups: dict[str, dict[str, Bar]], series: list[str]
 
 
 def _draw_bar(axes: Axes, x: float, width: float, bar: Bar, tallest: float) -> None:
-    symbols = "".join(style.SYMBOLS[code][0] for code in style.SYMBOLS if code in bar.notes)
+    symbols = _symbols(bar)
     text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": style.LABEL_SIZE, "bbox": style.TEXT_BOX}
     gap = 0.025 * tallest
     if bar.speedup is None:
@@ -82,6 +83,10 @@ def _draw_bar(axes: Axes, x: float, width: float, bar: Bar, tallest: float) -> N
         )
         top = max(top, bar.speedup_high)
     axes.text(x, top + gap, f"{bar.speedup:.2f}{symbols}", **text)
+
+
+def _symbols(bar: Bar) -> str:
+    return "".join(style.SYMBOLS[code][0] for code in style.SYMBOLS if code in bar.notes)
 
 
 def _mark(bar: Bar) -> str:

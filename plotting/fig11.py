@@ -49,7 +49,8 @@ def _draw_panel(axes: Axes, panel: ScatterPanel) -> None:
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal", adjustable="box")
-    axes.set_title(f"{style.shown(panel.name)}  ({panel.source})", pad=3)
+    source = "predictions simulated" if panel.source == "simulated" else panel.source
+    axes.set_title(style.in_width([style.shown(panel.name), f"({source})"], axes.figure.get_figwidth()), pad=3)
     axes.set_xlabel("measured (ms)", labelpad=1)
     axes.set_ylabel("predicted (ms)", labelpad=1)
     stats = panel.stats

@@ -76,5 +76,6 @@ def _draw_panel(axes: Axes, panel: LayerPanel) -> None:
     axes.set_xlabel("layer", labelpad=1)
     axes.set_ylabel("speed-up over static")
     whole = f", whole iterations {panel.step_speedup:.3f}" if panel.step_speedup else ""
-    axes.set_title(f"{style.shown(panel.name)}  mean {mean:.3f}{whole}  ({panel.source})".strip(), pad=3)
+    facts = f"mean {mean:.3f}{whole}  ({panel.source})"
+    axes.set_title(style.in_width([style.shown(panel.name), facts], axes.figure.get_figwidth()), pad=3)
     style.light_grid(axes)

@@ -226,6 +226,9 @@ def _finding_value(data: Dataset, finding: Finding) -> dict:
     }
 
 
+TERMINAL_PATH = 70
+
+
 def finding_line(finding: Finding) -> str:
     """A finding as one line of printable text, for a terminal."""
     return clean(f"{finding.message}{_places(finding)} [{finding.code}]", 1200)
@@ -234,7 +237,7 @@ def finding_line(finding: Finding) -> str:
 def _places(finding: Finding) -> str:
     if not finding.where:
         return ""
-    shown = finding.where if len(finding.where) <= 2 else finding.where[:1]
+    shown = [_short(where, TERMINAL_PATH) for where in (finding.where if len(finding.where) <= 2 else finding.where[:1])]
     more = len(finding.where) - len(shown)
     return f" ({', '.join(shown)}{f', and {more} more' if more else ''})"
 
@@ -295,8 +298,11 @@ def _file_list(where: list[str]) -> str:
 def _path(path: str, width: int) -> str:
     """A path with its middle left out when it is long; the whole one is its tooltip."""
     path = clean(path, 2000)
-    short = path if len(path) <= width else f"{path[: width // 2]} ... {path[-width // 2 :]}"
-    return f'<span title="{_e(path)}">{_e(short)}</span>'
+    return f'<span title="{_e(path)}">{_e(_short(path, width))}</span>'
+
+
+def _short(path: str, width: int) -> str:
+    return path if len(path) <= width else f"{path[: width // 2]} ... {path[-width // 2 :]}"
 
 
 def _table(rows: list[dict]) -> str:

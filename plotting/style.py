@@ -23,6 +23,7 @@ from plotting.model import StatusMark  # noqa: E402
 COLUMN_INCH = 3.35
 WIDE_INCH = 7.0
 PNG_DPI = 220
+CHARS_AN_INCH = 16  # of a title
 NOTE_SIZE = 5.6
 LABEL_SIZE = 6.0
 MARK_COLOUR = "#8B0000"
@@ -107,6 +108,13 @@ def shown(text: str, limit: int = 40) -> str:
     """Text from a log as drawn: printable, short; a leading '_' would hide it from a legend."""
     text = clean(text, limit)
     return f" {text}" if text.startswith("_") else text
+
+
+def in_width(parts: list[str], width: float) -> str:
+    """A title of several parts: in one line where a figure of `width` inches has room for it, else in several."""
+    parts = [part for part in parts if part]
+    line = "  ".join(parts)
+    return line if len(line) <= CHARS_AN_INCH * width else "\n".join(parts)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -115,6 +115,31 @@ def test_default_draws_published_and_every_run_set(run_set, repository, tmp_path
 # ------------------------------------------------------------------------------------------------ arguments, exit codes
 
 
+def test_the_terminal_gets_a_line_for_each_kind_of_warning_and_the_page_all(run_set, tmp_path, capsys):
+    logs = []
+    for name in ("one", "two"):
+        root = type(run_set)(tmp_path / name)
+        for group in ("4/1.2", "4/2.4", "4/4.8"):
+            for series in ("fastmoe", "smartmoe"):  # each with the times of the other
+                root.add(f"{series}-{group[2:]}", [root.bar(series, group)], ms=100)
+        logs.append(root.root)
+    assert draw("--logs", *logs, "--out", tmp_path / "o") == 0
+    told, page = capsys.readouterr().err.splitlines(), (tmp_path / "o" / "index.html").read_text()
+    same = [line for line in told if "identical-logs" in line]
+    assert len(same) == 2 and all("2 more of this kind in index.html" in line for line in same)
+    assert page.count("byte-identical") == 6
+    assert [line for line in told if line.startswith("no data: two")] == [
+        "no data: two: fig9, fig10, fig11, fig12, fig13; index.html says what they wait for"
+    ]
+
+
+def test_titles_and_labels_stay_inside_a_narrow_figure():
+    name, facts = "pinky, 64 GPUs", "mean 1.052, whole iterations 1.032  (simulated)"
+    assert style.in_width([name, facts], style.COLUMN_INCH) == f"{name}\n{facts}"
+    assert style.in_width([name, facts], style.WIDE_INCH) == f"{name}  {facts}"
+    assert style.in_width(["", "(published)"], style.COLUMN_INCH) == "(published)"
+
+
 def test_logs_given_are_drawn_alone(run_set, tmp_path, capsys):
     fill(run_set)
     assert draw("--logs", run_set.root, "--out", tmp_path / "o") == 0
