@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smartmoe.bench import measure, profile_cluster
+from smartmoe.bench import measure, profile_cluster, profiler
 from smartmoe.bench import profile_parts as parts
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
 from smartmoe.ops import expert_ffn
@@ -42,11 +42,11 @@ def _leave_out_what_is_too_large(world):
         full()
 
     for rounds in (0, 2):
-        profiler = profile_cluster.Profiler(world, "float32", 0.001)
+        timer = profiler.Profiler(world, "float32", 0.001)
         builds = {"launch": lambda: lambda mark: None, "optimizer": full, "by_sample": lambda: grown}
         sizes = {"ranks": 1 + rounds}  # alone, and together
-        profiler.run([profile_cluster.Case(name, sizes, build, False, False) for name, build in builds.items()], rounds)
-        assert list(profiler.points) == ["launch"]
+        timer.run([profiler.Case(name, sizes, build, False, False) for name, build in builds.items()], rounds)
+        assert list(timer.points) == ["launch"]
 
 
 def test_two_ranks_profile_every_primitive(tmp_path):
@@ -86,36 +86,62 @@ def test_rows_of_an_exchange_and_sizes_between():
 
 
 def test_times_of_one_chip_become_those_of_the_slowest():
-    profiler = profile_cluster.Profiler.__new__(profile_cluster.Profiler)
-    profiler._has_one_clock, profiler.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
+    timer = profiler.Profiler.__new__(profiler.Profiler)
+    timer._has_one_clock, timer.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
     point = Point({}, dict.fromkeys(("median", "p10", "p90"), 3.0), {})
-    profiler.points = {name: [point] * 4 for name in ("experts_forward", "experts_backward")}
+    timer.points = {name: [point] * 4 for name in ("experts_forward", "experts_backward")}
     # the second and the third have the same rows, each on its own rank while the other has few
     timed = [(10, None, [0.8, 1.0]), (30, 0, [2.4, 0.1]), (30, 1, [0.1, 3.0]), (20, None, [1.6, 2.0])]
-    profiler._experts = [
-        (profile_cluster.both_ways("experts", {"rows": rows}, False, None, busiest), np.array(times_W))
-        for rows, busiest, times_W in timed
+    timer._experts = [
+        profiler.Timed(_case(rows, busiest), place, None, np.array(times_W))
+        for place, (rows, busiest, times_W) in enumerate(timed)
     ]
-    assert profiler.settle() == [0.8, 1.0]
-    for found in profiler.points.values():
+    assert timer.settle() == {"rank_pace": [0.8, 1.0], "wait_speedup": 0.0}
+    for found in timer.points.values():
         assert [point.device_ms["median"] for point in found] == pytest.approx([3.0, 3.0 / 0.8, 3.0, 3.0])
-    for some in (profiler._experts[1:3], profiler._experts[::3]):  # either kind tells
-        assert profile_cluster.rank_pace(some, 2) == pytest.approx([0.8, 1.0])
+    for some in (timer._experts[1:3], timer._experts[::3]):  # either kind tells
+        assert profiler.rank_pace(some, 2)[0] == pytest.approx([0.8, 1.0])
+
+
+def _case(rows, busiest):
+    return profile_cluster.both_ways("experts", {"rows": rows}, False, None, busiest)
+
+
+def test_a_chip_that_waits_is_faster():
+    """Each of two ranks is hot in its rounds: all of its pieces are faster by what it waits there."""
+    size, pace, speedup, hot_ms, wait = 10.0, np.array([0.9, 1.0]), 0.4, 30.0, 0.0
+    for _ in range(50):  # what the cold rank waits, in the mean, follows from its times, and these from it
+        clock = {0: pace * np.exp(-speedup * np.array([0.0, wait])), 1: pace * np.exp(-speedup * np.array([wait, 0.0]))}
+        timed = [profiler.Timed(_case(10, None), 0, turn, size * clock[turn]) for turn in (0, 1)]
+        for turn in (0, 1):
+            cold_ms = np.where(np.arange(2) == turn, hot_ms * clock[turn], 1.0)
+            timed.append(profiler.Timed(_case(30, turn), 1 + turn, turn, cold_ms))
+        waits = [np.mean([1 - t.times_W / t.times_W.max() for t in timed if t.turn == turn], axis=0) for turn in (0, 1)]
+        wait = np.mean([waits[0][1], waits[1][0]])
+    pace_W, found, _ = profiler.rank_pace(timed, 2)
+    assert pace_W == pytest.approx(pace, rel=0.02) and found == pytest.approx(speedup, rel=0.1)
+    timer = profiler.Profiler.__new__(profiler.Profiler)
+    timer._has_one_clock, timer.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
+    points = [hot_ms * clock[turn][turn] for turn in (0, 1)]
+    points = [Point({}, {"median": ms}, {}) for ms in (size, *points)]
+    timer.points, timer._experts = {name: list(points) for name in ("experts_forward", "experts_backward")}, timed
+    timer.settle()  # both hot points are one again
+    assert [p.device_ms["median"] for p in timer.points["experts_forward"][1:]] == pytest.approx([30.0, 30.0], rel=0.02)
 
 
 def test_the_hosts_time_is_what_a_further_piece_adds():
-    profiler = profile_cluster.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
+    timer = profiler.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
 
     def step(mark, copies=1):
         time.sleep(0.001 * copies)
         mark()
         time.sleep(0.02 + 0.003 * copies)  # something wakes up first
 
-    forward_ms, backward_ms = np.median(profiler._launch_ms(step, lambda: None, True, 8), axis=0)
-    assert 0.5 < forward_ms < 10 and 1 < backward_ms < 15
+    forward_ms, backward_ms = np.median(timer._launch_ms(step, lambda: None, True, 8), axis=0)
+    assert 0.2 < forward_ms < 10 and 1 < backward_ms < 15
     # all pieces know how to come twice: the second adds about as much as the first
-    for piece in (parts.linear(profiler.site, 8, 8, 8), parts.gate(profiler.site, 8, 8, 4, 2, limited=False)):
-        found = profiler._launch_ms(piece, lambda: None, True, 4)
+    for piece in (parts.linear(timer.site, 8, 8, 8), parts.gate(timer.site, 8, 8, 4, 2, limited=False)):
+        found = timer._launch_ms(piece, lambda: None, True, 4)
         assert found.shape[1] == 2 and (found > 0).all()
 
 
@@ -135,8 +161,8 @@ class _LossInPlace(torch.autograd.Function):
 
 def test_losses_that_come_twice_do_not_share_logits(monkeypatch):
     monkeypatch.setattr(parts, "summed_cross_entropy", _LossInPlace.apply)
-    profiler = profile_cluster.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
-    assert (profiler._launch_ms(parts.loss(profiler.site, 8, 8), lambda: None, True, 4) > 0).all()
+    timer = profiler.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
+    assert (timer._launch_ms(parts.loss(timer.site, 8, 8), lambda: None, True, 4) > 0).all()
 
 
 PIECES = {
@@ -170,5 +196,5 @@ def test_every_piece_comes_twice(piece, monkeypatch):
 
 def test_ranks_that_wait_for_a_core_count_as_long_as_the_last_one_takes():
     marks_WIM = np.array([[[0.0, 1.0, 3.0]], [[1.0, 2.5, 3.5]]])  # the second rank got a core when the first was done
-    assert profile_cluster.slowest_parts(marks_WIM, one_clock=True).tolist() == [[2.5, 1.0]]
-    assert profile_cluster.slowest_parts(marks_WIM, one_clock=False).tolist() == [[1.5, 2.0]]
+    assert profiler.slowest_parts(marks_WIM, one_clock=True).tolist() == [[2.5, 1.0]]
+    assert profiler.slowest_parts(marks_WIM, one_clock=False).tolist() == [[1.5, 2.0]]

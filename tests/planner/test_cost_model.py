@@ -253,6 +253,25 @@ def test_a_slower_chip_counts_where_it_is_known_which_rank_has_it():
     assert took["other"] == took["alike"] == took["groups"] == pytest.approx(2 * took["fast"])
 
 
+def test_a_chip_that_waits_for_others_in_other_layers_is_faster():
+    cluster, plan = dataclasses.replace(NODES, num_nodes=1), ParallelPlan(dp=4, ep=4)
+    config = dataclasses.replace(CONFIG, layer=LayerConfig(dispatcher="direct"))
+    num_layers, num_experts = loads.uniform(MODEL).share.shape[-2:]
+    took = {}
+    for hot in ((0, 0), (0, 3)):  # the rank that has all rows, in each of two samples
+        for speedup in (0.0, 0.5):
+            share = np.zeros((2, 1, 1, num_layers, num_experts))
+            for sample, rank in enumerate(hot):
+                share[sample, ..., rank * num_experts // 4] = 1.0
+            known = described.describe(NODES, described.Rates(kernel_us=0.0), "bfloat16")
+            known.facts |= {"rank_pace": [1.0] * 4, "wait_speedup": speedup}
+            cost = CostModel(config, cluster, known, loads.Loads(share, "by hand"))
+            took[hot, speedup] = cost.layer_times(plan, 2).forward["experts"].mean((1, 2))
+    assert took[(0, 0), 0.5] == pytest.approx(took[(0, 0), 0.0])  # who never waits has no power left
+    # idle ranks read no weights: they wait for all but that
+    assert took[(0, 3), 0.5] == pytest.approx(np.exp(-0.25) * took[(0, 3), 0.0], rel=0.03)
+
+
 def test_tensor_parallelism_puts_a_sequence_in_order_before_and_behind_attention():
     took = {}
     for ms in (1.0, 3.0):

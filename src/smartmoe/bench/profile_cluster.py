@@ -9,13 +9,11 @@ smartmoe.planner.primitives.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,9 @@ import torch.distributed as dist
 
 from smartmoe import record
 from smartmoe.bench import profile_parts as parts
-from smartmoe.bench.busy import WARM_MS, BusyWork, lead_ms
 from smartmoe.bench.measure import World, run_in_world, spread
 from smartmoe.bench.profile_parts import Site
+from smartmoe.bench.profiler import DTYPES, Case, Profiler
 from smartmoe.config import ParallelPlan
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.mesh import build_mesh
@@ -34,19 +32,11 @@ from smartmoe.ops.all_to_all import group_size
 from smartmoe.planner.primitives import Point, Profile, expert_sizes, held_out_errors
 from smartmoe.slow_links import slow_links
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHAPES = {
     "cuda": ("768,1536,12,16,2,1024,8192", "2560,5120,16,32,2,1024,8192"),
     "cpu": ("128,256,4,16,2,128,2048",),
 }
 TOKENS = {"cuda": (512, 1024, 2048, 4096, 8192, 16384), "cpu": (64, 128, 256, 512)}
-_HOST_RUNS = (4, 8)  # the fewest and the most of a piece for its host's time, of which the first is left out
-_HOST_SECONDS = 0.02
-_MOST_FOR_HOST = 5e-3  # seconds of a piece: what takes longer has launches like those of smaller sizes
-# Pieces that make the host wait for the device: it cannot get ahead, and their device time holds their launches.
-WAITING = ("optimizer", "optimizer_launches", "experts_loop")
-_LEAST_HOST_MS = 2e-3
-_TELL_SECONDS = 10.0
 # Exponents of the Zipf law of rows over a rank's experts, for numbers of rows in turn; the last leaves some idle.
 EXPERT_SKEWS = ((0.0, 1.6), (0.8, 3.0))
 _SMALL = 64  # numbers of a tensor whose update takes no time but that of its launch
@@ -71,241 +61,6 @@ class Shape:
         if len(fields) != 7 or not all(f.isdigit() and int(f) > 0 for f in fields):
             raise ValueError(f'shape "{text}": expected D,F,HEADS,EXPERTS,TOP_K,SEQ,VOCAB')
         return cls(*map(int, fields))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: the primitive (two, _forward and _backward, when `has_backward`), its sizes, and how to run it.
-    busiest: the rank that has the most to do, None = all have the same."""
-
-    name: str
-    sizes: dict[str, float]
-    build: Callable[[], object]
-    has_backward: bool
-    is_held_out: bool
-    busiest: int | None = None
-
-
-@dataclass
-class _Ready:
-    """A case that has run: step and reset of its piece, ms of other work before each run, how often to run it, [iterations,
-    parts] ms of the host that launches it (None: not measured), and the marks of its runs."""
-
-    case: Case
-    step: Callable
-    reset: Callable
-    lead: float
-    num: int
-    host_IP: np.ndarray | None
-    runs: list[list] = field(default_factory=list)
-
-
-class Profiler:
-    """Runs cases and keeps their points. Collective: all ranks have the same cases."""
-
-    def __init__(self, world: World, dtype: str, seconds_per_case: float):
-        self.site, self.dtype, self.seconds = Site(world, DTYPES[dtype]), dtype, seconds_per_case
-        self.points: dict[str, list[Point]] = {}
-        self._experts: list[tuple[Case, np.ndarray]] = []  # times of each rank, [ranks] ms
-        self._tell_at = time.monotonic() + _TELL_SECONDS
-        self._has_host: set[str] = set()  # names of cases
-        self._has_one_clock = world.device.type == "cpu" and len(set(world.share(platform.node()))) == 1
-        self._busy = BusyWork(world, self.site.dtype)
-
-    def run(self, cases: list[Case], rounds: int) -> None:
-        """Measure cases, in an order of chance: what drifts with time is no rule of sizes. Each for the seconds of a case, all
-        runs in a row; or, with rounds > 0, all cases ready at once and one run of each in every round, without a pause and
-        behind equally much other work: all meet the same clock, as the layers of a step do."""
-        draw = np.random.default_rng(0)
-        order = [cases[place] for place in draw.permutation(len(cases))]
-        if not rounds:
-            for place, case in enumerate(order):
-                self._tell(f"{place} of {len(order)} pieces")
-                self._run_alone(case)
-            return
-        ready = [found for found in map(self._prepare, order) if found]
-        leads = [each.lead for each in ready if each.lead]
-        for each in ready:
-            each.lead = float(np.mean(leads)) if each.lead else 0.0
-        for number in range(rounds):
-            self._tell(f"{number} of {rounds} rounds of {len(ready)} pieces")
-            self._run_once([ready[place] for place in draw.permutation(len(ready))])
-        for each in ready:
-            self._keep(each)
-
-    def _tell(self, words: str) -> None:
-        """Say how far it is, now and then, from rank 0."""
-        if time.monotonic() > self._tell_at and self.site.world.ep_rank == 0:
-            print(f"profiling: {words}", file=sys.stderr, flush=True)
-            self._tell_at = time.monotonic() + _TELL_SECONDS
-
-    def _run_alone(self, case: Case) -> None:
-        ready = self._prepare(case)
-        if ready:
-            self._run_once([ready] * ready.num)
-            self._keep(ready)
-
-    def _prepare(self, case: Case) -> _Ready | None:
-        """Build a case and find how long to be busy before it; None on all ranks when it is out of memory on any."""
-        world = self.site.world
-        built, is_alone = [], case.sizes.get("ranks", 1) == 1
-
-        def build():
-            made = case.build()
-            built.extend(made if isinstance(made, tuple) else (made, lambda: None))
-
-        def first():
-            built[0](lambda: None)
-
-        # a piece in which ranks meet begins when all have built it
-        for calls in ((build, first),) if is_alone else ((build,), (first,)):
-            if not self._fits(calls):
-                return None
-        step, reset = built
-        reset()
-        step(lambda: None)
-        reset()
-        world.synchronize()
-        start = time.perf_counter()
-        step(lambda: None)
-        launched = time.perf_counter() - start
-        world.synchronize()
-        took = world.largest(time.perf_counter() - start)
-        reset()
-        num, num_parts = int(np.clip(self.seconds / max(took, 1e-6), 5, 25)), 1 + case.has_backward
-        if world.device.type != "cuda":
-            lead, host_IP = 0.0, np.zeros((1, num_parts))
-        elif case.name in WAITING:
-            lead, host_IP = 0.0, np.full((1, num_parts), _LEAST_HOST_MS)
-        else:
-            lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), None
-            if took < _MOST_FOR_HOST or case.name not in self._has_host:
-                host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
-                self._has_host |= set() if case.is_held_out else {case.name}
-        return _Ready(case, step, reset, lead, num, host_IP)
-
-    def _fits(self, calls: Iterable[Callable]) -> bool:
-        """Call them in turn: whether there was memory for it on all ranks. A rank that went on alone would wait for those that
-        did not."""
-        try:
-            for call in calls:
-                call()
-            fits = True
-        except torch.OutOfMemoryError:
-            fits = False
-        return all(self.site.world.share(fits))
-
-    def _run_once(self, order: list[_Ready]) -> None:
-        """Each of them in turn, as often as it is named."""
-        self._busy.launch(WARM_MS)
-        for ready in order:
-            ready.runs.append(self._once(ready.step, ready.reset, ready.lead)[0])
-        self.site.world.synchronize()
-
-    def _keep(self, ready: _Ready) -> None:
-        """Make points of what was measured."""
-        case, marks_IM = ready.case, [[self._passed(run[0], mark) for mark in run] for run in ready.runs]
-        words = self.site.world.share({"marks": marks_IM, "host": None if ready.host_IP is None else ready.host_IP.tolist()})
-        marks_WIM = np.array([w["marks"] for w in words])
-        device_IP = slowest_parts(marks_WIM, self._has_one_clock)
-        if ready.host_IP is not None:
-            host_WIP = np.array([w["host"] for w in words])
-            host_IP = host_WIP[np.median(host_WIP, axis=1).sum(1).argmax()]
-        if case.name == "experts":
-            self._experts.append((case, np.median(marks_WIM[:, :, -1] - marks_WIM[:, :, 0], axis=1)))
-        names = [f"{case.name}_forward", f"{case.name}_backward"] if case.has_backward else [case.name]
-        for part, name in enumerate(names):
-            host = {} if ready.host_IP is None else spread(host_IP[:, part])
-            device = {key: max(value, 1e-5) for key, value in spread(device_IP[:, part]).items()}
-            self.points.setdefault(name, []).append(Point(case.sizes, device, host, case.is_held_out))
-
-    def settle(self) -> list[float]:
-        """Bring times of experts that were measured on one rank to those of the slowest one. Returns for each rank its time
-        over the slowest's for the same products: chips whose power is limited differ in their clocks."""
-        num_ranks = self.site.world.num_ranks
-        if self._has_one_clock or not self._experts:
-            return [1.0] * num_ranks
-        pace_W = rank_pace(self._experts, num_ranks)
-        for name in ("experts_forward", "experts_backward"):
-            for place, (case, _) in enumerate(self._experts):
-                if case.busiest is not None:
-                    point = self.points[name][place]
-                    slowest = {key: ms / pace_W[case.busiest] for key, ms in point.device_ms.items()}
-                    self.points[name][place] = dataclasses.replace(point, device_ms=slowest)
-        return pace_W.round(4).tolist()
-
-    def _launch_ms(self, step, reset, has_backward: bool, num_runs: int) -> np.ndarray:
-        """[runs, parts] ms of the host. It launches onto an idle device, as one that is behind does: launches behind much other
-        work take it longer. Of a piece with a backward part it is what a second one adds: a step has many in a row, and what
-        wakes up at the first, such as the thread of backward passes, does so once for all of them."""
-        found = []
-        for each in (functools.partial(step, copies=copies) for copies in (1, 2)) if has_backward else (step,):
-            runs = []
-            for _ in range(num_runs):
-                self.site.world.synchronize()
-                runs.append(self._once(each, reset, 0.0)[1])
-            # the marks' own time on the host is between the two that they note
-            found.append(1e3 * np.diff(np.array(runs), axis=1)[1:, 1::2])
-        if has_backward:
-            return np.maximum(found[1] - np.median(found[0], axis=0), _LEAST_HOST_MS)
-        return found[0]
-
-    def _once(self, step, reset, lead):
-        world, device, host = self.site.world, [], []
-        is_cuda = world.device.type == "cuda"
-
-        def mark():
-            host.append(time.perf_counter())
-            if is_cuda:
-                device.append(torch.cuda.Event(enable_timing=True))
-                device[-1].record()
-            else:
-                device.append(host[-1])
-            host.append(time.perf_counter())
-
-        if lead:  # the host gets ahead, so that no launch is in the device's time
-            self._busy.launch(lead)
-        world.align()
-        mark()
-        step(mark)
-        mark()
-        reset()
-        return device, host
-
-    @staticmethod
-    def _passed(first, mark) -> float:
-        if isinstance(mark, float):
-            return mark * 1e3
-        return 0.0 if mark is first else first.elapsed_time(mark)
-
-
-def rank_pace(timed: list[tuple[Case, np.ndarray]], num_ranks: int) -> np.ndarray:
-    """[ranks] time of each rank over that of the slowest one for the same products. timed: cases with the times of each rank,
-    of which those count that had the case's sizes to do: all ranks, or the busiest one. Least squares of logarithms, with one
-    unknown for each size and one for each rank."""
-    idx_of_size, seen = {}, []
-    for case, times_W in timed:
-        size_idx = idx_of_size.setdefault(tuple(sorted(case.sizes.items())), len(idx_of_size))
-        ranks = range(num_ranks) if case.busiest is None else (case.busiest,)
-        seen += [(size_idx, rank, np.log(times_W[rank])) for rank in ranks]
-    matrix, log_ms = np.zeros((len(seen), len(idx_of_size) + num_ranks)), np.array([row[2] for row in seen])
-    for place, (size_idx, rank, _) in enumerate(seen):
-        matrix[place, [size_idx, len(idx_of_size) + rank]] = 1.0
-    pace_W = np.exp(np.linalg.lstsq(matrix, log_ms, rcond=None)[0][len(idx_of_size) :])
-    return pace_W / pace_W.max()
-
-
-def slowest_parts(marks_WIM: np.ndarray, one_clock: bool) -> np.ndarray:
-    """[iterations, parts] ms of the slowest rank, of the times at which each rank passed its marks.
-
-    With one clock for all ranks a part ends when the last rank has ended it, and the first begins when the first rank does:
-    ranks that wait for a core, because there are fewer cores than ranks, wait in a training step as well.
-    """
-    if not one_clock:
-        return np.diff(marks_WIM, axis=2).max(0)
-    ends_IM = marks_WIM.max(0)
-    ends_IM[:, 0] = marks_WIM[:, :, 0].min(0)
-    return np.diff(ends_IM, axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -383,8 +138,8 @@ def _expert_cases(site, shape, tokens) -> list[Case]:
                 counts = draw.multinomial(rows, draw.permutation(share / share.sum()))
                 sizes = expert_case_sizes(site, counts, shape.width, 2 * shape.ffn)
                 for name, impl in (("experts", "grouped"), ("experts_loop", "loop")):
-                    if impl == "loop" and (skew or slots == shape.experts):
-                        continue  # its time is that of the products: even loads tell it
+                    if impl == "loop" and (skew >= 1 or slots == shape.experts):
+                        continue  # its time is that of the products: about even loads tell it
                     run = functools.partial(_alone, site, counts.tolist(), shape, impl)
                     cases.append(both_ways(name, sizes, held, run))
     return cases
@@ -532,7 +287,7 @@ def measure(
     profiler.points["sync"] = [measure_sync(world)]
     facts = {**record.provenance(**topology(world)), "shapes": shapes, "ranks": world.num_ranks}
     facts["slow_links_gbytes_per_s"] = slow_links_rate
-    facts["rank_pace"] = profiler.settle()
+    facts |= profiler.settle()
     profile = Profile(profiler.points, profiler.dtype, facts)
     if world.ep_rank == 0:
         took = time.monotonic() - start

@@ -142,11 +142,12 @@ def _times(primitives, setting, travel, count):
         width=model.hidden_size,
         ffn=setting.inner,
     )
+    pace = _paces(primitives, setting, experts, work)
     for way in ways:
         part = parts[way]
         part["gate"] = primitives.ms(f"{gate}_{way}", **sizes) + np.zeros(rows.shape[:-1])
         host[way]["gate"] = float(primitives.host_ms(f"{gate}_{way}", **sizes))
-        part["experts"] = primitives.slowest_ms(f"{experts}_{way}", setting.pace or 1.0, **work)
+        part["experts"] = primitives.slowest_ms(f"{experts}_{way}", pace, **work)
         idle = {**work, "rows": 0, "padded_rows": 0, "active": 0, "deep_rows": 0}
         host[way]["experts"] = float(primitives.host_ms(f"{experts}_{way}", **idle))
         if layer.dispatcher == "direct":
@@ -181,6 +182,17 @@ def _times(primitives, setting, travel, count):
             primitives, "all_reduce", setting.stage_size, *spread
         )
     return LayerTimes(parts["forward"], parts["backward"], host["forward"], host["backward"])
+
+
+def _paces(primitives, setting, experts, work):
+    """Of each rank, over the slowest chip when it never waits: chips differ, and one that waits for fuller ranks, in the mean
+    of all loads, has power left for a higher clock (bench.profiler.rank_pace)."""
+    speedup = primitives.facts.get("wait_speedup", 0.0)
+    if not setting.pace or not speedup:
+        return setting.pace or 1.0
+    own = sum(primitives.ms(f"{experts}_{way}", **work) for way in ("forward", "backward"))
+    wait_W = (1 - own / own.max(-1, keepdims=True)).reshape(-1, setting.ep).mean(0)
+    return np.array(setting.pace) * np.exp(-speedup * wait_W)
 
 
 def exchange_ms(primitives: Primitives, name: str, ranks: int, intra_bytes, inter_bytes) -> np.ndarray:
