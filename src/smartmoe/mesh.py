@@ -32,26 +32,27 @@ def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, group, async_op: boo
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's coordinates and groups. A group of one rank is None: there is nobody to talk to.
+    """This process's coordinates and groups, those of a process alone by default. A group of one rank is None: there is nobody
+    to talk to.
 
     share_mesh: by kind of parameter, the ranks that have it: "dense" (stage), "expert" (expert_dp), "tensor" (dp, tp), of
     which the second axis has the slices."""
 
     plan: ParallelPlan
     device: torch.device
-    pp_stage: int
-    dp_rank: int
-    tp_rank: int
-    ep_rank: int
-    expert_dp_rank: int
-    world_group: dist.ProcessGroup | None
-    pp_group: dist.ProcessGroup | None
-    dp_group: dist.ProcessGroup | None
-    tp_group: dist.ProcessGroup | None
-    tp_mesh: DeviceMesh | None
-    stage_group: dist.ProcessGroup | None
-    ep_group: dist.ProcessGroup | None
-    expert_dp_group: dist.ProcessGroup | None
+    pp_stage: int = 0
+    dp_rank: int = 0
+    tp_rank: int = 0
+    ep_rank: int = 0
+    expert_dp_rank: int = 0
+    world_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    tp_mesh: DeviceMesh | None = None
+    stage_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    expert_dp_group: dist.ProcessGroup | None = None
     share_mesh: dict[str, DeviceMesh] = field(default_factory=dict)
 
     @property
@@ -73,7 +74,7 @@ def build_mesh(plan: ParallelPlan, device: torch.device) -> Mesh:
     if world_size != plan.world_size:
         raise ValueError(f"plan {plan.describe()} needs {plan.world_size} ranks, but {world_size} were started")
     if world_size == 1:
-        return Mesh(plan, device, 0, 0, 0, 0, 0, None, None, None, None, None, None, None, None)
+        return Mesh(plan, device)
     dense = init_device_mesh(device.type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp"))
     stages = init_device_mesh(device.type, (plan.pp, plan.stage_size), mesh_dim_names=("pp", "stage"))
     experts = init_device_mesh(

@@ -43,9 +43,6 @@ def safe_run_id(*parts: object) -> str:
     return name
 
 
-# ------------------------------------------------------------------------------------------------------------ run.json
-
-
 def check_out(path: Path) -> Path:
     """`path`, if a file can be written there; else ValueError, before work is done for it."""
     folder = path.absolute().parent
@@ -53,6 +50,9 @@ def check_out(path: Path) -> Path:
         reason = "is a folder" if path.is_dir() else f"{folder} is no folder that can be written to"
         raise ValueError(f"{path}: cannot write this file: {reason}; name another file, or make its folder first")
     return path
+
+
+# ------------------------------------------------------------------------------------------------------------ run.json
 
 
 def create_run(
