@@ -237,7 +237,7 @@ def optimizer(site: Site, numel: int, tensors: int) -> tuple[Step, Callable[[], 
     """(a whole optimizer step without its reductions, what refills the gradients after it)."""
     named = _params(site, numel, tensors)
     plan, device = ParallelPlan(), site.world.device
-    mesh = Mesh(plan, device, 0, 0, 0, 0, 0, *[None] * 8)
+    mesh = Mesh(plan, device)
     buffers = GradientBuffers(named, {})
     adam = MixedAdamW(buffers, Workload(dtype=str(site.dtype).removeprefix("torch.")), mesh, 1, 1, lambda name: None)
 
