@@ -101,7 +101,8 @@ class OnlineConfig:
     `replicate`: experts get copies on other ranks "never", for whole steps from the load seen ("history"), or for each
     micro-batch from its own routing ("exact"); every rank has room for `replica_slots` copies in each layer. Who decides
     in "history" is policy "auto"; with "static", whoever calls layer.set_replicas. `return_early` lets the gradients of such
-    copies travel during the backward pass, over a communicator of their own, instead of after it.
+    copies travel during the backward pass, over a communicator of their own, instead of after it; where the dispatcher is
+    "direct" on linked GPUs they always do.
     """
 
     policy: str = "static"

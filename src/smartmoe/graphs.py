@@ -34,7 +34,7 @@ from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.extension import path_for
 from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline_passes import Pass, Source
-from smartmoe.replicas import ExactReplication, HistoryReplication
+from smartmoe.replicas import CollectiveHistory, ExactReplication, HistoryReplication
 
 WARM_UP = 2  # iterations that run as they are: kernels are compiled, libraries choose theirs, ranks connect
 _log = logging.getLogger(__name__)
@@ -275,16 +275,18 @@ class PassGraphs:
         self._plays = {}
         for replication in self._history():
             replication.adds_always = False
+        for replication in self._on_device():
+            replication.forget_weights()  # what was captured may never have run
         self._tape.clear()
         self._buffers.reduce_late(False)
 
     def _dispatchers(self) -> list[DirectDispatcher]:
         return [layer.dispatcher for layer in self._layers]
 
-    def _history(self) -> list[HistoryReplication]:
-        return [layer.replication for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
+    def _history(self) -> list[CollectiveHistory]:
+        return [layer.replication for layer in self._layers if isinstance(layer.replication, CollectiveHistory)]
 
-    def _exact(self) -> list[SymmetricReplication]:
+    def _on_device(self) -> list[SymmetricReplication]:
         return [layer.replication for layer in self._layers if isinstance(layer.replication, SymmetricReplication)]
 
     def _places(self) -> list[int]:
@@ -351,8 +353,9 @@ class PassGraphs:
             finally:
                 play.seen.append([watcher.end() for watcher in self._watchers])
             if source.num_slots > 1:
-                for replication in self._exact():
-                    replication.forget_weights()  # of other micro-batches, by the time of the backward pass
+                for replication in self._on_device():
+                    if not isinstance(replication, HistoryReplication):
+                        replication.forget_weights()  # of other micro-batches, by the time of the backward pass
         play.fills = [ref_idx for ref_idx in self._buffers.filled() if ref_idx not in filled]
         play.num_reduced = early.num_started - num_started if early is not None else 0
         return play

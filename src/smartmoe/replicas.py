@@ -18,7 +18,7 @@ import torch
 
 from smartmoe.config import RunConfig
 from smartmoe.dispatch.symmetric import why_unavailable
-from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
+from smartmoe.dispatch.symmetric_replicas import StepPlan, SymmetricReplication
 from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 from smartmoe.ops.grad_sink import GradSink, sink_of
 from smartmoe.ops.late_slots import LateSlots
@@ -41,10 +41,13 @@ class Replication(Protocol):
 
     In a forward pass: plan, send_weights, then wait_weights before each use of the storages. In its backward pass:
     restore_weights, wait_weights before each use, return_grads, wait_grads. Passes of several micro-batches interleave.
-    is_early: whether gradients shall be returned one by one, beside the rest of the backward pass.
+    is_early: whether gradients of products shall be returned when the last of them is known, beside the rest of the backward
+    pass. follows_tokens: whether send_weights comes behind the dispatch, so that weights do not share the links with tokens,
+    and not before it.
     """
 
     is_early: bool
+    follows_tokens: bool
 
     def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
         """Zeroed memory for the [L + G, ...] storage of one weight."""
@@ -77,8 +80,8 @@ class Replication(Protocol):
         """Start to add, in place, the gradients of replicas to those of their owners, in ascending order of ranks.
 
         grads: number of a storage -> (gradient of the owned slots [L, ...], of the replica slots [G, ...]); the former may
-        be a sum in float32. In a backward pass each storage comes once: all of them in one call or, where `is_early`, each
-        as soon as it is known, in the same order on every rank. What slots without an expert hold is not read."""
+        be a sum in float32. In a backward pass each storage comes once: all of them in one call or, where `is_early`, in
+        several, in the same order on every rank. What slots without an expert hold is not read."""
 
     def wait_grads(self) -> None:
         """Whatever is launched from now on reads whole gradients."""
@@ -87,18 +90,20 @@ class Replication(Protocol):
 def build_replication(config: RunConfig, ep_group) -> Replication | None:
     """The mechanism that online.replicate asks for; None = no replica slots.
 
-    "exact" is decided on the device where the dispatcher is the direct one and GPUs reach each other's memory, otherwise,
-    and where links are slowed down, by collectives. That is collective over ep_group on the first call.
+    Weights and gradients travel by kernels, and "exact" is decided on the device, where the dispatcher is the direct one and
+    GPUs reach each other's memory; otherwise, and where links are slowed down, by collectives. That is collective over
+    ep_group on the first call.
     """
     online = config.online
     if online.replicate == "never":
         return None
-    if online.replicate == "history":
-        return HistoryReplication(ep_group, online.replica_slots)
+    has_history = online.replicate == "history"
     is_near = config.layer.dispatcher in ("direct", "auto") and not config.cluster.slow_links_gbytes_per_s
     if is_near and group_size(ep_group) > 1:
         if why_unavailable(ep_group, over_nvlink=config.layer.dispatcher == "auto") is None:
-            return SymmetricReplication(ep_group, online.replica_slots)
+            return (SymmetricHistory if has_history else SymmetricReplication)(ep_group, online.replica_slots)
+    if has_history:
+        return CollectiveHistory(ep_group, online.replica_slots)
     return ExactReplication(ep_group, online.replica_slots, copy_cost(config))
 
 
@@ -118,13 +123,14 @@ def copy_cost(config: RunConfig) -> int:
 class HeldExperts:
     """The experts of a layer, replicas included, as one forward pass of a micro-batch uses them: what dispatchers call.
 
-    Made before the dispatch, so that the weights travel while tokens do.
+    Made before the dispatch, so that weights can travel while tokens do.
     """
 
     def __init__(self, experts, replication: Replication, plan: Any):
         self.impl = experts.impl
         self._experts, self._replication, self._plan = experts, replication, plan
-        replication.send_weights(plan)
+        if not replication.follows_tokens:
+            replication.send_weights(plan)
         params = [param for param in experts.weights() if param is not None]
         self._gradients = _Gradients(replication, plan, params)
         self._owned, self._weights = _Owned.apply(self._gradients, *params), None
@@ -132,6 +138,8 @@ class HeldExperts:
     def __call__(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
         """As Experts.forward, with counts of L + G slots."""
         if self._weights is None:  # made behind the dispatch, so that in backward gradients leave before it
+            if self._replication.follows_tokens:
+                self._replication.send_weights(self._plan)
             whole = _Storages.apply(self._gradients, self._experts.storages, *self._owned)
             for weight, sink in zip(whole, self._gradients.sinks, strict=True):
                 weight.grad_sink = sink
@@ -161,10 +169,10 @@ class _Gradients:
         self.sinks = [_Sink(self, sink_of(param), **traits) for param in params]
 
     def return_early(self) -> None:
-        """Return what operations have given since, where that pays. All at once would hold multiprocessors beside a product
-        for longer: of two matrices the second travels beside the exchange."""
+        """Return what operations have given, where that pays: when they have given the first storage's, the last to come.
+        So there is one journey a pass, beside the product that follows."""
         given = {number: sink for number, sink in enumerate(self.sinks) if sink.is_given and not sink.is_returned}
-        if self._replication.is_early and given:
+        if self._replication.is_early and 0 in given:
             pairs = {number: sink.pair(self.num_owned) for number, sink in given.items()}
             self._replication.return_grads(self._plan, pairs)
             for sink in given.values():
@@ -304,10 +312,10 @@ class CollectiveReplication:
     """What both modes share: memory from torch, the placement, plans from `Replicas`. num_bytes: sent by this rank for
     weights and gradients since somebody set it to 0."""
 
-    is_early = False
+    is_early = follows_tokens = False
 
     def __init__(self, ep_group, num_replicas: int):
-        self.ep_group, self.num_replicas = ep_group, num_replicas
+        self.ep_group, self.num_replicas, self.ep_rank = ep_group, num_replicas, group_rank(ep_group)
         self.storages: tuple[torch.Tensor, ...] = ()
         self.placement: Placement | None = None
         self.num_bytes = 0
@@ -344,33 +352,23 @@ class CollectiveReplication:
     def _table(self, replicas: Replicas) -> torch.Tensor:
         """The table of ops.plan.slots_of for this rank, on the device."""
         if replicas.num_copies:
-            table_EB = replicas.bucket_slots(self.placement, group_rank(self.ep_group))
+            table_EB = replicas.bucket_slots(self.placement, self.ep_rank)
         else:  # one column: slots_of need not hash
             table_EB = (self.placement.primary_slot_E + self.placement.rank_of_expert() * self.num_replicas)[:, None]
         return torch.from_numpy(table_EB).to(self.storages[0].device)
 
     def _transfers(self, replicas: Replicas, held: Sequence[int] = ()) -> Transfers:
-        return Transfers.of(self.placement, replicas, group_rank(self.ep_group), held)
+        return Transfers.of(self.placement, replicas, self.ep_rank, held)
 
 
-class HistoryReplication(CollectiveReplication):
-    """Replicas that stay for whole optimizer steps.
+class HistoryReplication:
+    """Replicas that stay for whole optimizer steps: decided elsewhere, set between iterations.
 
-    Decided elsewhere and set between iterations. `send_all` starts to fill the slots of all layers before the first pass
-    after a step, and the first layer that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for
-    each storage, until `return_all`, and travel in the dtype of the experts; on_pass is told when those of one more backward
-    pass are in them. adds_always: also where there are no copies, so that a pass does the same whatever is decided.
+    What both forms share. `send_all` comes before the first pass after weights or replicas have changed, `return_all` before
+    gradients are used.
     """
 
-    adds_always = False
-    on_pass: Callable[[HistoryReplication], None] | None = None
     _table_EB: torch.Tensor | None = None
-
-    def bind(self, storages) -> None:
-        super().bind(storages)
-        self.grads = [
-            torch.zeros(self.num_replicas, *t.shape[1:], dtype=torch.float32, device=t.device) for t in self.storages
-        ]
 
     @property
     def has_copies(self) -> bool:
@@ -391,11 +389,34 @@ class HistoryReplication(CollectiveReplication):
             raise ValueError(
                 f"replicas: made for {replicas.num_replica_slots} replica slots a rank, the layer has {self.num_replicas}"
             )
-        self.replicas, self.transfers = replicas, self._transfers(replicas)
-        table_EB = torch.from_numpy(replicas.bucket_slots(self.placement, group_rank(self.ep_group)))
-        if self._table_EB is None:
-            self._table_EB = torch.empty_like(table_EB, device=self.storages[0].device)
-        self._table_EB.copy_(table_EB)  # in place: a captured graph reads it there
+        self.replicas, self.transfers = replicas, Transfers.of(self.placement, replicas, self.ep_rank)
+        self._table_EB = self._renew(self._table_EB, replicas.bucket_slots(self.placement, self.ep_rank))
+
+    def _renew(self, old: torch.Tensor | None, values: np.ndarray) -> torch.Tensor:
+        """`values` on the device, in place, where a captured graph reads them, and without waiting for it."""
+        new = torch.from_numpy(values)
+        if self.storages[0].is_cuda:
+            new = new.pin_memory()
+        if old is None:
+            old = torch.empty_like(new, device=self.storages[0].device)
+        return old.copy_(new, non_blocking=True)
+
+
+class CollectiveHistory(HistoryReplication, CollectiveReplication):
+    """By collectives, once a step in each direction. `send_all` starts to fill the slots of all layers, and the first layer
+    that needs them waits; gradients of replicas gather in `grads`, float32 [G, ...] for each storage, until `return_all`, and
+    travel in the dtype of the experts; on_pass is told when those of one more backward pass are in them. adds_always: also
+    where there are no copies, so that a pass does the same whatever is decided.
+    """
+
+    adds_always = False
+    on_pass: Callable[[CollectiveHistory], None] | None = None
+
+    def bind(self, storages) -> None:
+        super().bind(storages)
+        self.grads = [
+            torch.zeros(self.num_replicas, *t.shape[1:], dtype=torch.float32, device=t.device) for t in self.storages
+        ]
 
     def plan(self, expert_idx_TK, token_id_T) -> Plan:
         return Plan(self.replicas, self.transfers, slots_of(expert_idx_TK, self._table_EB, token_id_T))
@@ -411,6 +432,38 @@ class HistoryReplication(CollectiveReplication):
                 self.grads[number].add_(replicas)
         if self.on_pass is not None:
             self.on_pass(self)
+
+
+class SymmetricHistory(HistoryReplication, SymmetricReplication):
+    """As exact replication between GPUs that reach each other's memory, with a plan of the host. Weights travel in the first
+    pass after `send_all`, gradients in every backward pass: nothing gathers, and `return_all` finds nothing.
+
+    Captured in a CUDA graph, the first pass after `send_all` sends weights at every replay, and no other does."""
+
+    _is_old, _replica_N = True, None
+
+    def __init__(self, ep_group, num_replicas: int):
+        super().__init__(ep_group, num_replicas, copy_cost=None)
+
+    def set_replicas(self, replicas: Replicas) -> None:
+        super().set_replicas(replicas)
+        self._replica_N = self._renew(self._replica_N, np.array(replicas.expert_of_replica, np.int32))
+
+    def plan(self, expert_idx_TK, token_id_T) -> StepPlan:
+        held_G = self._replica_N.view(self.num_ranks, self.num_replicas)[self.ep_rank]
+        return StepPlan(slots_of(expert_idx_TK, self._table_EB, token_id_T), self._replica_N, held_G)
+
+    def forget_weights(self) -> None:
+        """Take what the slots hold for old: the next pass sends weights."""
+        self._is_old = True
+
+    def send_weights(self, plan) -> None:
+        if self._is_old:
+            super().send_weights(plan)
+        self._is_old = False
+
+    def restore_weights(self, plan) -> None:
+        """They stay."""
 
 
 class ExactReplication(CollectiveReplication):
@@ -452,12 +505,18 @@ class ExactReplication(CollectiveReplication):
 
 
 def send_all(replications: Sequence[HistoryReplication], ep_group) -> int:
-    """Start to fill the replica slots of all layers with the weights of now; a layer's first pass waits for it. Collective
-    over ep_group, see `start_weights`; returns the bytes that this rank sent."""
-    swaps = start_weights([(each.storages, each.num_owned, each.transfers) for each in replications], ep_group)
-    for each in replications:
+    """Have the replica slots of all layers filled with the weights of now; a layer's first pass waits for it. Collective
+    over ep_group where layers send by collectives, see `start_weights`; returns the bytes that this rank's owners send."""
+    gathering = [each for each in replications if isinstance(each, CollectiveHistory)]
+    swaps = start_weights([(each.storages, each.num_owned, each.transfers) for each in gathering], ep_group)
+    for each in gathering:
         each.swaps = swaps
-    return sum(swap.num_bytes for swap in swaps)
+    num_bytes = sum(swap.num_bytes for swap in swaps)
+    for each in replications:
+        if isinstance(each, SymmetricHistory):
+            each.forget_weights()
+            num_bytes += each.transfers.num_sent_W[each.ep_rank] * sum(storage[0].nbytes for storage in each.storages)
+    return num_bytes
 
 
 class EarlyReturn:
@@ -494,7 +553,7 @@ class EarlyReturn:
         self._swaps: dict[int, Swap] = {}
         self._sent_W: np.ndarray | int = 0  # experts that each rank's owners get back
 
-    def _count(self, replication: HistoryReplication) -> None:
+    def _count(self, replication: CollectiveHistory) -> None:
         key, coming_W = id(replication), np.array(replication.transfers.num_sent_W)
         self._passes[key] = self._passes.get(key, 0) + 1
         if self._passes[key] < self._num_passes or not coming_W.any():
@@ -519,17 +578,18 @@ def return_all(
     ep_group,
     early: EarlyReturn | None = None,
 ) -> int:
-    """Add the gathered gradients of all layers' replicas to the owners' and forget them.
+    """Add the gathered gradients of all layers' replicas, where they gather, to the owners' and forget them.
 
     owned_grads: for each layer the float32 gradients [L, ...] of its parameters, in the order of its storages. early: what
     has returned some of them already. Collective over ep_group, see `return_grads`; returns the bytes that this rank sent.
     """
     done, num_bytes = early.finish() if early is not None else (set(), 0)
-    pairs = [pair for pair in zip(owned_grads, replications, strict=True) if id(pair[1]) not in done]
+    gathered = [pair for pair in zip(owned_grads, replications, strict=True) if isinstance(pair[1], CollectiveHistory)]
+    pairs = [pair for pair in gathered if id(pair[1]) not in done]
     if pairs:
         entries = [(owned, each.grads, each.transfers) for owned, each in pairs]
         num_bytes += return_grads(entries, ep_group, pairs[0][1].dtype)
-    for each in replications:
+    for _, each in gathered:
         for grad in each.grads:
             grad.zero_()
     return num_bytes

@@ -27,15 +27,22 @@ def _interpreted(world_rank, num_ranks, folder):
         start_return(self, plan, items)
 
     symmetric_replicas.SymmetricReplication._return = late_where_copies_are
-    cases.cases = lambda num_ranks: [cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")]
-    return test_symmetric_replicas._carry_table(world_rank, num_ranks, torch.float32, ("grouped",))
+    cases.cases = _cases
+    exact = test_symmetric_replicas._carry_table(world_rank, num_ranks, torch.float32, ("grouped",))
+    return exact, test_symmetric_replicas._carry_histories(world_rank, num_ranks, (torch.float32,))
+
+
+def _cases(num_ranks):
+    return [cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")]
 
 
 @pytest.mark.parametrize("num_ranks", [2])
 def test_layers_with_replicas_give_the_oracles_answer_in_the_interpreter(num_ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
     tables_W = spawn(_interpreted, num_ranks, num_ranks, str(tmp_path), fresh=True)
-    case = cases.Case("one hot expert", (24,) * num_ranks, 4 * num_ranks, 2, kind="hot")
-    answers = [table["one hot expert", "grouped"] for table in tables_W]
+    case = _cases(num_ranks)[0]
+    answers = [table["one hot expert", "grouped"] for table, _ in tables_W]
     cases.compare(case, answers, "replicas", torch.float32)
     assert max(answers[0]["replicas"]) >= 0 and all(answer["replicas"] == answers[0]["replicas"] for answer in answers)
+    monkeypatch.setattr(cases, "cases", _cases)
+    test_symmetric_replicas.compare_histories([table for _, table in tables_W], num_ranks, (torch.float32,))

@@ -16,11 +16,12 @@ from smartmoe.layer import MoELayer
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
-from smartmoe.replicas import HeldExperts
+from smartmoe.replicas import HeldExperts, SymmetricHistory, return_all, send_all
 from smartmoe.solvers.exact_step import solve_exact_step
 from tests import oracle
 from tests.dispatch import cases
 from tests.dist import gpu_backend, gpu_of, spawn
+from tests.test_replicas import everywhere, share_out
 
 NUM_REPLICAS = 2
 TOP_K = 2
@@ -52,11 +53,12 @@ class ReplicatedExperts:
 
 
 class Layer:
-    """One rank's part of a layer of `case` with exact replication: plan, weights, dispatch, experts, combine."""
+    """One rank's part of a layer of `case` with exact replication, or `replication`: plan, weights, dispatch, experts,
+    combine."""
 
-    def __init__(self, case, ep_rank: int, dtype, impl: str = "grouped", copy_cost: int = 0):
+    def __init__(self, case, ep_rank: int, dtype, impl: str = "grouped", copy_cost: int = 0, replication=None):
         device, placement = gpu_of(ep_rank), case.placement()
-        self.replication = SymmetricReplication(dist.group.WORLD, NUM_REPLICAS, copy_cost)
+        self.replication = replication or SymmetricReplication(dist.group.WORLD, NUM_REPLICAS, copy_cost)
         weights = oracle.slots_of_rank(case.weights(), placement, ep_rank, dtype, device)
         self.experts = ReplicatedExperts(self.replication, weights, case.activation, impl)
         self.replication.set_placement(placement)
@@ -192,6 +194,76 @@ def test_layers_with_replicas_give_the_oracles_answer(num_ranks):
             assert max(answers[0]["replicas"]) < 0
 
 
+def copied_experts(layer, storage) -> dict[int, torch.Tensor]:
+    """What the replica slots in use of this rank hold: by expert."""
+    held = layer.plan.held_G.tolist()
+    return {expert: storage[layer.replication.num_owned + i].clone() for i, expert in enumerate(held) if expert >= 0}
+
+
+def _carry_history(world_rank, num_ranks, dtype):
+    """Copies for steps: the oracle's answer, the same from a second micro-batch, weights sent once and again when it is
+    said that they have changed."""
+    answers = {}
+    for case in cases.cases(num_ranks):
+        layer = Layer(case, world_rank, dtype, replication=SymmetricHistory(dist.group.WORLD, NUM_REPLICAS))
+        replication, storage = layer.replication, layer.experts.storages[0]
+        hot = 1 % case.num_experts
+        batch, repeats = load_batch(case, world_rank, dtype), []
+
+        def step():
+            x, expert_idx, weight, token_id = inputs_of(batch)  # noqa: B023
+            y = layer(x, expert_idx, weight, token_id)  # noqa: B023
+            return (y.detach(), *torch.autograd.grad(y, (x, weight, *layer.params), batch[3]))  # noqa: B023
+
+        step()  # without copies
+        assert max(layer.plan.replica_N.tolist()) < 0 and storage[-NUM_REPLICAS:].isnan().all()
+        wanted = everywhere(case.placement(), hot, NUM_REPLICAS)
+        replication.set_replicas(share_out(case.placement(), wanted))
+        num_sent = send_all([replication], dist.group.WORLD)
+        repeats = [step(), step()]
+        assert all(torch.equal(a, b) for a, b in zip(*repeats, strict=True)), f"{case.name} differs when repeated"
+        assert return_all([replication], [None], dist.group.WORLD) == 0
+        is_owner = case.placement().rank_of_expert()[hot] == world_rank
+        assert num_sent == is_owner * (num_ranks - 1) * sum(each[0].nbytes for each in layer.experts.storages)
+        before = copied_experts(layer, storage)
+        with torch.no_grad():
+            storage[: replication.num_owned] *= 2
+        step()
+        after = copied_experts(layer, storage)
+        assert all(torch.equal(after[expert], before[expert]) for expert in before), "sent again without need"
+        send_all([replication], dist.group.WORLD)
+        step()
+        after = copied_experts(layer, storage)
+        assert before.keys() == after.keys() == ({hot} if not is_owner else set())
+        assert all(torch.equal(after[expert], 2 * before[expert]) for expert in before), "copies of old weights"
+        layer.dispatcher.check()
+        y, x_grad, weight_grad, *grads = (tensor.cpu() for tensor in repeats[0])
+        taken = iter(grads)
+        parts = [None if weight is None else next(taken) for weight in layer.experts.weights()]
+        answers[case.name] = {"y": y, "x": x_grad, "weight": weight_grad, "experts": parts}
+    return answers
+
+
+def _carry_histories(world_rank, num_ranks, dtypes):
+    return {dtype: _carry_history(world_rank, num_ranks, dtype) for dtype in dtypes}
+
+
+def compare_histories(tables_W, num_ranks, dtypes):
+    """Against the oracle what `_carry_histories` gave, by rank."""
+    for case in cases.cases(num_ranks):
+        for dtype in dtypes:
+            tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            cases.compare(case, [tables[dtype][case.name] for tables in tables_W], "copies for steps", tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_copies_for_steps_give_the_oracles_answer(num_ranks):
+    dtypes = (torch.float32, torch.bfloat16)
+    tables_W = spawn(_carry_histories, num_ranks, num_ranks, dtypes, backend=_gpus(num_ranks), timeout_s=240)
+    compare_histories(tables_W, num_ranks, dtypes)
+
+
 def _micro_batches(world_rank, num_ranks):
     """Two micro-batches with other hot experts of one owner, so that one overwrites the replica of the other: one after
     the other, both in flight, and recomputed."""
@@ -316,11 +388,11 @@ def test_no_host_synchronisation_and_replays_of_a_graph():
 
 
 def _moe_layer(world_rank, num_ranks):
-    """A whole MoELayer whose gate sends everything to one expert, with and without replication."""
+    """A whole MoELayer whose gate sends everything to one expert, without replication and with both kinds."""
     device = gpu_of(world_rank)
     num_tokens = 4 * COPY_COST
     results = {}
-    for mode, slots in (("never", 0), ("exact", 2)):
+    for mode, slots in (("never", 0), ("exact", 2), ("history", 2)):
         config = RunConfig(
             model=ModelConfig(hidden_size=64, ffn_size=128, num_experts=2 * num_ranks, seq_len=num_tokens),
             gate=GateConfig(kind="zero"),
@@ -332,12 +404,17 @@ def _moe_layer(world_rank, num_ranks):
         generator = torch.Generator().manual_seed(world_rank)
         x, grad = (torch.randn(1, num_tokens, 64, generator=generator).to(device, torch.bfloat16) for _ in range(2))
         token_id = torch.arange(num_tokens, device=device)[None] + world_rank * num_tokens
+        if mode == "history":
+            assert isinstance(layer.replication, SymmetricHistory)
+            layer.set_replicas(share_out(layer.placement, everywhere(layer.placement, 0, slots)))
+            send_all([layer.replication], group)
         y, _ = layer(x.requires_grad_(), token_id)
         y.backward(grad)
         grads = [param.grad for param in layer.experts.parameters()]
         results[mode] = [tensor.detach().float().cpu() for tensor in (y, x.grad, *grads)]
         if mode == "exact":
             assert isinstance(layer.replication, SymmetricReplication)
+            assert not isinstance(layer.replication, SymmetricHistory)
             used = layer.replication.plan(torch.zeros(num_tokens, 2, dtype=torch.int64, device=device), token_id[0])
             results["hosts"] = torch.bincount(used.slot_TK.flatten() // (2 + slots), minlength=num_ranks).tolist()
     return results
@@ -348,8 +425,9 @@ def _moe_layer(world_rank, num_ranks):
 def test_the_layer_replicates_on_the_device_where_it_can(num_ranks):
     backend = _gpus(num_ranks)
     for rank, results in enumerate(spawn(_moe_layer, num_ranks, num_ranks, backend=backend, timeout_s=120)):
-        for idx, (got, want) in enumerate(zip(results["exact"], results["never"], strict=True)):
-            oracle.assert_close(got, want, torch.bfloat16, f"rank {rank}, tensor {idx}")
+        for mode in ("exact", "history"):
+            for idx, (got, want) in enumerate(zip(results[mode], results["never"], strict=True)):
+                oracle.assert_close(got, want, torch.bfloat16, f"{mode}, rank {rank}, tensor {idx}")
         assert min(results["hosts"]) > 0, "all tokens are for one expert, and some rank computes none of them"
 
 

@@ -213,14 +213,32 @@ def _await(flag, call):
 
 
 @triton.jit
+def _tell_staged(peers_W, staged_offset, me, call, PART: tl.constexpr, W: tl.constexpr):
+    tl.debug_barrier()
+    for peer in tl.static_range(W):
+        flags = _peer(peers_W, peer, staged_offset, tl.int32) + (PART * W + me) * tl.num_programs(0)
+        tl.atomic_xchg(flags + tl.program_id(0), call, sem="release", scope="sys")
+
+
+@triton.jit
+def _await_staged(peers_W, staged_offset, me, call, is_from_N, n, G, PART: tl.constexpr, W: tl.constexpr):
+    """Of those ranks that have something for this one: others need not wait, and hold no multiprocessor meanwhile."""
+    for peer in tl.static_range(W):
+        if tl.sum((is_from_N & (n // G == peer)).to(tl.int32), 0) > 0:
+            flags = _peer(peers_W, me, staged_offset, tl.int32) + (PART * W + peer) * tl.num_programs(0)
+            _await(flags + tl.program_id(0), call)
+    tl.debug_barrier()
+
+
+@triton.jit
 def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, sizes_S, peers_W, state, index_a, index_b,
                   stage_a, stage_b, staged_offset, added_offset, me, L, G, num_replicas, W: tl.constexpr,
-                  HAS_B: tl.constexpr, N_PAD: tl.constexpr, MOST_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                  HAS_B: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Add the gradients of replicas, copies [G, ...], to those of their owners, owned [L, ...], for storage a and, if HAS_B, b.
 
     sizes_S: [S] int64 elements of a slot. Block p of every rank has the same elements, so it waits for the blocks p alone:
-    flags [W, MOST_BLOCKS] at staged_offset. state: [2] int32, of the additions, with flags [W] at added_offset: a rank
-    stages again only after all have added what was staged.
+    flags [2, W, blocks] at staged_offset, of a and b. state: [2] int32, of the additions, with flags [W] at added_offset: a
+    rank stages again only after all have added what was staged.
     """
     n = tl.arange(0, N_PAD)
     everywhere = tl.load(replica_N + n, mask=n < num_replicas, other=-1)
@@ -231,20 +249,14 @@ def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, si
         _wait(peers_W, state, added_offset, me, W)
         call = tl.load(state + 1) + 1  # the last block to finish counts it up
         _stage(copies_a, replica_N, peers_W, stage_a, size_a, me, G, BLOCK)
+        _tell_staged(peers_W, staged_offset, me, call, 0, W)
         if HAS_B:
             _stage(copies_b, replica_N, peers_W, stage_b, size_b, me, G, BLOCK)
-        tl.debug_barrier()
-        block = tl.program_id(0)
-        for peer in tl.static_range(W):
-            flag = _peer(peers_W, peer, staged_offset, tl.int32) + me * MOST_BLOCKS + block
-            tl.atomic_xchg(flag, call, sem="release", scope="sys")
-        # only of those who have something for this rank: others need not wait, and hold no multiprocessor meanwhile
+            _tell_staged(peers_W, staged_offset, me, call, 1, W)
         is_mine = (everywhere >= 0) & (tl.load(primary_E + everywhere, mask=everywhere >= 0, other=-1) // L == me)
-        for peer in tl.static_range(W):
-            if tl.sum((is_mine & (n // G == peer)).to(tl.int32), 0) > 0:
-                _await(_peer(peers_W, me, staged_offset, tl.int32) + peer * MOST_BLOCKS + block, call)
-        tl.debug_barrier()
+        _await_staged(peers_W, staged_offset, me, call, is_mine, n, G, 0, W)
         _add(owned_a, copies_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
         if HAS_B:
+            _await_staged(peers_W, staged_offset, me, call, is_mine, n, G, 1, W)
             _add(owned_b, copies_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
         _signal(peers_W, state, added_offset, me, tl.num_programs(0), W)

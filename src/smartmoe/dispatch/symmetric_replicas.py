@@ -1,8 +1,10 @@
-"""Exact replication between GPUs that reach each other's memory: decided, sent and returned on the device.
+"""Replication between GPUs that reach each other's memory: sent and returned on the device, and decided there.
 
 Each micro-batch decides from its own counts which experts get replicas, on every rank alike; the host never waits and
-never learns what was decided. Needs what `smartmoe.dispatch.symmetric` needs. W ranks, E experts, L owned and G replica
-slots of a rank, N = W * G replica slots of all.
+never learns what was decided. Where the host decides for whole steps (replicas.SymmetricHistory) weights and gradients travel
+in the same way: the former behind the dispatch, beside the first product, the latter beside the last one. Needs what
+`smartmoe.dispatch.symmetric` needs. W ranks, E experts, L owned and G replica slots of a rank, N = W * G replica slots of
+all.
 """
 
 from __future__ import annotations
@@ -26,10 +28,9 @@ _ALIGNMENT = 256
 _COPY_ALIGNMENT = 16
 _COUNT_BLOCK = 4096
 _MAX_COUNT_BLOCKS = 64
-# Weights travel beside tokens and the first product: few blocks with much under way take fewest multiprocessors.
+# Weights and gradients travel beside products: few blocks with much under way take fewest multiprocessors.
 _NUM_PULL_BLOCKS, _PULL_WORDS, _PULL_WARPS = 8, 32768, 16
-_MOST_RETURN_BLOCKS = 128  # that there are flags for
-_NUM_RETURN_BLOCKS, _RETURN_ELEMENTS = 64, 8192
+_NUM_RETURN_BLOCKS, _RETURN_BYTES, _RETURN_WARPS = 16, 65536, 16
 _WARPS = 8
 _BOARDS: dict[tuple, _Board] = {}
 
@@ -46,7 +47,7 @@ class StepPlan:
 
 class SymmetricReplication:
     """Replication of one layer's experts by the counts of each micro-batch; a layer's view of it is
-    smartmoe.replicas.Replication.
+    smartmoe.replicas.Replication. copy_cost: see solvers.solve_exact_step; None = another than this class decides.
 
     Building a layer (`allocate`, the first `set_placement`) is collective over the group. So are `plan` and `return_grads`,
     by flags in the peers' memory, without host synchronisation; they can be captured in a CUDA graph. All ranks make the
@@ -56,9 +57,9 @@ class SymmetricReplication:
     group on the stream of the layer, as the combine of the direct dispatcher is: it tells owners that all have read.
     """
 
-    is_early = True
+    is_early = follows_tokens = True
 
-    def __init__(self, ep_group, num_replicas: int, copy_cost: int = COPY_COST):
+    def __init__(self, ep_group, num_replicas: int, copy_cost: int | None = COPY_COST):
         self.group, self.num_replicas, self.copy_cost = ep_group, num_replicas, copy_cost
         self.num_ranks, self.ep_rank = group_size(ep_group), group_rank(ep_group)
         self._addresses: dict[int, list[int]] = {}
@@ -86,7 +87,7 @@ class SymmetricReplication:
         from smartmoe.dispatch import replica_kernels
 
         self._kernels = replica_kernels
-        self._storages, device = tuple(storages), storages[0].device
+        self.storages, device = tuple(storages), storages[0].device
         self.num_owned = storages[0].shape[0] - self.num_replicas
         addresses = [self._addresses[storage.data_ptr()] for storage in storages]
         self._addresses_SW = torch.tensor(addresses, dtype=torch.int64, device=device)
@@ -96,13 +97,14 @@ class SymmetricReplication:
 
     def set_placement(self, placement: Placement) -> None:
         """Replicate experts of `placement` from now on. Collective on the first call."""
-        device = self._storages[0].device
+        self.placement = placement
+        device = self.storages[0].device
         if self._board is None:
             sizes = (placement.num_experts, self.num_owned, self.num_replicas, *self._sizes)
-            key = (self.group, self._storages[0].dtype, device, *sizes)
+            key = (self.group, self.storages[0].dtype, device, *sizes)
             if key not in _BOARDS:
                 _BOARDS[key] = _Board(
-                    self.group, placement.num_experts, self.num_replicas, self._sizes, self._storages[0]
+                    self.group, placement.num_experts, self.num_replicas, self._sizes, self.storages[0]
                 )
             self._board = _BOARDS[key]
             self._primary_E = torch.empty(placement.num_experts, dtype=torch.int32, device=device)
@@ -137,7 +139,7 @@ class SymmetricReplication:
         self._held, board = plan, self._board
         with board.beside():
             self._kernels.pull_kernel[(_NUM_PULL_BLOCKS,)](
-                plan.replica_N, self._primary_E, self._addresses_SW, self._words_S, 0, len(self._storages), self.ep_rank,
+                plan.replica_N, self._primary_E, self._addresses_SW, self._words_S, 0, len(self.storages), self.ep_rank,
                 self.num_owned, self.num_replicas, self.num_ranks, BLOCK=_PULL_WORDS, num_warps=_PULL_WARPS,
             )  # fmt: skip
 
@@ -177,7 +179,7 @@ class SymmetricReplication:
             board.state[4:], first, last, board.offset[f"stage{first}"], board.offset[f"stage{last}"],
             board.offset["staged"], board.offset["added"], self.ep_rank, self.num_owned, self.num_replicas,
             plan.replica_N.shape[0], W=self.num_ranks, HAS_B=len(items) > 1, N_PAD=_power_of_two(plan.replica_N.shape[0]),
-            MOST_BLOCKS=_MOST_RETURN_BLOCKS, BLOCK=_RETURN_ELEMENTS, num_warps=_WARPS,
+            BLOCK=_RETURN_BYTES // copies_a.element_size(), num_warps=_RETURN_WARPS,
         )  # fmt: skip
 
 
@@ -189,7 +191,7 @@ class _Board:
         num_ranks, device = group_size(group), like.device
         self.num_experts, self.experts_pad = num_experts, max(_power_of_two(num_experts), 32)
         regions = {"counts": 2 * num_ranks * self.experts_pad * 4}
-        regions |= {"counted": num_ranks * 4, "staged": num_ranks * _MOST_RETURN_BLOCKS * 4, "added": num_ranks * 4}
+        regions |= {"counted": num_ranks * 4, "staged": 2 * num_ranks * _NUM_RETURN_BLOCKS * 4, "added": num_ranks * 4}
         regions |= {f"stage{i}": num_replicas * size * like.element_size() for i, size in enumerate(sizes)}
         self.offset, total = {}, 0
         for name, num_bytes in regions.items():
