@@ -31,8 +31,8 @@ SAME_LAYER = {
     ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("own_loop", "layer"), ("own_loop", "replicas"), ("online", "migrate"), ("online", "observe"), ("online", "timing"),
-    ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"), ("hosts", "train"),
-    ("hosts", "trainer"), ("run_log", "trainer"), ("train", "run_log"), ("hosts", "run_log"),
+    ("online", "replicas"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
+    ("hosts", "train"), ("hosts", "trainer"), ("run_log", "trainer"), ("train", "run_log"), ("hosts", "run_log"),
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))

@@ -12,6 +12,7 @@ from smartmoe.mesh import build_mesh
 from smartmoe.migrate import migrate
 from smartmoe.observe import LoadRecorder, StageView
 from smartmoe.placement import EMPTY, Placement, Replicas, max_over_mean
+from smartmoe.replicas import SymmetricHistory
 from tests.dist import spawn
 from tests.test_migrate import count_collectives
 
@@ -281,10 +282,11 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
     mesh = build_mesh(plan, torch.device("cpu"))
     slots = 1 if replicate == "history" else 0
     layers = [FakeLayer(idx, num_experts, ep, mesh.ep_rank, slots) for idx in (2, 4)]
-    home, seen = layers[0].placement, {}
+    home, seen, timed_with = layers[0].placement, {}, []
 
     def layer_ms():
         # the ranks' clocks differ: only the slowest counts
+        timed_with[:] = [layer.replicas for layer in layers]
         factor = {layer.layer_idx: slower if layer.placement != home else 1.0 for layer in layers}
         return {idx: (0.1 + 1e-3 * load) * factor[idx] / (1 + world_rank) for idx, load in seen.items()}
 
@@ -317,6 +319,8 @@ def run_auto(world_rank, world_size, ep, replicate, slower, free_bytes):
         assert bool(events) == on.is_due(OnlineConfig(policy="auto", interval=5), iteration)
         for layer in layers:
             layer.check()
+        if not any(event["num_moved"] for event in events):  # asking for times waits for the device, tables need not
+            assert timed_with == [layer.replicas for layer in layers]
         for event in events:
             event.pop("cost_ms")  # of this rank
         log += events
@@ -424,3 +428,14 @@ def run_real_layer(world_rank, gate, capacity):
 def test_the_real_layer_computes_the_same_after_a_migration(world):
     for naive, capped in (result["real"] for result in world(2)):
         assert naive == 32 and 0 < capped < 32
+
+
+def test_a_copy_costs_what_travels_for_it_in_an_iteration():
+    history, exact = (OnlineConfig(replicate=mode, replica_slots=1) for mode in ("history", "exact"))
+    sent = {(mode.replicate, gathered): on.bytes_of_replica(mode, 10, 2, 4, gathered) / 20 for mode in (history, exact)
+            for gathered in (True, False)}  # fmt: skip
+    assert sent == {("history", True): 2, ("history", False): 1 + 4, ("exact", True): 12, ("exact", False): 12}
+    layer = FakeLayer(0, 4, 1, 0)
+    gathered = on.guessed_sizes(layer, history, layer.state, 4).replica_bytes
+    layer.replication = object.__new__(SymmetricHistory)
+    assert on.guessed_sizes(layer, history, layer.state, 4).replica_bytes == gathered / 2 * 5

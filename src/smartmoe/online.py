@@ -20,6 +20,7 @@ from smartmoe.migrate import STAGING_BYTES, Staging, migrate
 from smartmoe.observe import LoadRecorder, StageView
 from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.placement import Placement, max_over_mean, num_moves, rank_load
+from smartmoe.replicas import SymmetricHistory
 from smartmoe.solvers import solve_greedy, solve_least_move
 from smartmoe.timing import LayerTimer
 
@@ -43,8 +44,8 @@ def lack_of_room(least_free_bytes: float) -> str:
     return f"its buffer needs {needed / 1e6:.0f} MB, {least_free_bytes / 1e6:.0f} MB are free on the fullest GPU"
 
 
-def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor]) -> Sizes:
-    """What moving and copying experts of `layer` costs, for one micro-batch and the links that a device usually has.
+def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor], num_micro_batches: int = 1) -> Sizes:
+    """What moving and copying experts of `layer` costs, for the links that a device usually has.
 
     state: all tensors [N, ...] of the layer's experts, weights first where they are no masters themselves."""
     weights = list(layer.experts.parameters()) if hasattr(layer, "experts") else list(state)
@@ -52,16 +53,24 @@ def guessed_sizes(layer, online: OnlineConfig, state: Sequence[torch.Tensor]) ->
     gbytes_per_s = 300.0 if weights[0].device.type == "cuda" else 1.0
     return Sizes(
         state_bytes=sum(tensor[0].nbytes for tensor in state),
-        replica_bytes=bytes_of_replica(online, numel, element, 1),
+        replica_bytes=bytes_of_replica(online, numel, element, num_micro_batches, gathers_gradients(layer)),
         gbytes_per_s=gbytes_per_s,
         node_gbytes_per_s=gbytes_per_s,
     )
 
 
-def bytes_of_replica(online: OnlineConfig, numel: int, element: int, num_micro_batches: int) -> int:
-    """Sent and returned in an iteration for one copy of an expert of `numel` weights of `element` bytes."""
-    if online.replicate == "history":  # once a step: weights there, gradients back
-        return 2 * numel * element
+def gathers_gradients(layer) -> bool:
+    """Whether gradients of copies that stay for a step return once in it, and not in every backward pass."""
+    return not isinstance(getattr(layer, "replication", None), SymmetricHistory)
+
+
+def bytes_of_replica(
+    online: OnlineConfig, numel: int, element: int, num_micro_batches: int, is_gathered: bool = True
+) -> int:
+    """Sent and returned in an iteration for one copy of an expert of `numel` weights of `element` bytes. is_gathered: in
+    "history" mode gradients return once, not for each micro-batch."""
+    if online.replicate == "history":
+        return (1 + (1 if is_gathered else num_micro_batches)) * numel * element
     # for each micro-batch: weights for the forward pass, again for the backward pass, gradients back
     return 3 * numel * element * num_micro_batches
 
@@ -302,8 +311,11 @@ class _Auto:
         if changes is None:
             no_room = self._read()
             changes = self._choose(iteration, no_room) if is_due(self._config, iteration) else None
+        moves = any(change.placement != old.placement for change, old in zip(changes or (), self._layers, strict=False))
+        # where no expert moves, routing tables are on their way before `_send` waits for the device, which then need not
+        events = self._carry_out(iteration, changes) if changes and not moves else []
         self._send(iteration)
-        return [] if changes is None else self._carry_out(iteration, changes)
+        return self._carry_out(iteration, changes) if moves else events
 
     def forget_times(self) -> None:
         """The layers' times since the last iteration are those of passes that do not count."""

@@ -25,7 +25,7 @@ from smartmoe.images import ImageDataset
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
 from smartmoe.models import build_chunk, read_batch
-from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes
+from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes, gathers_gradients
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import KINDS
 from smartmoe.parallel.pipeline import MicroBatchRunner, chunk_layers, chunks_of_stage
@@ -180,9 +180,10 @@ class Trainer:
         sharers = config.plan.expert_dp if config.workload.zero else 1
         masters_and_moments = 8 if self.dtype == torch.float32 and sharers == 1 else 12
         is_away = sharers > 1 and self.config.workload.zero == 3 and config.online.replicate == "never"
+        num_micro_batches, is_gathered = config.num_micro_batches, gathers_gradients(layer)
         return Sizes(
             state_bytes=numel * element * (not is_away) + numel * masters_and_moments // sharers,
-            replica_bytes=bytes_of_replica(config.online, numel, element, config.num_micro_batches),
+            replica_bytes=bytes_of_replica(config.online, numel, element, num_micro_batches, is_gathered),
             copy_bytes=4 * model.hidden_size * element,
             gbytes_per_s=cluster.intra_node_gbytes_per_s,
             node_gbytes_per_s=cluster.inter_node_gbytes_per_s,

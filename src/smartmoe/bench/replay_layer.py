@@ -8,7 +8,7 @@ import torch
 from smartmoe.config import OnlineConfig
 from smartmoe.layer import MoELayer
 from smartmoe.load_map import planned_load
-from smartmoe.online import OnlinePlacement
+from smartmoe.online import OnlinePlacement, guessed_sizes
 from smartmoe.replicas import HistoryReplication, return_all, send_all
 
 
@@ -16,12 +16,12 @@ class ReplayedLayer:
     """`layer` as a trainer treats it, but for the optimizer's arithmetic.
 
     A step is begin_step, work for each micro-batch, after_step. What moves with an expert is complete: weights, fp32
-    masters (of 16-bit weights) and two moments. Replicas that stay for a step get their weights in begin_step, and
-    after_step returns their gradients.
+    masters (of 16-bit weights) and two moments. Replicas that stay for a step get their weights from begin_step on, and
+    end_step returns what gradients have gathered.
     """
 
-    def __init__(self, layer: MoELayer, ep_group, stage_group, online: OnlineConfig):
-        self.layer, self.online_config = layer, online
+    def __init__(self, layer: MoELayer, ep_group, stage_group, online: OnlineConfig, num_micro_batches: int = 1):
+        self.layer, self.online_config, self._num_micro_batches = layer, online, num_micro_batches
         self._ep_group, self._stage_group = ep_group, stage_group
         weights = list(layer.experts.parameters())
         extra = 2 if weights[0].dtype == torch.float32 else 3
@@ -44,6 +44,7 @@ class ReplayedLayer:
         self._online = OnlinePlacement(
             [self.layer], self.online_config, ep_group=self._ep_group, stage_group=self._stage_group,
             state_of=lambda _: self.state,
+            sizes=[guessed_sizes(self.layer, self.online_config, self.state, self._num_micro_batches)],
         )  # fmt: skip
 
     def begin_step(self) -> None:

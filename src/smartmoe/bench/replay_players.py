@@ -104,7 +104,7 @@ class Player:
         with torch.no_grad():
             for weight in layer.experts.parameters():
                 weight.normal_(0.0, weight.shape[-2] ** -0.5 if weight.dim() == 3 else 0.02, generator=generator)
-        self.replayed = ReplayedLayer(layer, group, group, online)
+        self.replayed = ReplayedLayer(layer, group, group, online, tokens.num_micro_batches)
         for _ in range(NUM_WARMUP_STEPS):
             self.step()
         self.replayed.start_deciding()
