@@ -15,7 +15,7 @@
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
 # PY=python3 ./RUNME-b.sh uses that Python as it is, with what it has: nothing is installed, no network is needed. On GPUs build the
 # CUDA extension first, then: python3 setup.py build_ext --inplace
-# Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (go on with --resume).
+# Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (what it says goes on).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
@@ -25,6 +25,7 @@ while (($#)); do
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift
+        [[ -d "$out/logs" ]] || { echo "RUNME-b: $out holds no logs/ of runs to resume" >&2; exit 2; }
       else out="$(find "$root" -maxdepth 1 -type d -name 'outputs_from_exec_[0-9]*' | sort | tail -n 1)"; fi
       [[ -d "$out" ]] || { echo "RUNME-b: there is no ${out:-outputs_from_exec_*} to resume" >&2; exit 2; }
       args+=(--resume) ;;

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         cluster = slowed(cluster, args.slow_links)
         sizes = of_sizes(cluster, args.gpus, site)
         try:
-            runs, left_out = configs.expand_sizes(configs.select(args.figures.split()), kind, sizes)
+            runs, left_out = configs.expand_sizes(configs.select((args.figures or "").split()), kind, sizes)
         except ValueError as error:
             raise ValueError(f"{error}{better_sizes(sizes, cluster) if kind == 'local' else ''}") from None
         for figure, reason in left_out.items():
@@ -90,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a file of clusters/: cpu: gloo ranks on this machine; local: this machine's GPUs; slurm or another: jobs; "
         "auto: Slurm where it answers, else GPUs when there are any, else cpu (default)",
     )
-    parser.add_argument("--figures", default="", metavar='"8 10"', help="figures to run (default: all)")
+    parser.add_argument("--figures", default=None, metavar='"8 10"', help="figures to run (default: all)")
     parser.add_argument("--gpus", default="", metavar='"1 2 4"', help="with local: runs on so many GPUs each, those that fit "
                         "side by side (default: on all GPUs of the machine)")  # fmt: skip
     parser.add_argument("--only", default="", metavar="REGEX",
@@ -103,15 +103,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "down to this rate, to stand in for a slow network; panels say so (default: as links are)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
     parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others")
-    parser.add_argument("--max-jobs", type=int, default=0, metavar="N",
+    parser.add_argument("--max-jobs", type=int, default=None, metavar="N",
                         help="on Slurm: at most N of the runs in the queue at a time (default: all)")  # fmt: skip
     parser.add_argument("--configs", type=Path, default=ROOT / "scripts",
                         help="folder of models.toml, experiments/ and clusters/ (default: scripts)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.out is None and not args.dry_run:
         parser.error("--out DIR is needed, or --dry-run")
-    if args.max_jobs < 0:
+    if args.max_jobs is not None and args.max_jobs < 1:
         parser.error("--max-jobs must be at least 1")
+    args.max_jobs = args.max_jobs or 0  # no limit
+    if args.figures is not None and not args.figures.split():
+        parser.error("--figures names none: leave it out for all")
     return args
 
 
@@ -221,6 +224,9 @@ def only(runs: list[Run], pattern: str) -> list[Run]:
 def give_data(runs: list[Run], names: list[str]) -> None:
     """Let each run train on those of `names` that suit its model: images, which are folders, or text. Raises ValueError where
     they suit none."""
+    for name in names:
+        if name != SYNTHETIC and not any(Path(name + ending).exists() for ending in ("", ".bin")):
+            raise ValueError(f"--data {name}: there is no such file or folder, and no {name}.bin")
     is_taken = False
     for run in runs:
         wants_images = run.config.model.swin is not None
@@ -294,8 +300,7 @@ def launch(
                 launcher.set_aside(run, reason)
         if site is None:
             gpus = gpu_ids(cluster.ranks_per_node) if cluster.device == "cuda" else []
-            words = f"{launcher.root} can be continued with --resume"
-            return interruptible(lambda: do_all(launcher, runs, machine, gpus), words)
+            return interruptible(lambda: do_all(launcher, runs, machine, gpus), f"go on with {same_again(args)}")
         campaign = slurm_launch.Campaign(launcher, site, args.out.resolve(), runs, args.max_jobs, same_again(args))
         return interruptible(lambda: slurm_launch.do_all(campaign), "the jobs were left to Slurm")
 

@@ -5,9 +5,9 @@
 # nothing is made or installed, no network is needed.
 venv_as_it_is() { # ROOT PYTHON WORD ..: take PYTHON if it lacks none of the words
   local lacking command
-  command="$(command -v "$2")" || { echo "venv.sh: PY=$2: there is no such command" >&2; return 1; }
+  command="$(command -v "$2")" || { echo "venv.sh: PY=$2: there is no such command" >&2; return 2; }
   lacking="$("$command" "$1/scripts/lacking.py" "${@:3}")" || return 1
-  if [ -n "$lacking" ]; then echo "venv.sh: PY=$2 lacks $lacking: install that for it, or unset PY" >&2; return 1; fi
+  if [ -n "$lacking" ]; then echo "venv.sh: PY=$2 lacks $lacking: install that for it, or unset PY" >&2; return 2; fi
   export PY="$command" PYTHONPATH="$1/src${PYTHONPATH:+:$PYTHONPATH}"
 }
 venv_prepare() {
@@ -28,7 +28,7 @@ venv_prepare() {
       if [ -z "$lacking" ]; then base="$candidate" site=--system-site-packages; break; fi
       base="${base:-$candidate}"
     done
-    if [ -z "$base" ]; then echo "venv.sh: no Python >= 3.11 (python3.11 .. python3.14, python3) on PATH; install one" >&2; return 1; fi
+    if [ -z "$base" ]; then echo "venv.sh: no Python >= 3.11 (python3.11 .. python3.14, python3) on PATH; install one" >&2; return 2; fi
     "$base" -m venv ${site:+"$site"} "$dir" >&2 || { echo "venv.sh: cannot make $dir: is python3-venv installed?" >&2; return 1; }
   fi
   read -ra wanted_words <<<"$wanted"

@@ -71,7 +71,7 @@ class Worlds:
         """How many worlds there are, how they share the machine, and how long that may take."""
         if not self.gpus:
             minutes = sum(world.estimate_s for world in self.waiting) / 60
-            return f"{self.num_runs} runs, about {minutes:.0f} minutes"
+            return f"{self.num_runs} runs, about {max(minutes, 1):.0f} minutes"
         at_once = min(len(self.gpus), max(1, self.num_cores // self.machine.cores_per_rank))
         minutes = sum(world.estimate_s * world.num_ranks for world in self.waiting) / at_once / 60
         return (

@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -176,12 +177,15 @@ def test_an_interruption_while_a_run_starts_ends_it(setup, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_the_run_and_leaves_it_for_resume(setup, tmp_path, number):
-    child = start(setup(grid(7), grid(1)))
+    child = start([*setup(grid(7), grid(1)), "--figures", "8", "--only", "fastmoe|padded"])
     wait_for(lambda: list(tmp_path.glob("out/logs/**/fake.pid")))
     pids = [int((folder_of(tmp_path, 7) / name).read_text()) for name in ("fake.pid", "child.pid")]
     child.send_signal(number)
     text, _ = child.communicate(timeout=30)
-    assert child.returncode == 128 + number and "--resume" in text and "Traceback" not in text
+    assert child.returncode == 128 + number and "Traceback" not in text
+    again = shlex.split(next(line for line in text.splitlines() if line.startswith("interrupted; go on with "))[24:])
+    assert again[:5] == ["./RUNME-b.sh", "--cluster", "cpu", "--resume", str(tmp_path / "out")]
+    assert again[-4:] == ["--figures", "8", "--only", "fastmoe|padded"], "not with more than was asked for"
     found = runs_of(tmp_path)
     assert (found[7]["status"], found[7]["message"], found[1]["status"]) == ("failed", "interrupted", "pending")
     assert not any(is_alive(pid) for pid in pids)
@@ -277,7 +281,8 @@ def test_bad_input_starts_nothing(setup, tmp_path, capsys):
         ([grid(1)], ["--figures", "7"], "unknown figure fig7"),
         ([grid(1)], ["--cluster", "slurm"], "--cluster slurm: "),
         ([grid(1)], ["--max-jobs", "2"], "one run follows the other"),
-        ([grid(1)], ["--data", "absent.txt"], "absent.txt"),
+        ([grid(1)], ["--data", "absent.txt"], "absent.txt: there is no such file"),
+        ([grid(1)], ["--data", "absent.txt", "--dry-run"], "absent.txt: there is no such file"),
         ([grid(1), wrong_key], [], 'unknown key "panle"'),
         ([grid(1), wrong_size], [], "not a multiple"),
         ([grid(1)], ["--configs", str(tmp_path / "absent")], "models.toml"),
@@ -285,9 +290,10 @@ def test_bad_input_starts_nothing(setup, tmp_path, capsys):
         assert launch.main([*setup(*grids), *more]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit) as error:
-        launch.main(["--cluster", "cpu"])
-    assert error.value.code == 2
+    for arguments in ([], ["--figures", " ", "--dry-run"], ["--max-jobs", "0", "--dry-run"]):
+        with pytest.raises(SystemExit) as error:
+            launch.main(["--cluster", "cpu", *arguments])
+        assert error.value.code == 2
 
 
 def test_no_gpu_is_said_plainly(setup, monkeypatch, capsys):
@@ -307,6 +313,9 @@ def test_resume_without_a_name_takes_the_newest_run_set_and_no_other_output(tmp_
     (tmp_path / "outputs_from_exec_alpa").mkdir()  # of Alpa's benchmark
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 2 and "to resume" in done.stderr
+    named = [*script[:3], str(tmp_path / "outputs_from_exec_alpa")]
+    done = subprocess.run(named, capture_output=True, text=True)
+    assert done.returncode == 2 and "outputs_from_exec_alpa holds no logs/ of runs to resume" in done.stderr
     for day in ("20261121T000000Z", "20261122T000000Z"):
         (tmp_path / f"outputs_from_exec_{day}").mkdir()
     done = subprocess.run(script, capture_output=True, text=True)

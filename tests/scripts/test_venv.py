@@ -51,9 +51,9 @@ def test_a_complete_python3_without_environment_needs_no_name(root):
 def test_what_a_named_python_lacks_is_said_and_nothing_is_installed(root):
     command(root, "bare", f'exec {sys.executable} -S -I "$@"')  # without site-packages
     code, _, err = source(root, "train", PY="bare")
-    assert code == 1 and "PY=bare lacks numpy>=1.26 matplotlib>=3.8 torch==2.13.0 tokenizers" in err
+    assert code == 2 and "PY=bare lacks numpy>=1.26 matplotlib>=3.8 torch==2.13.0 tokenizers" in err
     code, _, err = source(root, "plot", PY="no-such-python")
-    assert code == 1 and "PY=no-such-python: there is no such command" in err
+    assert code == 2 and "PY=no-such-python: there is no such command" in err
 
 
 def test_the_environment_of_an_earlier_call_is_no_named_python(root):
