@@ -57,6 +57,12 @@ class Tokens:
     num_segments: int | None
 
 
+def router_values(model: ModelConfig, seed: int, layer_idx: int) -> torch.Tensor:
+    """Initial weights of a router, [E, D] float32: the same under every plan."""
+    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, "gate", "weight"))
+    return torch.empty(model.num_experts, model.hidden_size).normal_(0.0, INIT_STD, generator=generator)
+
+
 class Gate(nn.Module, abc.ABC):
     """A linear router with float32 weights, and what all gates share: capacity and statistics over the right ranks.
 
@@ -88,9 +94,7 @@ class Gate(nn.Module, abc.ABC):
             param.parallel = "dense"
 
     def _init_weights(self, model, seed, layer_idx, device):
-        generator = torch.Generator().manual_seed(make_key(seed, layer_idx, "gate", "weight"))
-        weight_ED = torch.empty(model.num_experts, model.hidden_size).normal_(0.0, INIT_STD, generator=generator)
-        self.weight_ED = nn.Parameter(weight_ED.to(device))
+        self.weight_ED = nn.Parameter(router_values(model, seed, layer_idx).to(device))
         self.bias_E = nn.Parameter(torch.zeros(model.num_experts, device=device))
 
     @abc.abstractmethod

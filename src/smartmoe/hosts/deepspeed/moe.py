@@ -10,11 +10,11 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
 
-from smartmoe.config import ModelConfig, RunConfig
+from smartmoe.config import RunConfig
+from smartmoe.gates import router_values
 from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
-from smartmoe.layer import INIT_STD, Experts
+from smartmoe.layer import Experts
 from smartmoe.ops.activation import activate, widening
-from smartmoe.ops.hashing import make_key
 
 
 class Expert(nn.Module):
@@ -77,12 +77,6 @@ def create_expert_groups(ep: int) -> str:
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep)
     return name
-
-
-def router_values(model: ModelConfig, seed: int, layer_idx: int) -> torch.Tensor:
-    """Initial weights of a router: [E, D] float32."""
-    generator = torch.Generator().manual_seed(make_key(seed, layer_idx, "gate", "weight"))
-    return torch.empty(model.num_experts, model.hidden_size).normal_(0.0, INIT_STD, generator=generator)
 
 
 def _experts_of_this_rank(num_experts: int, ep: int) -> range:

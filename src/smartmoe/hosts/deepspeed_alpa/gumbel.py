@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smartmoe.gates import Gate, Routing, Tokens
+from smartmoe.gates import Gate, Routing, Tokens, router_values
 from smartmoe.hosts.deepspeed.limits import MIN_CAPACITY
-from smartmoe.hosts.deepspeed.moe import router_values
 from smartmoe.ops.extension import have_triton
 
 _MAX_BLOCKS_BY_EXPERTS = 1 << 15  # of 64 tokens: one block of the kernel holds all of their counts
