@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from smartmoe.mesh import Mesh
-from smartmoe.parallel.pipeline_passes import ChunkSource, PlayChunk, Player, Source, WholeSource
+from smartmoe.parallel.pipeline_passes import ChunkSource, PlayChunk, Player, Source, WholeSource, fill
 from smartmoe.planner.schedule import most_in_flight
 
 
@@ -144,7 +144,7 @@ class MicroBatchRunner:
                 if played is None:
                     self.one_pass(*inputs)
                 else:
-                    played.work.fill(inputs)
+                    fill(played.work.inputs, inputs)
                     played.launch(0)
         else:
             for stage in self._stages:

@@ -56,9 +56,6 @@ class WholePass:
         self.inputs = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in sample)
         self.parts = (lambda: run(*self.inputs),)
 
-    def fill(self, values: Sequence[torch.Tensor]) -> None:
-        _fill(self.inputs, values)
-
 
 class WholeSource:
     """Passes of the only chunk there is: one at a time."""
@@ -129,20 +126,21 @@ class PlayChunk(torch.autograd.Function):
     def forward(ctx, played: Played, anchor, *inputs):
         ctx.played, ctx.num_inputs = played, len(inputs)
         ctx.set_materialize_grads(False)
-        _fill(played.work.inputs, inputs)
+        fill(played.work.inputs, inputs)
         played.launch(0)
         return tuple(output.detach() for output in played.work.outputs)
 
     @staticmethod
     def backward(ctx, *grads):
         work = ctx.played.work
-        _fill(work.output_grads, grads[: len(work.output_grads)])
+        fill(work.output_grads, grads[: len(work.output_grads)])
         ctx.played.launch(1)
         # copies, as whoever gets them may keep them, or add to them
         found = [grad.clone() for grad in work.input_grads]
         return None, None, *found, *[None] * (ctx.num_inputs - len(found))
 
 
-def _fill(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def fill(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy each value to its place."""
     for place, value in zip(places, values, strict=True):
         place.copy_(value)
