@@ -57,6 +57,12 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
     lines = Path("out/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:4] == first
+    for part in Path("out/checkpoints").glob("*/*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    capfd.readouterr()
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 2
+    error = capfd.readouterr().err
+    assert "checkpoints is whole" in error and error.count("\n") == 1, "said before a rank starts"
 
 
 def test_data_of_the_command_line_wins(folder):

@@ -133,6 +133,10 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
     if args.resume and not has_run:
         raise ValueError(f"{run_dir} holds no run to go on with: leave --resume out to start one there")
+    if args.resume and (run_dir / "checkpoints").is_dir():
+        from smartmoe import checkpoint  # and torch with it
+
+        checkpoint.newest_good(run_dir / "checkpoints", lambda text: None)  # ValueError where there are some, but none is whole
     _check_inputs(config, str(args.config))
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
