@@ -1,9 +1,14 @@
-"""What the blocks of every model share: norms, residual sums, a dense MLP or an MoE layer, and recomputation.
+"""What the blocks of every model share: norms, residual sums, a dense MLP or an MoE layer, recomputation, and initial values.
 
 Layer 5. Shapes: B samples, T tokens of a sample on this rank, D model dim.
 """
 
 from __future__ import annotations
+
+import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -58,3 +63,31 @@ def run_block(
     with set_checkpoint_early_stop(False):
         options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
         return checkpoint(block, x_BTD, token_id_BT, **options)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, seed: int, num_layers: int) -> None:
+    """Initialise everything but the MoE layers, each parameter from (seed, its name) alone: the same values on every rank
+    and under every plan. Normal with std 0.02, output projections scaled by 1/sqrt(2 * num_layers) as in GPT-2; biases
+    are 0."""
+    drawn = []
+    for name, param in module.named_parameters():
+        if ".moe." in name:
+            continue
+        if "norm" in name or name.endswith("bias"):
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            drawn.append((name, param))
+
+    def draw(named: tuple[str, nn.Parameter]) -> None:
+        name, param = named
+        std = 0.02 / math.sqrt(2 * num_layers) if name.endswith(("out.weight", "down.weight")) else 0.02
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        values = torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        with torch.no_grad():  # which is a thread's own
+            param.copy_(values)
+
+    # a thread draws no more than some 100 million a second
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        list(threads.map(draw, drawn))

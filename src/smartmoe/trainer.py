@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import nn
 from torch.profiler import record_function
 
 from smartmoe import checkpoint
+from smartmoe.blocks import init_weights
 from smartmoe.config import RunConfig, to_dict
 from smartmoe.controller import Sizes
 from smartmoe.data import TokenDataset
 from smartmoe.dispatch.direct import DirectDispatcher
-from smartmoe.gpt import init_weights
 from smartmoe.graphs import CudaTape, PassGraphs, why_not
 from smartmoe.images import ImageDataset
 from smartmoe.layer import MoELayer
@@ -337,13 +336,7 @@ class Trainer:
         The saved placement is kept where it has this plan's number of ranks; otherwise experts start in plain order.
         Raises ValueError when the checkpoint is of another model or batch size, or damaged.
         """
-        meta = checkpoint.read_meta(path)
-        mine = json.loads(json.dumps(to_dict(self.config)))  # lists as in the file
-        for section, keys in (("model", None), ("workload", ("global_batch_size", "seed"))):
-            for key in keys or mine[section]:
-                saved = meta["config"][section].get(key)
-                if key != "name" and saved != mine[section][key]:
-                    raise ValueError(f"{path}: was written with {section}.{key} = {saved}, not {mine[section][key]}")
+        meta = checkpoint.read_meta_of(path, self.config)
         for idx, layer in self.layers.items():
             saved = meta["placements"].get(idx)
             if saved is not None and saved.num_ranks == self.config.plan.ep:

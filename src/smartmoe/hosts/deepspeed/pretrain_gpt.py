@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 
 from smartmoe import record
+from smartmoe.blocks import init_weights
 from smartmoe.config import RunConfig, Workload, check, from_dict
 from smartmoe.data import TokenDataset, load_tokens
-from smartmoe.gpt import GPT, init_weights
+from smartmoe.gpt import GPT
 from smartmoe.hosts.deepspeed.engine import init_world, make_engine, split_groups, zero_config
 from smartmoe.hosts.deepspeed.limits import problems
 from smartmoe.hosts.deepspeed.moe import DeepSpeedMoE
