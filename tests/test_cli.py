@@ -57,10 +57,16 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
     lines = Path("out/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:4] == first
+    resume = ["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]
+    Path("run.toml").write_text(TINY.replace("num_layers = 2", "num_layers = 3"))
+    capfd.readouterr()
+    assert cli.main(resume) == 2
+    error = capfd.readouterr().err
+    assert "iter_0000006: was written with model.num_layers = 2, not 3" in error and error.count("\n") == 1
+    Path("run.toml").write_text(TINY)
     for part in Path("out/checkpoints").glob("*/*.distcp"):
         part.write_bytes(part.read_bytes()[:100])
-    capfd.readouterr()
-    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 2
+    assert cli.main(resume) == 2
     error = capfd.readouterr().err
     assert "checkpoints is whole" in error and error.count("\n") == 1, "said before a rank starts"
 

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Shard
 
 from smartmoe import record
+from smartmoe.config import RunConfig, to_dict
 from smartmoe.mesh import Mesh
 from smartmoe.optimizer import MixedAdamW, layer_of
 from smartmoe.parallel.data import ParamRef, Share
@@ -206,6 +207,17 @@ def read_meta(path: Path) -> dict:
         raise ValueError(
             f"{file}: damaged checkpoint: {error!r}; remove {path} to resume from the one before"
         ) from None
+
+
+def read_meta_of(path: Path, config: RunConfig) -> dict:
+    """As `read_meta`; raises ValueError, too, when the checkpoint is of another model, batch size or seed than `config`'s."""
+    meta, mine = read_meta(path), json.loads(json.dumps(to_dict(config)))  # lists as in the file
+    for section, keys in (("model", None), ("workload", ("global_batch_size", "seed"))):
+        for key in keys or mine[section]:
+            saved = meta["config"][section].get(key)
+            if key != "name" and saved != mine[section][key]:
+                raise ValueError(f"{path}: was written with {section}.{key} = {saved}, not {mine[section][key]}")
+    return meta
 
 
 def restore(path: Path, optimizer: MixedAdamW, placements: dict[int, Placement]) -> None:

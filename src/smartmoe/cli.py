@@ -136,7 +136,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and (run_dir / "checkpoints").is_dir():
         from smartmoe import checkpoint  # and torch with it
 
-        checkpoint.newest_good(run_dir / "checkpoints", lambda text: None)  # ValueError where there are some, but none is whole
+        found = checkpoint.newest_good(run_dir / "checkpoints", lambda text: None)  # which the ranks tell
+        if found is not None:
+            checkpoint.read_meta_of(found, config)
     _check_inputs(config, str(args.config))
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
