@@ -258,16 +258,20 @@ def test_a_chip_that_waits_for_others_in_other_layers_is_faster():
     config = dataclasses.replace(CONFIG, layer=LayerConfig(dispatcher="direct"))
     num_layers, num_experts = loads.uniform(MODEL).share.shape[-2:]
     took = {}
-    for hot in ((0, 0), (0, 3)):  # the rank that has all rows, in each of two samples
+    for hot in ((0, 0), (0, 3), (0, None)):  # the rank that has all rows in each of two samples, None = even
         for speedup in (0.0, 0.5):
             share = np.zeros((2, 1, 1, num_layers, num_experts))
             for sample, rank in enumerate(hot):
-                share[sample, ..., rank * num_experts // 4] = 1.0
+                if rank is None:
+                    share[sample] = 1 / num_experts
+                else:
+                    share[sample, ..., rank * num_experts // 4] = 1.0
             known = described.describe(NODES, described.Rates(kernel_us=0.0), "bfloat16")
             known.facts |= {"rank_pace": [1.0] * 4, "wait_speedup": speedup}
             cost = CostModel(config, cluster, known, loads.Loads(share, "by hand"))
             took[hot, speedup] = cost.layer_times(plan, 2).forward["experts"].mean((1, 2))
-    assert took[(0, 0), 0.5] == pytest.approx(took[(0, 0), 0.0])  # who never waits has no power left
+    for hot in ((0, 0), (0, None)):  # who never waits has no power left
+        assert took[hot, 0.5] == pytest.approx(took[hot, 0.0])
     # idle ranks read no weights: they wait for all but that
     assert took[(0, 3), 0.5] == pytest.approx(np.exp(-0.25) * took[(0, 3), 0.0], rel=0.03)
 
