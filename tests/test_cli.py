@@ -2,6 +2,7 @@ import dataclasses
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ def test_ranks_and_plan(folder):
     assert cli.read_config(Path("run.toml"), None).plan.world_size == 4
     with pytest.raises(ValueError, match="run.toml.*4 ranks, but cluster"):
         cli.read_config(Path("run.toml"), 3)
+
+
+@pytest.mark.parametrize(("num_gpus", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda"), (8, "cuda")])
+def test_a_file_without_a_cluster_runs_on_the_gpus_that_are_there(folder, monkeypatch, num_gpus, device):
+    monkeypatch.setattr(cli.shutil, "which", lambda name: "/bin/nvidia-smi" if num_gpus else None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    properties = lambda idx: types.SimpleNamespace(total_memory=(80 - idx) * 10**9)  # noqa: E731
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    cluster = cli.read_config(Path("run.toml"), 2).cluster
+    assert (cluster.device, cluster.num_ranks) == (device, 2)
+    assert cluster.memory_gbytes == (79 if device == "cuda" else config.ClusterSpec().memory_gbytes)
+    Path("run.toml").write_text(TINY + '[cluster]\ndevice = "cpu"\nranks_per_node = 2\n')
+    assert cli.read_config(Path("run.toml"), 2).cluster.device == "cpu"
 
 
 def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):

@@ -102,14 +102,31 @@ def _parser() -> argparse.ArgumentParser:
 def read_config(path: Path, num_ranks: int | None) -> RunConfig:
     """The checked config of `path` for `num_ranks` processes (None: as many as its plan needs).
 
-    A file without [plan] gets data and expert parallelism over all ranks; one without [cluster] gets one node.
+    A file without [plan] gets data and expert parallelism over all ranks; one without [cluster] gets this machine.
     """
     table = read_table(path)
     config = from_dict(RunConfig, table, str(path))
     world_size = num_ranks or (config.plan.world_size if "plan" in table else config.cluster.num_ranks)
     plan = config.plan if "plan" in table else ParallelPlan(dp=world_size, ep=world_size)
-    cluster = config.cluster if "cluster" in table else ClusterSpec(ranks_per_node=world_size)
+    cluster = config.cluster if "cluster" in table else this_machine(world_size)
     return check(RunConfig(**{**vars(config), "plan": plan, "cluster": cluster}), str(path))
+
+
+def this_machine(world_size: int) -> ClusterSpec:
+    """`world_size` ranks of this machine: on its GPUs where there are as many, else on the CPU. Rates are about those of GPUs
+    in one machine; online placement measures its own."""
+    cpu = ClusterSpec(ranks_per_node=world_size)
+    if not shutil.which("nvidia-smi"):  # else torch is asked, which takes a second to start
+        return cpu
+    import torch
+
+    if torch.cuda.device_count() < world_size:
+        return cpu
+    memory = min(torch.cuda.get_device_properties(idx).total_memory for idx in range(world_size)) / 1e9
+    return ClusterSpec(
+        name="local", device="cuda", ranks_per_node=world_size, memory_gbytes=memory, tflops=400.0,
+        intra_node_gbytes_per_s=300.0, inter_node_gbytes_per_s=25.0,
+    )  # fmt: skip
 
 
 def _train(args: argparse.Namespace) -> int:
