@@ -38,6 +38,7 @@ A run.toml needs nothing; each table is optional, each key has a default (all ke
   [plan]      pp = 2, dp = 2, ep = 2     # without it: data and expert parallel over all ranks
   [online]    policy = "greedy", interval = 10     # or "auto", with replicate = "history" and replica_slots = 1
   [workload]  iterations = 100, data = ["corpus.txt"], checkpoint_interval = 50
+  [cluster]   device = "cpu", ranks_per_node = 4     # without it: as many GPUs of this machine, if it has them, else its CPU
 
 A model with the table [model.swin] (config.SwinConfig; examples: scripts/models.toml) is a Swin transformer, trained on images:
 data = ["FOLDER"] of IDX files, ["synthetic"], or without it Debian's dataset-fashion-mnist.
