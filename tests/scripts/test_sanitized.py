@@ -36,3 +36,11 @@ def test_only_all_tools_make_a_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sanitized, "RECORD", tmp_path / "record.json")
     sanitized.main(["racecheck", "memcheck"])
     assert json.loads(sanitized.RECORD.read_text())["tools"] == ["memcheck", "racecheck"]
+
+
+def test_the_kernels_are_as_compute_sanitizer_found_them_clean():
+    changed = sanitized.changed(json.loads(sanitized.RECORD.read_text()))
+    assert not changed, (
+        f"{', '.join(changed)}: not as compute-sanitizer last found them clean: run scripts/sanitize.sh on a GPU and commit "
+        "tests/sanitized.json"
+    )
