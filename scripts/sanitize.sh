@@ -50,4 +50,4 @@ for tool in "$@"; do
   [ "$(grep -c ' balanced .* [0-9.]* (' "$logs/rows")" = 6 ] || failed=1
 done
 [ "$failed" = 0 ] || { echo "sanitize.sh: see the reports above" >&2; exit 1; }
-"$PY" -m tests.sanitized "$@"  # tests/sanitized.json: a test holds that kernels are as they were here
+"$PY" -m tests.sanitized "$@"  # tests/sanitized.json: a test marked gpu holds that kernels are as they were here

@@ -1,6 +1,9 @@
-"""scripts/sanitize.sh needs a GPU; that it was run on the kernels as they are is held here."""
+"""What scripts/sanitize.sh records; on a GPU, where it can be run, also that it was run on the kernels as they are."""
 
 import json
+
+import pytest
+import torch
 
 from tests import sanitized
 
@@ -38,7 +41,10 @@ def test_only_all_tools_make_a_record(tmp_path, monkeypatch, capsys):
     assert json.loads(sanitized.RECORD.read_text())["tools"] == ["memcheck", "racecheck"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, as scripts/sanitize.sh does")
 def test_the_kernels_are_as_compute_sanitizer_found_them_clean():
+    """It fails where one can mend it: on a GPU. Elsewhere a kernel may change without; the next run on a GPU says so."""
     changed = sanitized.changed(json.loads(sanitized.RECORD.read_text()))
     assert not changed, (
         f"{', '.join(changed)}: not as compute-sanitizer last found them clean: run scripts/sanitize.sh on a GPU and commit "
