@@ -303,6 +303,13 @@ def test_a_state_dict_brings_the_placement_of_its_weights():
     assert torch.equal(restored(x.float(), ids)[0], moved(x.float(), ids)[0])
     with pytest.raises(ValueError, match="does not fit"):
         restored.load_state_dict(state | {"_extra_state": Placement.identity(6, 2).to_dict()})
+    nested = torch.nn.Sequential(torch.nn.Identity(), restored)
+    of_old = {f"1.{name}": value for name, value in state.items() if name != "_extra_state"}
+    nested.load_state_dict(of_old)  # as in Megatron's checkpoints: the placement stays
+    assert restored.placement == moved.placement
+    del of_old["1.gate.bias_E"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"1.gate.bias_E\"\."):
+        nested.load_state_dict(of_old)
 
 
 @pytest.mark.parametrize(

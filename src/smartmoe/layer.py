@@ -250,6 +250,13 @@ class MoELayer(nn.Module):
         """As `set_placement`: a state_dict of the same rank brings its placement with it."""
         self.set_placement(Placement.from_dict(state))
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """One without a placement, of an earlier version or a host that keeps placements by itself, is whole, too: its experts
+        are taken for those of the placement in force."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if f"{prefix}_extra_state" in missing:
+            missing.remove(f"{prefix}_extra_state")
+
     def _forward_with_replicas(self, x_TD, routing: Routing, token_id_T) -> torch.Tensor:
         plan = self.replication.plan(routing.expert_idx_TK, token_id_T)
         experts = HeldExperts(self.experts, self.replication, plan)
