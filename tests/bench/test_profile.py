@@ -103,8 +103,27 @@ def test_times_of_one_chip_become_those_of_the_slowest():
         assert profiler.rank_pace(some, 2)[0] == pytest.approx([0.8, 1.0])
 
 
-def _case(rows, busiest):
-    return profile_cluster.both_ways("experts", {"rows": rows}, False, None, busiest)
+def _case(rows, busiest, is_held_out=False):
+    return profile_cluster.both_ways("experts", {"rows": rows}, is_held_out, None, busiest)
+
+
+def test_held_out_sizes_tell_nothing_of_the_chips():
+    alike = [profiler.Timed(_case(rows, None), 0, None, np.array([0.8, 1.0]) * rows) for rows in (10, 20)]
+    held = [profiler.Timed(_case(15, None, is_held_out=True), 0, None, np.array([30.0, 15.0]))] * 9
+    assert profiler.rank_pace([*held, *alike], 2)[0] == pytest.approx([0.8, 1.0])
+
+
+def test_a_piece_that_does_not_fit_twice_is_left_out():
+    """The host's time of a piece with a backward part is what a second one adds."""
+
+    def step(mark, copies=1):
+        if copies == 2:
+            raise torch.OutOfMemoryError
+
+    timer = profiler.Profiler.__new__(profiler.Profiler)
+    world = SimpleNamespace(device=torch.device("cuda"), synchronize=lambda: None, share=lambda word: [word], largest=float)
+    timer.site, timer.seconds, timer._has_host = SimpleNamespace(world=world), 0.001, set()
+    assert timer._prepare(profiler.Case("experts", {}, lambda: step, True, False)) is None
 
 
 def test_a_chip_that_waits_is_faster():

@@ -82,7 +82,9 @@ def test_a_profile_survives_the_disk_and_damage_is_named(tmp_path):
     assert Primitives.fit(again).ms("linear_forward", **GRID[0]) == pytest.approx(_law(**GRID[0]))
     good = json.loads(path.read_text())
     for change, message in (
-        (lambda d: d.update(schema=9), "schema 4"),
+        (lambda d: d.update(schema=3), "schema 3, .* reads schema 4: make a new one with: smartmoe profile"),
+        (lambda d: d.pop("schema"), "schema None"),
+        (lambda d: d.update(kind="trace"), "not a profile; make one"),
         (lambda d: d["points"].update(linaer_forward=[]) or d["points"]["linaer_forward"].extend([{}]), "did you mean"),
         (lambda d: d["points"]["linear_forward"][0]["sizes"].pop("tokens"), "sizes"),
         (lambda d: d["points"]["linear_forward"][0]["device_ms"].update(median=-1), "positive"),

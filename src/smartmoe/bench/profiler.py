@@ -141,6 +141,10 @@ class Profiler:
         else:
             lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), None
             if took < _MOST_FOR_HOST or case.name not in self._has_host:
+                if case.has_backward:  # _launch_ms runs it twice at once
+                    if not self._fits((lambda: step(lambda: None, copies=2),)):
+                        return None
+                    reset()
                 host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
                 self._has_host |= set() if case.is_held_out else {case.name}
         return _Ready(case, step, reset, lead, num, host_IP)
@@ -264,15 +268,15 @@ def rank_pace(timed: list[Timed], num_ranks: int) -> tuple[np.ndarray, float, di
 
     A chip at its limit of power has what is left of it by waiting for its next products: which one that is depends on the loads
     of the last tenth of a second, not on its own. Least squares of logarithms of the times of those ranks that had a case's
-    sizes to do (all, or the busiest one): an unknown for each size, one for each rank, and one for the mean share of time that
-    the rank waited in these rounds.
+    sizes to do (all, or the busiest one), held-out ones excepted: an unknown for each size, one for each rank, and one for the
+    mean share of time that the rank waited in these rounds.
     """
     wait = {}
     for turn in dict.fromkeys(row.turn for row in timed):
         those = [row.times_W for row in timed if row.turn == turn]
         wait[turn] = np.mean([1 - times_W / times_W.max() for times_W in those], axis=0)
     idx_of_size, seen = {}, []
-    for row in timed:
+    for row in (row for row in timed if not row.case.is_held_out):
         size_idx = idx_of_size.setdefault(tuple(sorted(row.case.sizes.items())), len(idx_of_size))
         ranks = range(num_ranks) if row.case.busiest is None else (row.case.busiest,)
         seen += [(size_idx, rank, wait[row.turn][rank], np.log(row.times_W[rank])) for rank in ranks]

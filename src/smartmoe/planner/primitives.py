@@ -206,7 +206,7 @@ def fit_non_negative(matrix_PA: np.ndarray, target_P: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Point:
     """One measured size. `device_ms` and `host_ms` are medians with p10 and p90; host_ms is empty where it was not measured,
-    as the larger sizes need not be. A held-out point takes no part in fits."""
+    as the larger sizes need not be. A held-out point takes no part in fits, nor in what is found of chips' paces."""
 
     sizes: dict[str, float]
     device_ms: dict[str, float]
@@ -233,8 +233,13 @@ class Profile:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: cannot read this profile: {error}") from None
-        if not isinstance(data, dict) or data.get("kind") != "profile" or data.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: not a profile of schema {SCHEMA}; make one with: smartmoe profile")
+        if not isinstance(data, dict) or data.get("kind") != "profile":
+            raise ValueError(f"{path}: not a profile; make one with: smartmoe profile")
+        if data.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{path}: a profile of schema {data.get('schema')}, made by another version; this one reads schema {SCHEMA}: "
+                f"make a new one with: smartmoe profile"
+            )
         try:
             points = {name: [_point(name, raw) for raw in found] for name, found in data["points"].items()}
             return cls(points, str(data["dtype"]), dict(data["facts"]))
