@@ -430,7 +430,8 @@ def _replica_problems(config: RunConfig) -> list[str]:
 
 def replica_bytes(config: RunConfig) -> int:
     """Most memory that replicas take on a rank, whatever the skew: the weights in the replica slots of its MoE layers, in
-    "history" mode their float32 gradients, and what a collective exchange of either stages in both directions."""
+    "history" mode their float32 gradients, and what a collective exchange of either stages in both directions. Between GPUs
+    that reach each other's memory it is less: neither those sums nor that staging, but gradients of one layer's slots."""
     model, plan, slots = config.model, config.plan, config.online.replica_slots
     layers = -(-model.num_layers // (max(model.moe_every, 1) * max(plan.pp, 1)))
     numel = expert_numel(model)

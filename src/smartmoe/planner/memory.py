@@ -208,7 +208,8 @@ def estimate(
                 saved += transient_at_head if is_last else transient
                 buffers += min(flights + 1, num_micro_batches) * token_bytes * ((chunk > 0) + (not is_last))
             activations += flights * saved
-        # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes)
+        # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes): too
+        # much where kernels carry these (replicas.SymmetricHistory), which stage those of one layer in the training dtype
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
         copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
         buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
