@@ -137,8 +137,8 @@ class OnlinePlacement:
         layer, kind ("keep", "migrate", "replicate", "both", "rollback"), num_moved (experts sent between ranks), num_copies
         (replicas in force afterwards), cost_ms (of the migration here, shared evenly by the layers that moved),
         max_over_mean_before and _after (of the load seen), reason; with auto also predicted_ms_before and _after.
-        Collective over stage_group (and ep_group when experts move). Synchronises with the host, but not with auto where
-        nothing moves.
+        Collective over stage_group (and ep_group when experts move). Synchronises with the host; with auto, where
+        nothing moves, only with the end of the layers' passes, whose times it asks for.
         """
         if not self._layers:
             return []

@@ -48,8 +48,9 @@ def wait_for(device: torch.device) -> None:
 @dataclass(frozen=True)
 class IterationResult:
     """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
-    that a rank sent of weights and gradients of replicas, as far as the host knows it (collectives). peak_memory_bytes is the
-    most that tensors and graphs took of a GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
+    that a rank sent of weights and gradients of replicas, as far as the host knows it: by collectives, and where kernels carry
+    replicas that stay for whole steps, their weights alone. peak_memory_bytes is the most that tensors and graphs took of a
+    GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
 
     iteration: int
     step_ms: float

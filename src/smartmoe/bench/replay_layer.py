@@ -15,7 +15,7 @@ from smartmoe.replicas import HistoryReplication, return_all, send_all
 class ReplayedLayer:
     """`layer` as a trainer treats it, but for the optimizer's arithmetic.
 
-    A step is begin_step, work for each micro-batch, after_step. What moves with an expert is complete: weights, fp32
+    A step is begin_step, work for each micro-batch, end_step, after_step. What moves with an expert is complete: weights, fp32
     masters (of 16-bit weights) and two moments. Replicas that stay for a step get their weights from begin_step on, and
     end_step returns what gradients have gathered.
     """
