@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dist import spawn
 from torch import nn
 
+from smartmoe import own_loop
 from smartmoe.config import ModelConfig, OnlineConfig, RunConfig
 from smartmoe.layer import MoELayer
 from smartmoe.online import OnlinePlacement
@@ -27,6 +28,8 @@ CASES = {
     "moves": OnlineConfig(policy="greedy", interval=2),
     "copies": OnlineConfig(policy="auto", replicate="history", replica_slots=1),
     "exact": OnlineConfig(replicate="exact", replica_slots=1),
+    "loaded": OnlineConfig(),
+    "frozen": OnlineConfig(policy="auto", replicate="history", replica_slots=1),
 }
 
 
@@ -41,11 +44,15 @@ class Model(nn.Module):
         return self.head(x_BTD + y_BTD), balance_loss
 
 
-def train(rank: int, world_size: int, online: OnlineConfig, replicas=None) -> dict:
-    """Losses, events and the final weights of STEPS steps; every rank takes its share of the same samples."""
+def train(rank: int, world_size: int, online: OnlineConfig, replicas=None, name: str = "") -> dict:
+    """Losses, events and the final weights of STEPS steps; every rank takes its share of the same samples. name: "loaded" gives
+    the model other parameters, "frozen" leaves the experts' first weights as they are."""
     group = dist.group.WORLD if world_size > 1 else None
     torch.manual_seed(0)
     model = Model(RunConfig(model=SIZES, online=online), group)
+    if name == "loaded":
+        model.load_state_dict(model.state_dict(), assign=True)
+    model.moe.experts.w1_LDF.requires_grad_(name != "frozen")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     placement = OnlinePlacement(
         [model.moe], online, ep_group=group, stage_group=group, state_of=lambda layer: expert_state(layer, optimizer)
@@ -86,17 +93,18 @@ def ranks_cases(rank: int) -> dict:
     share_SEW[:, :4, 0] = share_SEW[:, 4:, 1] = 1
     share_SEW[:, [0, 7]] = 0.5  # half of these two goes to the rank that does not own them
     replicas = Replicas((7, 0), share_SEW)
-    return {name: train(rank, 2, online, replicas if name == "copies" else None) for name, online in CASES.items()}
+    set_by_hand = ("copies", "frozen")
+    return {name: train(rank, 2, online, replicas if name in set_by_hand else None, name) for name, online in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def worlds():
-    return train(0, 1, OnlineConfig()), spawn(ranks_cases, 2)
+    return {name: train(0, 1, OnlineConfig(), name=name) for name in ("", "frozen")}, spawn(ranks_cases, 2)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_follow_one_process(worlds, name):
-    alone, ranks = worlds
+    alone, ranks = worlds[0].get(name, worlds[0][""]), worlds[1]
     cases = [rank[name] for rank in ranks]
     for case in cases:
         torch.testing.assert_close(case["losses"], alone["losses"], rtol=1e-5, atol=0)
@@ -115,6 +123,27 @@ def test_an_unused_parameter_gets_zeros_and_dtypes_travel_apart(monkeypatch):
     reduce_gradients(model, None)
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
     assert not model[1].weight.grad.any() and model[0].weight.grad.eq(2).all()
+
+
+class Group:
+    def __init__(self, num_ranks):
+        self.size = lambda: num_ranks
+
+
+def test_groups_that_leave_ranks_out_are_refused():
+    with pytest.raises(ValueError, match=r"layer 0: experts spread over 1 ranks \(ep_group\), each on 1 .* the 2 ranks of "):
+        reduce_gradients(Model(RunConfig(model=SIZES), None), Group(2))
+
+
+def test_copies_travel_in_the_group_of_their_layer(monkeypatch):
+    model = nn.ModuleList([MoELayer(RunConfig(model=SIZES, online=CASES["copies"]), layer_idx=idx) for idx in range(3)])
+    model[1].ep_group = group = Group(1)
+    sent = []
+    monkeypatch.setattr(own_loop, "send_all", lambda replications, group: sent.append((len(replications), group)) or 5)
+    monkeypatch.setattr(own_loop, "return_all", lambda replications, sums, group: sent.append((len(replications), group)))
+    assert send_copies(model) == 10 and sent == [(2, None), (1, group)]
+    reduce_gradients(model, None)
+    assert sent[2:] == [(2, None), (1, group)]
 
 
 def test_the_example_of_the_readme_runs(tmp_path):

@@ -30,8 +30,8 @@ def send_copies(model: nn.Module) -> int:
 
     Before the first pass of every step. Collective over the layers' expert group, and nothing to do in the other modes.
     """
-    layers = _layers_with_copies(model)
-    return send_all([layer.replication for layer in layers], layers[0].ep_group) if layers else 0
+    groups = _layers_with_copies(model)
+    return sum(send_all([layer.replication for layer in layers], group) for group, layers in groups)
 
 
 def reduce_gradients(model: nn.Module, stage_group, expert_dp_group=None) -> None:
@@ -42,17 +42,19 @@ def reduce_gradients(model: nn.Module, stage_group, expert_dp_group=None) -> Non
     tokens of all ranks of their expert group, so there is nothing to sum over that. Groups are ProcessGroups, None = this
     process alone. A parameter that no token reached gets a gradient of zeros, so that optimizers hold the same state on
     every rank. Collective over both groups and the layers' expert group. Not for a model inside DistributedDataParallel,
-    which would average different experts.
+    which would average different experts. Raises ValueError, before anything is sent, where the groups leave ranks out.
     """
+    for layer in moe_layers(model):
+        _check_groups(layer, group_size(stage_group), group_size(expert_dp_group))
     params = [param for param in model.parameters() if param.requires_grad]
     for param in params:
         if param.grad is None:
             param.grad = torch.zeros_like(param)
     _return_copies(model)
+    of_experts = {param for layer in moe_layers(model) for param in layer.experts.parameters()}
     for is_expert, group in ((False, stage_group), (True, expert_dp_group)):
         if group_size(group) > 1:
-            grads = [param.grad for param in params if (getattr(param, "parallel", "dense") == "expert") == is_expert]
-            for bucket in _buckets(grads):
+            for bucket in _buckets([param.grad for param in params if (param in of_experts) == is_expert]):
                 _sum(bucket, group)
 
 
@@ -66,20 +68,37 @@ def expert_state(layer: MoELayer, optimizer: torch.optim.Optimizer) -> list[torc
     return tensors
 
 
-def _layers_with_copies(model: nn.Module) -> list[MoELayer]:
-    return [layer for layer in moe_layers(model) if isinstance(layer.replication, HistoryReplication)]
+def _check_groups(layer: MoELayer, num_ranks: int, num_same: int) -> None:
+    num_parts = group_size(layer.ep_group)
+    if num_parts * num_same != num_ranks:
+        raise ValueError(
+            f"layer {layer.layer_idx}: experts spread over {num_parts} ranks (ep_group), each on {num_same} (expert_dp_group), "
+            f"do not make the {num_ranks} ranks of stage_group: ranks that share an expert would part"
+        )
+
+
+def _layers_with_copies(model: nn.Module) -> list[tuple[dist.ProcessGroup | None, list[MoELayer]]]:
+    """The layers that send copies, by their expert group."""
+    groups: dict[dist.ProcessGroup | None, list[MoELayer]] = {}
+    for layer in moe_layers(model):
+        if isinstance(layer.replication, HistoryReplication):
+            groups.setdefault(layer.ep_group, []).append(layer)
+    return list(groups.items())
 
 
 def _return_copies(model: nn.Module) -> None:
-    layers = _layers_with_copies(model)
-    if not layers:
-        return
-    grads = [[param.grad for param in layer.experts.parameters()] for layer in layers]
-    sums = [[grad.float() for grad in some] for some in grads]  # the gradients themselves where they are float32
-    return_all([layer.replication for layer in layers], sums, layers[0].ep_group)
-    for grad, total in zip(itertools.chain(*grads), itertools.chain(*sums), strict=True):
-        if total is not grad:
-            grad.copy_(total)
+    for group, layers in _layers_with_copies(model):
+        grads = [[_grad_or_zeros(param) for param in layer.experts.parameters()] for layer in layers]
+        sums = [[grad.float() for grad in some] for some in grads]  # the gradients themselves where they are float32
+        return_all([layer.replication for layer in layers], sums, group)
+        for grad, total in zip(itertools.chain(*grads), itertools.chain(*sums), strict=True):
+            if total is not grad:
+                grad.copy_(total)
+
+
+def _grad_or_zeros(param: nn.Parameter) -> torch.Tensor:
+    """Zeros for one that is frozen: what comes for it, none, is thrown away."""
+    return torch.zeros_like(param) if param.grad is None else param.grad
 
 
 def _buckets(grads: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
