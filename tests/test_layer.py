@@ -348,6 +348,8 @@ def test_replica_slots_lie_behind_the_parameters_and_stay_there():
         assert param.data_ptr() == storage.data_ptr() and len(param) + 2 == len(storage) and not storage[-2:].any()
     with pytest.raises(ValueError, match="stay as they were made"):
         layer.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="without assign=True"):
+        layer.load_state_dict(layer.state_dict(), assign=True)
     for wrong in (Replicas.none(layer.placement, 1), Replicas.none(Placement.identity(5, 1), 2)):
         with pytest.raises(ValueError, match="replicas"):
             layer.set_replicas(wrong)

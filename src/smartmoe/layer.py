@@ -86,6 +86,11 @@ class Experts(nn.Module):
             )
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, *rest):
+        if self.storages and metadata.get("assign_to_params_buffers"):
+            raise ValueError("experts with replica slots stay as they were made: load their state_dict without assign=True")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
     def weights(self) -> tuple[torch.Tensor | None, ...]:
         """(w1_LDF, b1_LF, w2_LFD, b2_LD)."""
         return self.w1_LDF, self.b1_LF, self.w2_LFD, self.b2_LD
