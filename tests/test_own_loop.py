@@ -155,6 +155,7 @@ def test_the_example_of_the_readme_runs(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "own_model.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    told = f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, told
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
-    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0] and ", migrate:" in done.stdout
+    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0] and ", migrate:" in done.stdout, told
