@@ -200,9 +200,22 @@ def copied_experts(layer, storage) -> dict[int, torch.Tensor]:
     return {expert: storage[layer.replication.num_owned + i].clone() for i, expert in enumerate(held) if expert >= 0}
 
 
+class Total:
+    """A sink (ops.grad_sink) that sums in float32; what the first pass does not overwrite is not a number."""
+
+    is_urgent, held_G = False, None
+
+    def __init__(self, param):
+        self.total, self.is_first = torch.full_like(param, torch.nan, dtype=torch.float32), True
+
+    def take(self):
+        is_first, self.is_first = self.is_first, False
+        return self.total, is_first
+
+
 def _carry_history(world_rank, num_ranks, dtype):
     """Copies for steps: the oracle's answer, the same from a second micro-batch, weights sent once and again when it is
-    said that they have changed."""
+    said that they have changed; two micro-batches into sums are twice one."""
     answers = {}
     for case in cases.cases(num_ranks):
         layer = Layer(case, world_rank, dtype, replication=SymmetricHistory(dist.group.WORLD, NUM_REPLICAS))
@@ -225,6 +238,16 @@ def _carry_history(world_rank, num_ranks, dtype):
         assert return_all([replication], [None], dist.group.WORLD) == 0
         is_owner = case.placement().rank_of_expert()[hot] == world_rank
         assert num_sent == is_owner * (num_ranks - 1) * sum(each[0].nbytes for each in layer.experts.storages)
+        matrices = [weight for weight in layer.experts.weights() if weight is not None and weight.dim() == 3]
+        for weight in matrices:
+            weight.grad_sink = Total(weight)
+        for _ in range(2):
+            layer(*inputs_of(batch)).backward(batch[3])
+        grad_of = dict(zip(layer.params, repeats[0][3:], strict=True))
+        for weight in matrices:
+            total, once = weight.grad_sink.total, grad_of[weight].float()
+            assert (total - 2 * once).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * once.norm(), case.name
+            del weight.grad_sink
         before = copied_experts(layer, storage)
         with torch.no_grad():
             storage[: replication.num_owned] *= 2
