@@ -159,6 +159,12 @@ def test_megatrons_own_layer_and_ours_read_each_others_checkpoints(runs, written
     assert losses(runs, read) == pytest.approx(losses(runs, written)[world.MOVE_AT :], rel=TOLERANCE)
 
 
+def test_every_checkpoint_has_all_that_the_layer_reads(runs):
+    """Else Megatron tells of it and goes on without whatever else is missing."""
+    logs = [(runs / f"log.2.{rank}").read_text() for rank in (0, 1)]
+    assert all("## saved-same" in log and "load_return" not in log for log in logs)
+
+
 def test_a_stage_may_have_no_layer_with_experts(runs):
     assert len(losses(runs, "bare-moving")) == world.MOVE_AT and moved(runs, "bare-moving", world.MOVE_AT) > 0
     saved = json.loads((runs / "saved-bare" / "iter_0000005" / "smartmoe.json").read_text())
