@@ -439,3 +439,7 @@ def test_a_copy_costs_what_travels_for_it_in_an_iteration():
     gathered = on.guessed_sizes(layer, history, layer.state, 4).replica_bytes
     layer.replication = object.__new__(SymmetricHistory)
     assert on.guessed_sizes(layer, history, layer.state, 4).replica_bytes == gathered / 2 * 5
+    auto = OnlineConfig(policy="auto", replicate="history", replica_slots=1)
+    groups = {"ep_group": None, "stage_group": None, "state_of": lambda layer: layer.state, "layer_ms": dict}
+    costs = [on.OnlinePlacement([layer], auto, **groups, num_micro_batches=num)._auto.controller._sizes for num in (1, 4)]
+    assert [cost.replica_bytes for cost in costs] == [gathered, gathered / 2 * 5]

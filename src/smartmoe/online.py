@@ -100,6 +100,7 @@ class OnlinePlacement:
         node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
         layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
         free_bytes: the device memory that is free; None = as CUDA says, and unlimited on a CPU.
+        num_micro_batches: of an iteration, where sizes are not given.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class OnlinePlacement:
         node_of_rank_W: tuple[int, ...] | None = None,
         layer_ms: Callable[[], dict[int, float]] | None = None,
         free_bytes: Callable[[], int | None] | None = None,
+        num_micro_batches: int = 1,
     ):
         self._layers, self._online, self._state_of = list(layers), online, state_of
         self._ep_group, self._stage_group = ep_group, stage_group
@@ -127,7 +129,7 @@ class OnlinePlacement:
             layer.observers.append(self._recorder)
         self._auto = None
         if online.policy == "auto" and self._layers:
-            sizes = sizes or [guessed_sizes(layer, online, state_of(layer)) for layer in self._layers]
+            sizes = sizes or [guessed_sizes(layer, online, state_of(layer), num_micro_batches) for layer in self._layers]
             self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms)
 
     def after_step(self, iteration: int) -> list[dict]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import checkpointing, get_args, training
 
 from smartmoe import record
@@ -77,6 +78,7 @@ class Session:
                 ep_group=ep_group,
                 stage_group=stage_group if dist.get_world_size(stage_group) > 1 else None,
                 node_of_rank_W=self._nodes(ep_group),
+                num_micro_batches=get_num_microbatches(),
             )
             self._copies = Copies(self._layers, ep_group)
             self._copies.refresh()
