@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,21 @@ def test_what_cannot_be_captured_on_a_gpu_is_refused_before_it_is_taken():
         bench.check_capture(args, (8, 0))
     args.backend = "deepspeed"  # of which nothing is captured
     bench.check_capture(args, (8, 0))
+
+
+def test_a_measurement_lets_go_of_its_graphs(monkeypatch):
+    """Process groups, which end behind it, wait for graphs that hold their collectives."""
+    released = []
+    built = SimpleNamespace(module=SimpleNamespace(release=lambda: released.append(True)))
+    monkeypatch.setattr(bench, "build", lambda *_: built)
+    monkeypatch.setattr(bench, "run_iteration", lambda *_: (1.0, 0.5))
+    monkeypatch.setattr(bench, "_shared_tokens", lambda *_: None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bench.measure(*options.parse(["1", "--suite", "tiny", "--backend", "deepspeed"]), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert released
 
 
 def test_gumbel_noise_is_that_of_torchs_distribution_in_few_operations():
