@@ -13,7 +13,11 @@ from parity import CACHE, MODEL, make_config, make_trainer
 
 from smartmoe import checkpoint, record, train
 from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan, to_dict
+from smartmoe.models import flops_per_sample
+from smartmoe.optimizer import StepResult
+from smartmoe.run_log import Progress, write_iteration
 from smartmoe.trace import ExpertTrace
+from smartmoe.trainer import IterationResult
 
 
 def lines(run_dir, name):
@@ -66,6 +70,34 @@ def test_a_run_directory_has_everything(tmp_path):
     assert log.count("elapsed time per iteration (ms)") == 5 and "tokens/s" in output and "left" in output
     assert all(line["tflops_per_rank"] > 0 for line in metrics) and "TFLOP/s a rank" in output
     assert "pp2 dp2 tp1 ep2" in output and "iterations 1 to 5" in output
+
+
+def test_what_an_iteration_gave_is_what_is_written(tmp_path):
+    """Every field under its own name; the rates from the time of the step."""
+    config = make_config(ParallelPlan(dp=2, ep=2))
+    result = IterationResult(3, 12.5, 1.5, 0.25, StepResult(0.75, True, 8.0, 1e-3), 1.25, 64, [], False, 4096)
+    writer = record.RunWriter(tmp_path)
+    write_iteration(writer, config, result, Progress(config, 0), spans=[{"layer": 1}], events=[{"kind": "keep"}])
+    writer.close()
+    (metric,) = lines(tmp_path, "metrics")
+    batch = config.workload.global_batch_size
+    tflops = batch * flops_per_sample(config.model) / 2 / 12.5e-3 / 1e12
+    assert metric.pop("tflops_per_rank") == pytest.approx(tflops, rel=1e-3)
+    assert metric == {
+        "iteration": 3, "step_ms": 12.5, "lm_loss": 1.5, "balance_loss": 0.25, "grad_norm": 0.75, "skipped": True,
+        "loss_scale": 8.0, "learning_rate": 1e-3, "load_max_over_mean": 1.25, "replica_bytes": 64, "peak_memory_bytes": 4096,
+        "tokens_per_s": pytest.approx(batch * config.model.seq_len / 12.5e-3, abs=0.06), "consumed_samples": 3 * batch,
+    }  # fmt: skip
+    assert lines(tmp_path, "spans") == [{"iteration": 3, "layer": 1}] and lines(tmp_path, "events") == [{"kind": "keep"}]
+
+
+def test_a_run_lets_go_of_its_graphs(tmp_path, monkeypatch):
+    """Process groups, which end behind it, wait for graphs that hold their collectives."""
+    closed = []
+    monkeypatch.setattr(train.Trainer, "close", lambda trainer: closed.append(trainer.iteration))
+    write_run(tmp_path, make_config(), iterations=1, warmup_iterations=0)
+    assert train.main([str(tmp_path), "--cache", str(CACHE)]) == 0
+    assert closed == [1]
 
 
 def test_the_time_of_a_step_has_all_that_the_device_does(monkeypatch):
