@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+import smartmoe.ops.gloo_exit  # noqa: F401  every process that exchanges may do so over gloo
+
 
 def group_size(group) -> int:
     """Ranks of a process group; 1 for None."""
