@@ -11,7 +11,8 @@
 #   --data      text files or .bin/.idx prefixes to train on (default: Python's library); figure 9: a folder of images, or synthetic
 #   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
-#   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again
+#   --resume    go on in DIR (default: the newest outputs_from_exec_*) with the cluster, figures .. asked for there, unless others
+#               are given now: runs done or in the queue stay, others are done again
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
 # PY=python3 ./RUNME-b.sh uses that Python as it is, with what it has: nothing is installed, no network is needed. On GPUs build the
 # CUDA extension first, then: python3 setup.py build_ext --inplace
@@ -21,7 +22,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift

@@ -5,8 +5,8 @@
 
 NAME is a file of clusters/: cpu and local are this machine, where one run follows the other, on GPUs several in one world of
 processes and worlds side by side; any other is a Slurm cluster, where each run is a job. Runs go to
-DIR/logs/<figure>/<system>/<run-id>/. Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input, nothing started; 130 or
-143 interrupted (go on with --resume).
+DIR/logs/<figure>/<system>/<run-id>/, what was asked for to DIR/asked.json: --resume without a choice of runs goes on with that.
+Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input, nothing started; 130 or 143 interrupted (go on with --resume).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -40,11 +41,12 @@ from smartmoe.images import FASHION_MNIST, SYNTHETIC, why_no_images  # noqa: E40
 from smartmoe.samples import load_data  # noqa: E402
 
 HERE = ("cpu", "local")  # clusters that are this machine
+ASKED = "asked.json"  # beside logs/: the options that chose the runs there
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
     try:
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
         configs = Configs(args.configs)
         kind, cluster, site = choose_cluster(args, configs)
         cluster = slowed(cluster, args.slow_links)
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The options; with --resume and none that chooses runs, those that were given in that folder before as well. Raises
+    ValueError where these cannot be read."""
     parser = argparse.ArgumentParser(
         prog="launch.py", description="Run the experiments behind the figures.",
         epilog="Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130/143 interrupted.",
@@ -85,7 +89,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="where DIR/logs is written (needed unless --dry-run)")
     parser.add_argument(
         "--cluster",
-        default="auto",
+        default="",
         metavar="NAME",
         help="a file of clusters/: cpu: gloo ranks on this machine; local: this machine's GPUs; slurm or another: jobs; "
         "auto: Slurm where it answers, else GPUs when there are any, else cpu (default)",
@@ -102,12 +106,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S", help="slow every exchange between ranks "
                         "down to this rate, to stand in for a slow network; panels say so (default: as links are)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
-    parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others")
+    parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others; "
+                        "alone it goes on with the cluster, figures, GPUs, runs and data that were asked for in DIR last")  # fmt: skip
     parser.add_argument("--max-jobs", type=int, default=None, metavar="N",
                         help="on Slurm: at most N of the runs in the queue at a time (default: all)")  # fmt: skip
     parser.add_argument("--configs", type=Path, default=ROOT / "scripts",
                         help="folder of models.toml, experiments/ and clusters/ (default: scripts)")  # fmt: skip
     args = parser.parse_args(argv)
+    chooses = args.cluster or args.figures or args.gpus or args.only or args.slow_links or args.data
+    if args.resume and args.out and not chooses and (before := asked(args.out)):
+        print(f"as asked for before: {shlex.join(before)}")
+        args = parser.parse_args([*before, *argv])
+    args.cluster = args.cluster or "auto"
     if args.out is None and not args.dry_run:
         parser.error("--out DIR is needed, or --dry-run")
     if args.max_jobs is not None and args.max_jobs < 1:
@@ -122,7 +132,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose_cluster(args: argparse.Namespace, configs: Configs) -> tuple[str, ClusterSpec, Site | None]:
-    """The kind of cluster that grids name, its spec, and its site where runs are jobs of Slurm; says what was found here."""
+    """The kind of cluster that grids name, its spec, and its site where runs are jobs of Slurm; says what was found here.
+    Puts the name of its file into `args.cluster`."""
     wanted = args.cluster
     if wanted not in ("auto", *configs.clusters):
         raise ValueError(f"--cluster {wanted}: {configs.folder}/clusters has: {', '.join(configs.clusters)}")
@@ -139,6 +150,7 @@ def choose_cluster(args: argparse.Namespace, configs: Configs) -> tuple[str, Clu
     print(f"GPUs: {num_gpus}; CPU: {num_cores()} cores, {record.cpu_name()}")
     if wanted not in configs.clusters:
         raise ValueError(f"{configs.folder}/clusters: no {wanted}.toml")
+    args.cluster = wanted  # what goes on with these runs is to find the same
     cluster, site = configs.clusters[wanted], configs.sites[wanted]
     if wanted in HERE:
         if args.max_jobs:
@@ -289,6 +301,7 @@ def launch(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{args.out}: another launcher is at work here") from None
+        record.write_json(args.out / ASKED, {"arguments": ["--cluster", args.cluster, *chosen(args)]})
         launcher = Launcher(
             root=root.resolve(),
             provenance=record.provenance(device=device_name(cluster)),
@@ -307,15 +320,33 @@ def launch(
 
 def same_again(args: argparse.Namespace) -> str:
     """The command that goes on with these runs."""
-    words = ["./RUNME-b.sh", "--cluster", args.cluster, "--resume", str(args.out.resolve())]
-    if args.configs != ROOT / "scripts":
-        words += ["--configs", str(args.configs.resolve())]
+    return shlex.join(["./RUNME-b.sh", "--cluster", args.cluster, "--resume", str(args.out.resolve()), *chosen(args)])
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The options beside --cluster that choose runs, as words of a command."""
+    words = ["--configs", str(args.configs.resolve())] if args.configs != ROOT / "scripts" else []
     words += ["--figures", args.figures] if args.figures else []
     words += ["--gpus", args.gpus] if args.gpus else []
     words += ["--only", args.only] if args.only else []
     words += ["--max-jobs", str(args.max_jobs)] if args.max_jobs else []
     words += ["--slow-links", f"{args.slow_links:g}"] if args.slow_links else []
-    return shlex.join([*words, *(["--data", *args.data] if args.data else [])])
+    return [*words, *(["--data", *args.data] if args.data else [])]
+
+
+def asked(out: Path) -> list[str]:
+    """The options that chose the runs in `out`, as words of a command; none where it does not say. Raises ValueError where it
+    cannot be read."""
+    path = out / ASKED
+    if not path.exists():
+        return []
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError("not words")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what a launcher wrote ({error}): say what to run, for instance --figures 8") from None
+    return words
 
 
 def interruptible(work: Callable[[], int], words: str) -> int:

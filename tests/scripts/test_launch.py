@@ -191,6 +191,19 @@ def test_an_interrupt_stops_the_run_and_leaves_it_for_resume(setup, tmp_path, nu
     assert not any(is_alive(pid) for pid in pids)
 
 
+def test_resume_alone_goes_on_with_what_was_asked_for(setup, tmp_path, capsys):
+    arguments = setup(grid(1), grid(2).replace('"fastmoe"', '"padded"'))
+    assert run([*arguments, "--figures", "8", "--only", "fastmoe"])[0] == 0
+    alone = ["--out", str(tmp_path / "out"), "--resume"]
+    code, text = run(alone)
+    assert code == 0 and "1 of 1 runs are done already" in text and "--figures 8 --only fastmoe" in text
+    assert list(runs_of(tmp_path)) == [1], "more than was asked for"
+    assert launch.main([*alone, "--only", "padded", "--configs", arguments[1], "--dry-run", "--cluster", "cpu"]) == 0
+    assert "fig8/padded" in capsys.readouterr().out, "what is asked for now counts"
+    (tmp_path / "out" / launch.ASKED).write_text('{"arguments": [8]}')
+    assert launch.main(alone) == 2 and "asked.json: not what a launcher wrote" in capsys.readouterr().err
+
+
 def test_two_launchers_do_not_share_a_run_set(setup, tmp_path):
     arguments = setup(grid(4))
     child = start(arguments)
