@@ -106,8 +106,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slow-links", type=float, default=0.0, metavar="GB/S", help="slow every exchange between ranks "
                         "down to this rate, to stand in for a slow network; panels say so (default: as links are)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs, start nothing")
-    parser.add_argument("--resume", action="store_true", help="skip the runs in DIR that are done, do the others; "
-                        "alone it goes on with the cluster, figures, GPUs, runs and data that were asked for in DIR last")  # fmt: skip
+    parser.add_argument("--resume", action="store_true",
+                        help="skip the runs in DIR that are done, do the others; alone it goes on with the cluster, figures, "
+                        "GPUs, runs and data that were asked for in DIR last")  # fmt: skip
     parser.add_argument("--max-jobs", type=int, default=None, metavar="N",
                         help="on Slurm: at most N of the runs in the queue at a time (default: all)")  # fmt: skip
     parser.add_argument("--configs", type=Path, default=ROOT / "scripts",
