@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from dist import spawn, start_training, worker_pids
-from parity import CACHE, LOSS_TOLERANCE, MODEL, make_config, make_trainer, run_curve
+from parity import CACHE, LOSS_TOLERANCE, MODEL, WORKLOAD, make_config, make_trainer, run_curve
 
 from smartmoe import checkpoint, cli, record
 from smartmoe.config import GateConfig, OnlineConfig, ParallelPlan, to_dict
@@ -147,6 +147,25 @@ def test_an_unfinished_checkpoint_is_not_taken(tmp_path):
     with torch.no_grad():
         trainer.optimizer.masters[0].add_(1.0)
     trainer.resume(good)
+
+
+def test_the_scale_of_the_loss_is_that_of_runs_in_float16(tmp_path):
+    """A run in float16 that goes on from float32 would lose small gradients at its scale of 1."""
+    shallow = dataclasses.replace(MODEL, num_layers=1)
+    trainers = {
+        dtype: make_trainer(make_config(model=shallow, workload=dataclasses.replace(WORKLOAD, dtype=dtype)))
+        for dtype in ("float32", "float16")
+    }
+    single, half = trainers["float32"], trainers["float16"]
+    half.optimizer.loss_scale, half.optimizer.good_steps = 256.0, 7
+    paths = {dtype: trainer.save(tmp_path / dtype) for dtype, trainer in trainers.items()}
+    single.resume(paths["float16"])
+    assert (single.optimizer.loss_scale, single.optimizer.good_steps) == (1.0, 0)
+    half.resume(paths["float16"])
+    assert (half.optimizer.loss_scale, half.optimizer.good_steps) == (256.0, 7)
+    half.optimizer.loss_scale, half.optimizer.good_steps = 512.0, 3
+    half.resume(paths["float32"])
+    assert (half.optimizer.loss_scale, half.optimizer.good_steps) == (512.0, 3)
 
 
 def _spoil(path, damage):

@@ -228,7 +228,7 @@ def restore(path: Path, optimizer: MixedAdamW, placements: dict[int, Placement])
     """
     _load(path, _logical_state(optimizer, placements), _SafeReader(path), no_dist=not dist.is_initialized())
     meta = read_meta(path)
-    optimizer.set_scalars(meta)
+    optimizer.set_scalars(meta, meta["config"]["workload"]["dtype"])
     optimizer.refresh_params()
 
 

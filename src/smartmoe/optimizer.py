@@ -84,12 +84,16 @@ class MixedAdamW:
         """What a checkpoint keeps beside the tensors."""
         return {"optimizer_steps": self.num_steps, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
-    def set_scalars(self, saved: dict[str, float]) -> None:
-        """Take back what `scalars` gave. Raises KeyError when one is missing."""
+    def set_scalars(self, saved: dict[str, float], dtype: str) -> None:
+        """Take back what `scalars` gave, the scale of the loss only from a run in this one's dtype: another run had none, or
+        one that is not wanted here. Raises KeyError when one is missing.
+
+        dtype: workload.dtype of the run that saved."""
         for state in self.adamw.state.values():
             state["step"].fill_(saved["optimizer_steps"])
         self.num_steps = int(saved["optimizer_steps"])
-        self.loss_scale, self.good_steps = float(saved["loss_scale"]), int(saved["good_steps"])
+        if dtype == self.workload.dtype:
+            self.loss_scale, self.good_steps = float(saved["loss_scale"]), int(saved["good_steps"])
 
     @torch.no_grad()
     def refresh_params(self) -> None:
