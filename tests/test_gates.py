@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
+from smartmoe import gates
 from smartmoe.config import GateConfig, ModelConfig
 from smartmoe.gates import build_gate, scale_counts
 from smartmoe.ops.capacity import capacity_limit
@@ -336,6 +338,29 @@ def test_trace_says_what_does_not_fit(tmp_path):
 )
 def test_scale_counts_by_largest_remainder(count, total, want):
     assert scale_counts(np.array(count), total).tolist() == want
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+def test_the_slope_of_the_variation_is_that_of_autograd(num_experts):
+    stat = torch.rand(3, num_experts, dtype=torch.float64).requires_grad_()
+    stat.data[2] = 0
+    (want,) = torch.autograd.grad(gates._cv_squared(stat).sum(), stat)
+    torch.testing.assert_close(gates._cv_squared_slope(stat.detach()), want)
+
+
+def test_a_recomputed_gate_runs_once_in_forward_and_once_in_backward(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.mul_(2))
+    gate, (x, ids) = make_gate("noisy", 2, group=FakeGroup(2)), make_tokens()
+    x, calls = x.flatten(0, 1).requires_grad_(), []
+
+    def block(x):
+        calls.append(1)
+        return gate(x, ids.flatten()).balance_loss
+
+    loss = checkpoint(block, x, use_reentrant=False)
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 2 and x.grad.any()
 
 
 @pytest.mark.parametrize("kind", ["noisy", "switch", "gshard"])

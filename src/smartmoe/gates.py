@@ -26,6 +26,7 @@ from smartmoe.trace import read_trace
 
 SWITCH_JITTER = 0.1
 NOISE_FLOOR = 1e-2
+CV_FLOOR = 1e-10
 INIT_STD = 0.02
 # Not -inf: the softmax of a row without any valid expert must stay a number.
 _NEVER = -1e30
@@ -285,17 +286,26 @@ class NoisyGate(Gate):
             return _cv_squared(stat_2E).sum() / self._loss_divisor
         total_2E = stat_2E.detach().clone()
         dist.all_reduce(total_2E, group=self.group)
-        with torch.enable_grad():
-            loss = _cv_squared(total_2E.requires_grad_()).sum()
-        (slope_2E,) = torch.autograd.grad(loss, total_2E)
-        return loss.detach() / self._num_stat_ranks + (slope_2E * (stat_2E - stat_2E.detach())).sum()
+        slope_2E = _cv_squared_slope(total_2E)
+        return _cv_squared(total_2E).sum() / self._num_stat_ranks + (slope_2E * (stat_2E - stat_2E.detach())).sum()
 
 
 def _cv_squared(stat_XE):
     """Squared coefficient of variation along experts (0 for a single expert)."""
     if stat_XE.shape[1] == 1:
         return stat_XE[:, 0] * 0
-    return stat_XE.var(1) / (stat_XE.mean(1) ** 2 + 1e-10)
+    return stat_XE.var(1) / (stat_XE.mean(1) ** 2 + CV_FLOOR)
+
+
+def _cv_squared_slope(stat_XE):
+    """The gradient of each `_cv_squared`, [X, E]. By hand: autograd inside a forward pass would have torch.utils.checkpoint
+    compute the whole block again on the spot."""
+    num_experts = stat_XE.shape[1]
+    if num_experts == 1:
+        return torch.zeros_like(stat_XE)
+    mean_X1, var_X1 = stat_XE.mean(1, keepdim=True), stat_XE.var(1, keepdim=True)
+    square_X1 = mean_X1**2 + CV_FLOOR
+    return 2 / square_X1 * ((stat_XE - mean_X1) / (num_experts - 1) - var_X1 / square_X1 * mean_X1 / num_experts)
 
 
 class FasterGate(Gate):
