@@ -1,7 +1,11 @@
 import dataclasses
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -85,6 +89,73 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     assert "checkpoints is whole" in error and error.count("\n") == 1, "said before a rank starts"
 
 
+RUN = """
+import signal, sys, time
+from pathlib import Path
+from smartmoe import cli
+child = "import os, pathlib, signal, sys, time\\n" \
+    "def end(*_):\\n    print('Traceback of torchrun', file=sys.stderr, flush=True)\\n    sys.exit(1)\\n" \
+    "signal.signal(signal.SIGTERM, end)\\nprint('a warning', file=sys.stderr, flush=True)\\n" \
+    "pathlib.Path('part').write_text(str(os.getpid()))\\nos.rename('part', 'child.pid')\\ntime.sleep(60)"
+with cli._take(Path("out")) as lock:
+    print(cli._run([sys.executable, "-c", child], (lock.fileno(),)))
+"""
+
+
+def started_run():
+    run = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(Path("child.pid").exists)
+    return run, int(Path("child.pid").read_text())
+
+
+def wait_until(is_so):
+    end = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def test_a_run_is_alone_in_its_folder_and_does_not_outlive_its_command(folder):
+    run, pid = started_run()
+    with pytest.raises(ValueError, match="out: a run is at work there"):
+        cli._take(Path("out"))
+    run.kill()
+    run.communicate()
+    wait_until(lambda: not is_running(pid))
+    cli._take(Path("out")).close()
+    os.unlink("child.pid")
+    run, pid = started_run()
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=30)
+    assert out == "(1, True)\n" and err == "a warning\n", "how torchrun ends is no news"
+    assert not is_running(pid)
+
+
+def test_what_goes_on_with_a_run_is_said(folder, monkeypatch, capsys):
+    def interrupted(command, *_):
+        Path("out here/checkpoints/iter_0000002").mkdir(parents=True, exist_ok=True)
+        return -15, True
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    train = ["train", "run.toml", "--ranks", "1", "--out", "out here"]
+    assert cli.main(train) == 130
+    assert "interrupted; it has no checkpoint" in capsys.readouterr().err
+    Path("out here/checkpoints/iter_0000002/meta.json").write_text("{}")
+    monkeypatch.setattr("smartmoe.checkpoint.newest_good", lambda *_: None)
+    assert cli.main([*train, "--resume"]) == 130
+    again = "smartmoe train run.toml --ranks 1 --out 'out here' --resume"
+    assert f"iter_0000002 it goes on with: {again}" in capsys.readouterr().err
+    Path("out here/run.json").write_text('{"schema": 0}')
+    assert cli.main([*train, "--resume"]) == 2 and "not a run of schema 1" in capsys.readouterr().err
+
+
 def test_data_of_the_command_line_wins(folder):
     Path("other.txt").write_text("while True: pass\n" * 900)
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--data", "other.txt"]) == 0
@@ -111,7 +182,7 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
     monkeypatch.setitem(hosts.HOSTS, "deepspeed", dataclasses.replace(host, package="numpy"))
     assert cli.main([*train, "--resume"]) == 2 and "no checkpoints to resume from" in capsys.readouterr().err
     started = []
-    monkeypatch.setattr(cli, "_run", lambda command: started.append(command) or (0, False))
+    monkeypatch.setattr(cli, "_run", lambda command, *_: started.append(command) or (0, False))
     assert cli.main(train) == 0 and started[0][-2:] == [host.module, "out"] and "2" in started[0]
     assert record.read_run("out")["provenance"]["entry"] == "deepspeed"
 

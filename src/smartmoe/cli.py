@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import difflib
+import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -23,6 +29,7 @@ from smartmoe.samples import load_data
 from smartmoe.trace import read_trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
 TRACE_HELP = "a trace (.npz), a folder of table_iter<I>_rank<R>.log files, or synthetic:KIND (see moe_trace/README.md)"
 EPILOG = """\
 examples:
@@ -151,6 +158,8 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"{run_dir} holds a run already: add --resume to go on with it, or give another --out")
     if args.resume and not has_run:
         raise ValueError(f"{run_dir} holds no run to go on with: leave --resume out to start one there")
+    if args.resume:
+        record.read_run(run_dir)  # what is no run of ours is not written over
     if args.resume and (run_dir / "checkpoints").is_dir():
         from smartmoe import checkpoint  # and torch with it
 
@@ -162,6 +171,7 @@ def _train(args: argparse.Namespace) -> int:
     entry = systems.SYSTEMS[config.system].host if host else "train"
     facts = record.provenance(num_ranks=world_size, entry=entry)
     try:
+        lock = _take(run_dir)
         record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
     except OSError as error:
         raise ValueError(f"--out {run_dir}: cannot write a run there: {error.strerror}; give another --out") from None
@@ -173,12 +183,38 @@ def _train(args: argparse.Namespace) -> int:
     where = f"{world_size} processes on the {'GPUs' if config.cluster.device == 'cuda' else 'CPU'}"
     print(f"{config.plan.describe()}, {where}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
     record.set_status(run_dir, "running")
-    code, interrupted = _run(command)
-    status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
-    record.set_status(run_dir, status, message)
+    with lock:
+        code, interrupted = _run(command, (lock.fileno(),))
+        status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
+        record.set_status(run_dir, status, message)
     if status != "ok":
-        print(f"smartmoe: the run {status}: {message}", file=sys.stderr)
+        print(f"smartmoe: the run {status}: {message}; {_how_to_go_on(args, run_dir)}", file=sys.stderr)
     return 130 if interrupted else 0 if status == "ok" else 1
+
+
+def _take(run_dir: Path) -> IO:
+    """An open file that keeps others out of `run_dir`, which is made, until it and what inherits it are closed. Raises
+    ValueError where another is at work."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{run_dir}: a run is at work there, or just ending: wait for it, or give another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def _how_to_go_on(args: argparse.Namespace, run_dir: Path) -> str:
+    """After a run that did not come to its end."""
+    names = sorted(path.parent.name for path in (run_dir / "checkpoints").glob("iter_*/meta.json"))
+    if not names:
+        return "it has no checkpoint (workload.checkpoint_interval): with --resume it begins anew"
+    words = ["smartmoe", "train", str(args.config), *(["--ranks", str(args.ranks)] if args.ranks else [])]
+    words += [*(["--data", *args.data] if args.data else []), "--out", str(run_dir), "--resume"]
+    return f"from checkpoint {names[-1]} it goes on with: {shlex.join(words)}"
 
 
 def _check_inputs(config: RunConfig, where: str) -> None:
@@ -211,22 +247,41 @@ def _check_gpus(what: str, needed: int) -> None:
         )
 
 
-def _run(command: list[str]) -> tuple[int, bool]:
-    """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C or SIGTERM)."""
+def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
+    """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C or SIGTERM). It inherits the files `keep`, and
+    ends when this process is killed. What it says on stderr while it is being stopped, torchrun's goodbye, is left out."""
     env = {"OMP_NUM_THREADS": "1", **os.environ}
-    child = subprocess.Popen(command, env=env, start_new_session=True)
+    child = subprocess.Popen(
+        command, env=env, start_new_session=True, pass_fds=keep, preexec_fn=_end_with_parent, stderr=subprocess.PIPE
+    )
     stops: list[int] = []
 
     def stop(number, _frame):
         stops.append(number)
         child.terminate()
 
+    def hand_on():
+        while chunk := child.stderr.read1(65536):
+            if not stops:
+                with contextlib.suppress(OSError):  # nobody listens
+                    os.write(2, chunk)
+
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    listener = threading.Thread(target=hand_on, daemon=True)
+    listener.start()
     try:
-        return child.wait(), bool(stops)
+        code = child.wait()
+        listener.join(timeout=5)  # its end is closed with the last process of the run
+        return code, bool(stops)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: SIGTERM when the process that started this one dies, even by kill -9."""
+    with contextlib.suppress(AttributeError):  # no Linux
+        _LIBC.prctl(1, signal.SIGTERM)
 
 
 def _export(args: argparse.Namespace) -> int:
