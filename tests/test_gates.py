@@ -340,6 +340,16 @@ def test_scale_counts_by_largest_remainder(count, total, want):
     assert scale_counts(np.array(count), total).tolist() == want
 
 
+@pytest.mark.parametrize("kind", ["naive", "switch", "gshard", "noisy", "swipe"])
+def test_a_rank_without_samples_routes_nothing_by_its_own_capacity(kind):
+    top_k, (x, ids) = TOP_K.get(kind, (2,))[0], (part[:0] for part in make_tokens())
+    routing = run_gate(make_gate(kind, top_k, capacity=1.0, scope="local", group=FakeGroup(2)), x, ids)
+    assert routing["experts"].shape == (0, top_k) and math.isfinite(routing["loss"])
+    if kind == "naive":
+        with pytest.raises(ValueError, match="this rank has none: give it some, or take gate.scope"):
+            run_gate(make_gate(kind, top_k, capacity=1.0, group=FakeGroup(2)), x, ids)
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
 def test_the_slope_of_the_variation_is_that_of_autograd(num_experts):
     stat = torch.rand(3, num_experts, dtype=torch.float64).requires_grad_()

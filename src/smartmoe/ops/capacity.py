@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smartmoe.ops.all_to_all import gather_all, group_rank
+from smartmoe.ops.all_to_all import gather_all, group_rank, group_size
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,16 @@ def order_copies(
 
     expert_idx_TK: [T, K] int64, no dropped ones; token_id_T: [T] int64; num_segments: runs of token ids on this rank
     (equal on all ranks and of equal length), None = find out, which reads one number on the host. group: None = this
-    rank alone.
-    Collective over the group: one all-gather of (K * E + 1) * segments numbers.
+    rank alone, which may have none.
+    Collective over the group: one all-gather of (K * E + 1) * segments numbers. Raises ValueError for no segments where
+    there is a group.
     """
     num_tokens, top_k = expert_idx_TK.shape
+    if num_segments == 0 and group_size(group) > 1:
+        raise ValueError(
+            "the copies of all ranks compete for seats, which needs equally many samples on every rank, and this rank has "
+            'none: give it some, or take gate.scope = "local"'
+        )
     order_T = torch.argsort(token_id_T)
     local_segment_T = torch.empty_like(order_T)
     local_segment_T[order_T], num_segments = _segments(token_id_T[order_T], num_segments, seq_len)
@@ -79,7 +85,8 @@ def _segments(sorted_id_T, num_segments, seq_len):
         jump = (sorted_id_T.diff() != 1) | (sorted_id_T[1:] % seq_len == 0)
         segment_T = torch.cat([jump.new_zeros(min(num_tokens, 1)), jump]).cumsum(0)
         return segment_T, int(segment_T[-1]) + 1 if num_tokens else 1
-    assert num_segments > 0 and num_tokens % num_segments == 0, "segments of a rank have equal lengths"
+    num_segments = max(num_segments, 1)  # of no tokens
+    assert num_tokens % num_segments == 0, "segments of a rank have equal lengths"
     return torch.arange(num_tokens, device=sorted_id_T.device) // max(num_tokens // num_segments, 1), num_segments
 
 
