@@ -350,6 +350,12 @@ def test_replica_slots_lie_behind_the_parameters_and_stay_there():
         layer.to(torch.bfloat16)
     with pytest.raises(ValueError, match="without assign=True"):
         layer.load_state_dict(layer.state_dict(), assign=True)
+    other = [param.detach() + 1 for param in layer.experts.weights()]
+    for param, values in zip(layer.experts.weights(), other, strict=True):
+        param.data = values
+    layer.experts.follow_parameters()
+    for storage, values in zip(layer.experts.storages, other, strict=True):
+        assert torch.equal(storage[:-2], values) and not storage[-2:].any()
     for wrong in (Replicas.none(layer.placement, 1), Replicas.none(Placement.identity(5, 1), 2)):
         with pytest.raises(ValueError, match="replicas"):
             layer.set_replicas(wrong)

@@ -28,6 +28,7 @@ CASES = {
     "moves": OnlineConfig(policy="greedy", interval=2),
     "copies": OnlineConfig(policy="auto", replicate="history", replica_slots=1),
     "exact": OnlineConfig(replicate="exact", replica_slots=1),
+    "elsewhere": OnlineConfig(replicate="exact", replica_slots=1),
     "loaded": OnlineConfig(),
     "frozen": OnlineConfig(policy="auto", replicate="history", replica_slots=1),
 }
@@ -46,12 +47,15 @@ class Model(nn.Module):
 
 def train(rank: int, world_size: int, online: OnlineConfig, replicas=None, name: str = "") -> dict:
     """Losses, events and the final weights of STEPS steps; every rank takes its share of the same samples. name: "loaded" gives
-    the model other parameters, "frozen" leaves the experts' first weights as they are."""
+    the model other parameters, "elsewhere" other memory, "frozen" leaves the experts' first weights as they are."""
     group = dist.group.WORLD if world_size > 1 else None
     torch.manual_seed(0)
     model = Model(RunConfig(model=SIZES, online=online), group)
     if name == "loaded":
         model.load_state_dict(model.state_dict(), assign=True)
+    if name == "elsewhere":
+        for param in model.parameters():
+            param.data = param.data.clone()
     model.moe.experts.w1_LDF.requires_grad_(name != "frozen")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     placement = OnlinePlacement(

@@ -95,6 +95,15 @@ class Experts(nn.Module):
         """(w1_LDF, b1_LF, w2_LFD, b2_LD)."""
         return self.w1_LDF, self.b1_LF, self.w2_LFD, self.b2_LD
 
+    @torch.no_grad()
+    def follow_parameters(self) -> None:
+        """Copy the parameters into the storages, with which experts that have replica slots compute, where somebody has given
+        them other memory (`param.data = ..`): an optimizer with buffers of its own, a swap of averaged weights."""
+        params = [param for param in self.weights() if param is not None]
+        for storage, param in zip(self.storages, params, strict=False):
+            if storage.data_ptr() != param.data_ptr():
+                storage[: param.shape[0]].copy_(param)
+
     def forward(self, rows_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
         """rows_RD: [R, D] sorted by local slot; count_L: [L] int64, rows of each slot. Returns [R, D]."""
         return self.compute(rows_RD, count_L, self.weights())

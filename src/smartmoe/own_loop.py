@@ -28,8 +28,12 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 def send_copies(model: nn.Module) -> int:
     """Give copies of experts that stay for whole steps (online.replicate = "history") the weights of now; returns bytes sent.
 
-    Before the first pass of every step. Collective over the layers' expert group, and nothing to do in the other modes.
+    Before the first pass of every step, and of an evaluation with other weights, in the other modes, too: where an optimizer
+    or such an evaluation gives parameters other memory, experts that may have copies read their weights here. Collective
+    over the layers' expert group where copies stay for whole steps.
     """
+    for layer in moe_layers(model):
+        layer.experts.follow_parameters()
     groups = _layers_with_copies(model)
     return sum(send_all([layer.replication for layer in layers], group) for group, layers in groups)
 

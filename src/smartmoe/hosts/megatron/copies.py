@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from smartmoe.layer import MoELayer
 from smartmoe.replicas import HistoryReplication, return_all, send_all
 
@@ -26,15 +24,11 @@ class Copies:
         self._held = [layer for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
         self._ep_group = ep_group
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """After weights or placements changed: fill the storages, and send the copies that stay for whole steps.
         Collective over ep_group."""
         for layer in self._layers:
-            params = [param for param in layer.experts.weights() if param is not None]
-            for storage, param in zip(layer.experts.storages, params, strict=True):
-                if storage.data_ptr() != param.data_ptr():
-                    storage[: param.shape[0]].copy_(param)
+            layer.experts.follow_parameters()
         if self._held:
             send_all([layer.replication for layer in self._held], self._ep_group)
 
