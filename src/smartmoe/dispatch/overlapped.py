@@ -116,9 +116,9 @@ class OverlappedDispatcher:
             rows = reorder(wait_exchange(*sends[step]), order)
             out = restore(experts(rows, source_WL.sum(0)), order)
             returns.append(start_exchange(out, recv_splits, send_splits, self.group))
-        shadow_out = shadow_rows
+        shadow_out = []
         if shadows:
             count_Z = torch.tensor(num_local, device=count_WS.device)
-            shadow_out = experts.compute(shadow_rows, count_Z, wait_shadow(*transfer, weights))
+            shadow_out = [experts.compute(shadow_rows, count_Z, wait_shadow(*transfer, weights))]
         done = [wait_exchange(*pending) for pending in returns]
-        return [*(done[(run - mine) % self.num_groups] for run in range(self.num_groups)), shadow_out]
+        return [*(done[(run - mine) % self.num_groups] for run in range(self.num_groups)), *shadow_out]
