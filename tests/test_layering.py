@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "smartmoe"
+FMOE = sorted((ROOT / "src" / "fmoe").rglob("*.py"))
+FMOE_LAYER = 5  # imports what is below, and nobody imports it
 LAYERS = {
     "config": 0, "swin_sizes": 0, "placement": 0, "solvers": 0, "policy": 0, "trace_synthetic": 0, "trace": 0, "record": 0,
     "planner": 1, "mesh": 1, "slow_links": 1, "slow_links_kernel": 1, "systems": 1, "controller": 1, "load_map": 1,
@@ -70,6 +72,18 @@ def test_a_module_imports_only_lower_layers(path):
     for other in imported_units(path) - {unit}:
         allowed = LAYERS[other] < LAYERS[unit] or (unit, other) in SAME_LAYER
         assert allowed, f"{path}: {unit} (layer {LAYERS[unit]}) imports {other} (layer {LAYERS[other]})"
+
+
+@pytest.mark.parametrize("path", FMOE, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_fastmoes_interface_stands_on_the_layer(path):
+    assert not [unit for unit in imported_units(path) if LAYERS[unit] >= FMOE_LAYER]
+    source = path.read_text()
+    assert "new_group(" not in source and ("os.environ" not in source or path.parts[-2:] == ("fastermoe", "config.py"))
+
+
+def test_the_library_does_not_need_fastmoes_interface():
+    for path in MODULES:
+        assert not [name for name in imported_names(path) if name.split(".")[0] == "fmoe"], path
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if unit_of(p) in TORCH_FREE], ids=lambda path: path.name)

@@ -1,0 +1,1 @@
+"""FasterMoE's switches. Its schedule is smartmoe.dispatch.overlapped."""
