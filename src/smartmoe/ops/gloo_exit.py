@@ -30,7 +30,7 @@ def _is_running() -> bool:
     for task in TASKS.glob("*"):
         try:
             name, state = (task / "stat").read_text().split("(", 1)[1].rsplit(") ", 1)
-        except FileNotFoundError:  # a thread that has ended
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended, the latter between opening and reading
             continue
         if name == THREAD_NAME and state[0] != "S":
             return True
