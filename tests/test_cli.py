@@ -96,7 +96,7 @@ from smartmoe import cli
 child = "import os, pathlib, signal, sys, time\\n" \
     "def end(*_):\\n    print('Traceback of torchrun', file=sys.stderr, flush=True)\\n    sys.exit(1)\\n" \
     "signal.signal(signal.SIGTERM, end)\\nprint('a warning', file=sys.stderr, flush=True)\\n" \
-    "pathlib.Path('part').write_text(str(os.getpid()))\\nos.rename('part', 'child.pid')\\ntime.sleep(60)"
+    "pathlib.Path('part').write_text(str(os.getpid()))\\nos.rename('part', 'child.pid')\\ntime.sleep(300)"
 with cli._take(Path("out")) as lock:
     print(cli._run([sys.executable, "-c", child], (lock.fileno(),)))
 """
@@ -109,7 +109,7 @@ def started_run():
 
 
 def wait_until(is_so):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 20
     while not is_so():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -127,8 +127,9 @@ def test_a_run_is_alone_in_its_folder_and_does_not_outlive_its_command(folder):
     with pytest.raises(ValueError, match="out: a run is at work there"):
         cli._take(Path("out"))
     run.kill()
-    run.communicate()
+    run.wait()
     wait_until(lambda: not is_running(pid))
+    run.communicate()
     cli._take(Path("out")).close()
     os.unlink("child.pid")
     run, pid = started_run()
