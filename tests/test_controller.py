@@ -32,7 +32,7 @@ class World:
         self.home, self.slower = self.in_force[0][0], slower
         sizes = sizes or Sizes(state_bytes=1_000_000, gbytes_per_s=100)
         self.controller = Controller([p for p, _ in self.in_force], OnlineConfig(**online), sizes)
-        self.log = []
+        self.log, self.late = [], None
 
     def ms(self, count_WE, layer):
         placement, replicas = self.in_force[layer]
@@ -42,14 +42,17 @@ class World:
     def run(self, first, last, count_of=lambda iteration: skewed(), no_room="", interval=10):
         for iteration in range(first, last + 1):
             count_YWE = np.stack([count_of(iteration)] * len(self.in_force))
-            # as with the real thing, a decision does not know the iteration just done
+            # as with the real thing, a decision does not know the iteration just done, nor the times of the one before
             if iteration % interval == 0:
                 changes = self.controller.decide(iteration, self.in_force, no_room)
                 for layer, change in enumerate(changes):
                     self.log.append((iteration, layer, change))
                     self.in_force[layer] = change.placement, change.replicas
             ms = [self.ms(count_YWE[layer], layer) for layer in range(len(self.in_force))]
-            self.controller.take_in(iteration, count_YWE, ms)
+            if self.late:
+                self.controller.take_times(*self.late)
+            self.controller.take_in(iteration, count_YWE)
+            self.late = iteration, count_YWE, ms
         return [(iteration, change.kind) for iteration, layer, change in self.log if layer == 0]
 
 
@@ -70,7 +73,7 @@ def test_an_iteration_counts_for_the_placement_that_it_ran_with():
     (change,) = world.controller.decide(10, world.in_force)
     found = []
     for iteration in (10, 11):  # counts come an iteration late
-        world.controller.take_in(iteration, skewed()[None], [1.0])
+        world.controller.take_in(iteration, skewed()[None])
         found.append(world.controller.max_over_mean)
     load_W = change.replicas.host_load(skewed())
     assert found == [before, load_W.max() / load_W.mean()] and found[1] < before
@@ -84,8 +87,10 @@ def test_a_balanced_layer_is_left_alone():
 
 def test_nothing_is_decided_without_times():
     world = World()
-    world.controller.take_in(1, np.stack([skewed()] * 2), [1.0, 1.0])  # warm-up, not believed
-    world.controller.take_in(5, np.stack([skewed()] * 2), None)
+    count_YWE = np.stack([skewed()] * 2)
+    world.controller.take_in(1, count_YWE)
+    world.controller.take_times(1, count_YWE, [1.0, 1.0])  # warm-up, not believed
+    world.controller.take_in(5, count_YWE)
     (change, _) = world.controller.decide(10, world.in_force)
     assert change.kind == "keep" and change.reason == "no layer has been timed yet"
 
@@ -106,6 +111,29 @@ def test_a_change_is_not_judged_by_too_few_iterations():
     assert world.log[-1][2].kind == "keep" and "not yet measured" in world.log[-1][2].reason
 
 
+@pytest.mark.parametrize("delay", [0, 1, 4])
+def test_times_belong_to_what_their_iteration_ran_with_however_late_they_come(delay):
+    world, change_at = World(num_layers=1), 10
+    ms_of = lambda iteration: 1.0 + iteration / 1000  # noqa: E731
+    count_of = lambda iteration: skewed(scale=400 + iteration)[None]  # noqa: E731
+    for iteration in range(1, 21):
+        if iteration == change_at:
+            (change,) = world.controller.decide(iteration, world.in_force)
+            assert change.kind == "migrate"
+        world.controller.take_in(iteration, count_of(iteration))
+        if (timed := iteration - delay) > 0:
+            world.controller.take_times(timed, count_of(timed), [ms_of(timed)])
+    trial = world.controller._trials[0]
+    before, after = range(3, change_at - delay), range(change_at + 2, 21 - delay)  # the two in between had both
+    assert trial.ms_before == tuple(map(ms_of, before))
+    assert list(world.controller._ms_Y[0]) == list(map(ms_of, after))
+    of_trial = [(trial.counts_before, before), (world.controller._counts_Y[0], after)]
+    assert all(np.array_equal(seen, [count_of(i)[0] for i in which]) for seen, which in of_trial)
+    ran_with = [(world.home, i) for i in before] + [(change.placement, i) for i in after]
+    fullest = [np.bincount(place.rank_of_expert(), count_of(i).sum((0, 1))).max() for place, i in ran_with]
+    assert [load for load, _ in world.controller._fullest_and_ms] == pytest.approx(fullest)
+
+
 def test_loads_that_change_do_not_make_a_change_look_bad():
     def count_of(iteration):  # from the change on another expert is the hottest each time, and there is more to do
         return skewed() if iteration <= 10 else skewed(shift=5 * iteration, scale=900)
@@ -120,7 +148,7 @@ def test_loads_that_change_do_not_make_a_change_look_bad():
 def test_one_time_before_a_change_tells_nothing_of_noise():
     for slower, judged in ((1.65, []), (2.0, ["rollback"])):  # 5 % more than before, 27 %
         world = World(num_layers=1, slower=slower)
-        kinds = [kind for _, kind in world.run(1, 16, interval=4)]
+        kinds = [kind for _, kind in world.run(1, 20, interval=5)]
         assert kinds[0] == "migrate" and [kind for kind in kinds if kind == "rollback"] == judged, kinds
 
 
@@ -203,9 +231,11 @@ def test_layers_of_each_size_are_judged_among_themselves():
         count_YWE = np.stack([skewed(shift, scale) for shift, scale in ((0, 400), (3, 100), (5, 400))])
         costs = (COPY_MS, 10 * COPY_MS, COPY_MS)  # a copy of the large layer takes ten times as long
         ms = [FIXED_MS + cost * each.sum(0).max() for cost, each in zip(costs, count_YWE, strict=True)]
-        whole.take_in(iteration, count_YWE, ms)
+        whole.take_in(iteration, count_YWE)
+        whole.take_times(iteration, count_YWE, ms)
         for layers, part in parts:
-            part.take_in(iteration, count_YWE[layers], [ms[layer] for layer in layers])
+            part.take_in(iteration, count_YWE[layers])
+            part.take_times(iteration, count_YWE[layers], [ms[layer] for layer in layers])
     whole.moved(6.0, 2)
     parts[0][1].moved(3.0, 2)  # the mean expert has twice the bytes of a small one
     parts[1][1].moved(12.0, 2)

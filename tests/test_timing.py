@@ -36,3 +36,66 @@ def test_every_replay_of_captured_passes_counts():
     thrice = timer.take()
     for layer, times in once.items():
         assert thrice[layer] == pytest.approx({part: 3 * ms for part, ms in times.items()})
+
+
+def test_a_turn_gives_the_iteration_before():
+    trainer = make_trainer(make_config(ParallelPlan()))
+    timer, by_hand = (LayerTimer(trainer.layers, torch.device("cpu")) for _ in range(2))
+    taken, given = [], []
+    for _ in range(3):
+        trainer.run_iteration()
+        timer._marks = list(by_hand._marks)  # the same clock
+        taken.append(by_hand.take())
+        given.append(timer.turn())
+    assert given == [{}, *taken[:2]]
+    trainer.run_iteration()
+    timer.forget()
+    assert timer.turn() == taken[2] and timer.turn() == {}
+
+
+class FakeEvent:
+    """A CUDA event of a device whose clock is `now`. `waited`: which were waited for."""
+
+    now, waited = 0.0, []
+
+    def __init__(self, **_):
+        self.ms = None
+
+    def record(self):
+        FakeEvent.now += 1.0
+        self.ms = FakeEvent.now
+
+    def synchronize(self):
+        FakeEvent.waited.append(self)
+
+    def elapsed_time(self, end):
+        return end.ms - self.ms
+
+
+def test_a_gpu_is_asked_for_the_iteration_before_alone_but_where_a_graph_is_replayed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    FakeEvent.now, FakeEvent.waited = 0.0, []
+    timer, ends = LayerTimer({}, torch.device("cuda")), []
+
+    def run(idle_ms):
+        timer._begin(0, "forward")
+        FakeEvent.now += idle_ms
+        timer._end(0, "forward")
+        ends.append(timer._marks[-1][3])
+
+    run(9.0)
+    assert timer.turn() == {} and FakeEvent.waited == []
+    run(19.0)
+    assert timer.turn() == {0: {"forward_ms": 10.0, "backward_ms": 0.0}} and FakeEvent.waited == ends[:1]
+    timer.begin()
+    run(29.0)
+    captured = timer.end()
+    timer.replayed(captured)
+    assert timer.turn() == {0: {"forward_ms": 20.0, "backward_ms": 0.0}} and FakeEvent.waited == ends
+    captured[0][2].record()  # the next replay is on its way: start is new, end is not yet
+    timer.replayed(captured)
+    timer.forget()
+    run(39.0)
+    assert timer.turn() == {0: {"forward_ms": 30.0, "backward_ms": 0.0}} and FakeEvent.waited == ends[:3]
+    assert timer.turn() == {0: {"forward_ms": 40.0, "backward_ms": 0.0}} and FakeEvent.waited == ends

@@ -115,23 +115,28 @@ class Controller:
     def _fresh(self, placement: Placement) -> policy.LayerState:
         return policy.LayerState(placement, Replicas.none(placement, self._online.replica_slots))
 
-    def take_in(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float] | None = None) -> None:
-        """Token copies of an iteration (from 1) by source rank and expert, and each layer's time on the slowest rank,
-        forward and backward; ms_Y None = not measured. Sets `max_over_mean`, the mean of the layers."""
+    def take_in(self, iteration: int, count_YWE: np.ndarray) -> None:
+        """Token copies of an iteration (from 1) by source rank and expert. Sets `max_over_mean`, the mean of the layers."""
         waited = max(1, iteration - self._history_iteration)
         self.history_YWE = policy.blend(self.history_YWE, count_YWE, iteration, waited)
         self._history_iteration = iteration
         loads = [self._replicas_in(layer, iteration).host_load(each) for layer, each in enumerate(count_YWE)]
         self.max_over_mean = float(np.mean([max_over_mean(load_W) for load_W in loads]))
-        if ms_Y is None or iteration <= WARMUP_ITERATIONS:
+
+    def take_times(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float]) -> None:
+        """Each layer's time on the slowest rank in an iteration, forward and backward, and the copies that it had there.
+
+        Iterations come in order, each once at most, and as late as they like: decisions taken since then are known."""
+        if iteration <= WARMUP_ITERATIONS:
             return
         for layer, (count_WE, ms) in enumerate(zip(count_YWE, ms_Y, strict=True)):
             if layer in self._changed and iteration <= self._changed[layer][0] + 1:
                 continue  # the one that ended with the change ran without; the next pays for what has never run before
             self._ms_Y[layer].append(float(ms))
             self._counts_Y[layer].append(np.asarray(count_WE, np.float64))
+            load_W = self._states[layer].replicas.host_load(count_WE)
             # with "exact", copies of each micro-batch even the load out
-            fullest = loads[layer].mean() if self._rules.replicate == "exact" else loads[layer].max()
+            fullest = load_W.mean() if self._rules.replicate == "exact" else load_W.max()
             self._fullest_and_ms.append((float(fullest), float(ms)))
 
     def _replicas_in(self, layer: int, iteration: int) -> Replicas:
@@ -296,9 +301,13 @@ class ControllersBySize:
         histories = [part.history_YWE for _, part in self._parts]
         return None if histories[0] is None else np.stack(self._in_order(histories))
 
-    def take_in(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float] | None = None) -> None:
+    def take_in(self, iteration: int, count_YWE: np.ndarray) -> None:
         for layers, part in self._parts:
-            part.take_in(iteration, count_YWE[layers], None if ms_Y is None else [ms_Y[layer] for layer in layers])
+            part.take_in(iteration, count_YWE[layers])
+
+    def take_times(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float]) -> None:
+        for layers, part in self._parts:
+            part.take_times(iteration, count_YWE[layers], [ms_Y[layer] for layer in layers])
 
     def moved(self, ms: float, num_experts: int) -> None:
         """As of a Controller, for experts of an average size."""

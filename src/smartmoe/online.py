@@ -98,7 +98,7 @@ class OnlinePlacement:
         state_of: all tensors [N, ...] that belong to the experts of a layer, for `migrate`.
         sizes: of each layer, bytes and speeds for auto's first decisions; None = as the layers tell them, see `guessed_sizes`.
         node_of_rank_W: for auto, the node of each rank of ep_group; None = one.
-        layer_ms: for auto, layer_idx -> ms of the last iteration here; None = a LayerTimer on the layers.
+        timer: for auto, what times the layers here, as LayerTimer's `turn` and `forget`; None = a LayerTimer on them.
         free_bytes: the device memory that is free; None = as CUDA says, and unlimited on a CPU.
         num_micro_batches: of an iteration, where sizes are not given.
     """
@@ -113,7 +113,7 @@ class OnlinePlacement:
         state_of: Callable[..., list[torch.Tensor]],
         sizes: Sequence[Sizes] | None = None,
         node_of_rank_W: tuple[int, ...] | None = None,
-        layer_ms: Callable[[], dict[int, float]] | None = None,
+        timer: LayerTimer | None = None,
         free_bytes: Callable[[], int | None] | None = None,
         num_micro_batches: int = 1,
     ):
@@ -130,7 +130,7 @@ class OnlinePlacement:
         self._auto = None
         if online.policy == "auto" and self._layers:
             sizes = sizes or [guessed_sizes(layer, online, state_of(layer), num_micro_batches) for layer in self._layers]
-            self._auto = _Auto(self, sizes, node_of_rank_W, layer_ms)
+            self._auto = _Auto(self, sizes, node_of_rank_W, timer)
 
     def after_step(self, iteration: int) -> list[dict]:
         """Take in what the layers saw in `iteration` (from 1) and, when it is due, place experts anew.
@@ -139,8 +139,8 @@ class OnlinePlacement:
         layer, kind ("keep", "migrate", "replicate", "both", "rollback"), num_moved (experts sent between ranks), num_copies
         (replicas in force afterwards), cost_ms (of the migration here, shared evenly by the layers that moved),
         max_over_mean_before and _after (of the load seen), reason; with auto also predicted_ms_before and _after.
-        Collective over stage_group (and ep_group when experts move). Synchronises with the host; with auto, where
-        nothing moves, only with the end of the layers' passes, whose times it asks for.
+        Collective over stage_group (and ep_group when experts move). Waits for the device; with auto, where nothing
+        moves, only for the iterations before, and for passes that were replayed from a CUDA graph.
         """
         if not self._layers:
             return []
@@ -273,12 +273,13 @@ class OnlinePlacement:
     @property
     def watchers(self) -> list:
         """What follows the layers' passes here, as graphs.Watcher."""
-        return [self._recorder, *([self._auto.timer] if self._auto is not None and self._auto.timer is not None else [])]
+        return [self._recorder, *([self._auto.timer] if self._auto is not None else [])]
 
 
 @dataclass
 class _Sent:
-    """Iteration whose counts and times are on their way, the view that brings them, experts of a timed migration."""
+    """Iteration whose counts are on their way, with the times of the one before; the view that brings them, in memory of its
+    own; experts of a timed migration."""
 
     iteration: int
     view: StageView
@@ -286,20 +287,20 @@ class _Sent:
 
 
 class _Auto:
-    """Policy "auto": counts and times of an iteration are reduced over the stage while the next one runs, and read after
-    it; nothing waits for them. When a decision is due the controller takes it, and here it is carried out."""
+    """Policy "auto": counts of an iteration are reduced over the stage while the next one runs, together with the times of the
+    one before, and read after that: what is decided after iteration i knows the counts of i - 1 and the times of i - 2,
+    always, on CPUs as well. So the host never asks for what a GPU still has to do, and the GPU does not stand idle while
+    the host decides. When a decision is due the controller takes it, and here it is carried out."""
 
-    def __init__(self, online: OnlinePlacement, sizes: Sequence[Sizes], node_of_rank_W, layer_ms):
+    def __init__(self, online: OnlinePlacement, sizes: Sequence[Sizes], node_of_rank_W, timer: LayerTimer | None):
         self._online, self._layers, self._config = online, online._layers, online._online
-        self._device, self._layer_ms = online._device, layer_ms
-        self.timer: LayerTimer | None = None
-        if layer_ms is None:
-            self.timer = LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
-            self._layer_ms = lambda: {idx: sum(parts.values()) for idx, parts in self.timer.take().items()}
+        self._device = online._device
+        self.timer = timer or LayerTimer({layer.layer_idx: layer for layer in self._layers}, self._device)
         placements = [layer.placement for layer in self._layers]
         self.controller = build_controller(placements, self._config, sizes, node_of_rank_W)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._sent: _Sent | None = None
+        self._untimed: tuple[int, np.ndarray] | None = None  # the last iteration read, and its counts
         self._move_ms, self._num_moved, self._has_room = 0.0, 0, False
         self._prepared: list[Change] | None = None
 
@@ -314,14 +315,14 @@ class _Auto:
             no_room = self._read()
             changes = self._choose(iteration, no_room) if is_due(self._config, iteration) else None
         moves = any(change.placement != old.placement for change, old in zip(changes or (), self._layers, strict=False))
-        # where no expert moves, routing tables are on their way before `_send` waits for the device, which then need not
+        # where no expert moves, routing tables are on their way before `_send` may wait for replayed passes
         events = self._carry_out(iteration, changes) if changes and not moves else []
         self._send(iteration)
         return self._carry_out(iteration, changes) if moves else events
 
     def forget_times(self) -> None:
         """The layers' times since the last iteration are those of passes that do not count."""
-        self._layer_ms()
+        self.timer.forget()
 
     def _send(self, iteration: int) -> None:
         group = self._online._stage_group
@@ -329,11 +330,11 @@ class _Auto:
         sums_LE = self._online._recorder.sums(self._device)
         counts_LWE = sums_LE.new_zeros(len(sums_LE), num_ranks, sums_LE.shape[1])
         counts_LWE[:, ep_rank] = sums_LE
-        ms = self._layer_ms()
+        times = self.timer.turn()  # of the iteration before
         # asked for where the answer is needed; maxima over the ranks, so of free memory the least counts
         asks = self._config.migrate and not self._has_room and is_due(self._config, iteration + 1)
         free = self._online._free() if asks else None
-        values = [ms.get(layer.layer_idx, 0.0) for layer in self._layers]
+        values = [sum(times.get(layer.layer_idx, {}).values()) for layer in self._layers]
         values += [self._move_ms, -np.inf if free is None else -float(free)]
         self._sent = _Sent(iteration, StageView(counts_LWE, values, group, self._stream), self._num_moved)
         self._move_ms, self._num_moved = 0.0, 0
@@ -344,8 +345,10 @@ class _Auto:
             return ""
         counts_LWE, values = self._sent.view.read()
         *ms_L, move_ms, least_free = values.tolist()
-        timed = all(ms > 0 for ms in ms_L)
-        self.controller.take_in(self._sent.iteration, counts_LWE, ms_L if timed else None)
+        if self._untimed is not None and all(ms > 0 for ms in ms_L):
+            self.controller.take_times(*self._untimed, ms_L)
+        self._untimed = self._sent.iteration, counts_LWE
+        self.controller.take_in(*self._untimed)
         self.controller.moved(move_ms, self._sent.num_moved)
         self._online._max_over_mean = self.controller.max_over_mean
         return "" if self._has_room else lack_of_room(-least_free)

@@ -1,11 +1,12 @@
 """Time spent in each MoE layer, forward and backward, without touching the layer.
 
-On a GPU the times come from events, which cost no synchronisation until they are read at the end of an iteration.
+On a GPU the times come from events, which cost no synchronisation until they are read.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ class LayerTimer:
         self._marks: list[tuple[int, str, object, object]] = []
         self._aside: list[tuple[int, str, object, object]] = []
         self._open: dict[tuple[int, str], object] = {}
+        self._has_replays = False
+        self._before = dict  # what gives the times of the iteration before
         for layer_idx, layer in layers.items():
             layer.register_forward_pre_hook(lambda module, args, idx=layer_idx: self._enter(idx, args[0]))
             layer.register_forward_hook(lambda module, args, out, idx=layer_idx: self._leave(idx, out[0]))
@@ -68,15 +71,39 @@ class LayerTimer:
     def replayed(self, captured: list[tuple[int, str, object, object]]) -> None:
         """As graphs.Watcher: the passes captured have run once more."""
         self._marks += captured
+        self._has_replays = True
 
     def take(self) -> dict[int, dict[str, float]]:
         """layer_idx -> {"forward_ms", "backward_ms"} summed since the last call. Waits for the last of these passes."""
-        if self._is_cuda and self._marks:
-            self._marks[-1][3].synchronize()
+        return self._sums(self._cut())
+
+    def turn(self) -> dict[int, dict[str, float]]:
+        """End an iteration: the times, as from `take`, of the one that the turn before ended; {} at the first.
+
+        Waits for nothing of the iteration that ends, so that a GPU that has been given all of it works on. Only passes
+        replayed from a CUDA graph are waited for: the next replay records the same events again.
+        """
+        times = self._before()
+        has_replays, self._before = self._has_replays, partial(self._sums, self._cut())
+        if has_replays and self._is_cuda:
+            known = self._before()
+            self._before = lambda: known
+        return times
+
+    def forget(self) -> None:
+        """The passes since the last `turn` or `take` do not count. Waits for nothing."""
+        self._cut()
+
+    def _cut(self) -> list[tuple[int, str, object, object]]:
+        marks, self._marks, self._has_replays = self._marks, [], False
+        return marks
+
+    def _sums(self, marks: list[tuple[int, str, object, object]]) -> dict[int, dict[str, float]]:
+        if self._is_cuda and marks:
+            marks[-1][3].synchronize()
         sums: dict[int, dict[str, float]] = {}
-        for idx, part, start, end in self._marks:
+        for idx, part, start, end in marks:
             elapsed_ms = start.elapsed_time(end) if self._is_cuda else (end - start) * 1e3
             layer = sums.setdefault(idx, {"forward_ms": 0.0, "backward_ms": 0.0})
             layer[f"{part}_ms"] += elapsed_ms
-        self._marks.clear()
         return sums
