@@ -6,34 +6,81 @@ from smartmoe import gpt
 from smartmoe.config import ModelConfig
 from smartmoe.parallel import pipeline
 from smartmoe.planner import memory
-from smartmoe.planner.schedule import makespan, most_in_flight, num_in_flight, order_of_rank
+from smartmoe.planner.schedule import makespan, message_for, most_in_flight, num_in_flight, order_of_rank
 from smartmoe.planner.timeline import Work
 
 SHAPES = [(2, 1, 2), (2, 1, 7), (4, 1, 9), (2, 2, 4), (3, 2, 9), (4, 3, 12)]
 
 
-def _one_by_one(pp, vpp, n, forward, backward, hop):
-    """Play it: a rank does its next work when its input is there and its host, which does not wait for that, launched it."""
-    orders = [order_of_rank(stage, pp, vpp, n) for stage in range(pp)]
-    done, free, launched, last = {}, [0.0] * pp, [0.0] * pp, pp * vpp - 1
-    while any(orders):
-        for rank in range(pp):
-            if not orders[rank]:
-                continue
-            is_backward, chunk, micro = orders[rank][0]
-            if not is_backward:
-                source, travel = (False, chunk - 1, micro), hop[chunk - 1]
-            elif chunk < last:
-                source, travel = (True, chunk + 1, micro), hop[chunk]
-            else:
-                source, travel = (False, chunk, micro), 0.0
-            is_root = not is_backward and chunk == 0
-            if is_root or source in done:
-                arrived = 0.0 if is_root else done[source] + travel
-                took, launches = (backward if is_backward else forward)[:, micro, chunk]
-                began, launched[rank] = max(free[rank], arrived, launched[rank]), launched[rank] + launches
-                done[orders[rank].pop(0)] = free[rank] = max(began + took, launched[rank])
-    return max(done.values())
+def _programs(pp, vpp, n):
+    """What each rank launches in order: passes (True, pass), and messages that it sends or asks for (False, message), a message
+    being called as the pass that sends it. Of interleaved schedules it is what torch makes of their passes."""
+    orders, last = [order_of_rank(stage, pp, vpp, n) for stage in range(pp)], pp * vpp - 1
+    if vpp == 1:
+        return [
+            [step for item in order for step in ((False, message_for(item, pp)), (True, item), (False, item))
+             if step[0] or step[1] is not None and not (step[1] == item and item[1] == (0 if item[0] else last))]
+            for order in orders
+        ]  # fmt: skip
+    if not all(hasattr(schedules, name) for name in ("_add_unshard_reshard", "_add_reduce_grad", "_add_send_recv")):
+        pytest.skip("this torch orders messages elsewhere")
+    kinds = schedules._ComputationType
+    passes = {
+        rank: [schedules._Action(chunk, kinds.FULL_BACKWARD if back else kinds.FORWARD, m) for back, chunk, m in order]
+        for rank, order in enumerate(orders)
+    }
+    passes = {r: schedules._add_reduce_grad(schedules._add_unshard_reshard(some), n) for r, some in passes.items()}
+    theirs = schedules._add_send_recv(passes, stage_to_rank=lambda chunk: chunk % pp, num_stages=pp * vpp)
+    sender = {"SEND_F": 0, "SEND_B": 0, "RECV_F": -1, "RECV_B": 1}
+    programs = []
+    for rank in range(pp):
+        programs.append([])
+        for step in theirs[rank]:
+            name = step.computation_type.name
+            if name in ("FORWARD", "FULL_BACKWARD"):
+                programs[rank].append((True, (name != "FORWARD", step.stage_index, step.microbatch_index)))
+            elif name in sender:
+                message = name.endswith("B"), step.stage_index + sender[name], step.microbatch_index
+                programs[rank].append((False, message))
+    return programs
+
+
+def _one_by_one(pp, vpp, n, forward, backward, hop, held=False, queued=True):
+    """Play it: a message passes when both ends have come to it and, where ranks have several chunks and messages queue, it is
+    the first of both their queues; a pass waits for its message, and for its host, which waits for nobody and launches it."""
+    programs, num_chunks = _programs(pp, vpp, n), pp * vpp
+    arrived, asked, free, launched, passed = {}, {}, [0.0] * pp, [0.0] * pp, [0.0] * pp
+    queues, links, queued = [[] for _ in range(pp)], {}, queued and vpp > 1
+    while any(programs):
+        for rank, program in enumerate(programs):
+            while program:
+                is_pass, item = program[0]
+                if not is_pass:
+                    asked[rank, item] = free[rank]
+                    queues[rank].append(item)
+                elif message_for(item, num_chunks) in (None, *arrived):
+                    took, launches = (backward if item[0] else forward)[:, item[2], item[1]]
+                    began = max(free[rank], arrived.get(message_for(item, num_chunks), 0.0), launched[rank])
+                    launched[rank] += launches
+                    free[rank] = max(began + took, launched[rank])
+                else:
+                    break
+                program.pop(0)
+        for sender in range(pp):
+            for message in list(queues[sender]):
+                is_backward, chunk, _ = message
+                receiver, ms = (chunk - 1 if is_backward else chunk + 1) % pp, hop[chunk - is_backward]
+                both = sender == chunk % pp and message in queues[receiver]
+                if not both or queued and not message == queues[sender][0] == queues[receiver][0]:
+                    continue
+                begin = max(asked[sender, message], asked[receiver, message])
+                begin = max(begin, passed[sender], passed[receiver]) if queued else begin
+                passed[sender] = passed[receiver] = begin + ms * (not held)
+                arrived[message] = max(begin + ms * (not held), links.get((sender, receiver), 0.0)) + ms * held
+                links[sender, receiver] = arrived[message]
+                queues[sender].remove(message)
+                queues[receiver].remove(message)
+    return max(*free, *launched)
 
 
 def _alone(device_ms):
@@ -46,17 +93,29 @@ def test_the_makespan_is_that_of_playing_the_schedule(pp, vpp, n):
     rng = np.random.default_rng(pp * 100 + vpp * 10 + n)
     forward, backward = rng.random((2, 3, 2, n, pp * vpp)) + 0.1
     hop = rng.random(pp * vpp - 1) * 0.3
-    for launches in (0.0, 0.5, 1.0, 2.0):
+    for launches, *how in ((0.0, 0, 1), (0.5, 1, 1), (1.0, 0, 1), (2.0, 0, 1), (0.0, 1, 1), (0.5, 0, 0), (0.5, 1, 0)):
         both = forward * [[[1.0]], [[launches]]], backward * [[[1.0]], [[launches]]]
-        found = makespan(pp, vpp, n, *(Work.piece(x[:, 0], x[:, 1]) for x in both), hop)
-        assert found == pytest.approx([_one_by_one(pp, vpp, n, f, b, hop) for f, b in zip(*both, strict=True)])
+        hop = hop * 1.5  # at last messages take longer than passes
+        found = makespan(pp, vpp, n, *(Work.piece(x[:, 0], x[:, 1]) for x in both), hop, *how)
+        assert found == pytest.approx([_one_by_one(pp, vpp, n, f, b, hop, *how) for f, b in zip(*both, strict=True)])
 
 
-@pytest.mark.parametrize("pp, vpp", [(2, 1), (4, 1), (8, 1), (2, 2), (4, 4)])
+def test_two_stages_meet_at_every_exchange():
+    """What a stage sends goes with what it gets, when both have done their work: a message each way takes its time once, but
+    for the first forward and the last backward, and nobody computes meanwhile."""
+    (f0, f1), (b0, b1), hop, n = (1.0, 1.5), (2.0, 3.0), 0.25, 8
+    found = makespan(2, 1, n, _alone([[[f0, f1]]]), _alone([[[b0, b1]]]), np.array([hop]))
+    assert found == pytest.approx(f0 + n * (f1 + b1) + b0 + (n + 1) * hop)
+
+
+@pytest.mark.parametrize("pp, vpp", [(2, 1), (4, 1), (8, 1), (2, 2), (4, 3), (4, 4)])
 def test_equal_stages_idle_as_the_textbook_says(pp, vpp):
     n, forward, backward = 4 * pp, np.full((1, 1, pp * vpp), 1.0), np.full((1, 1, pp * vpp), 2.0)
-    found = makespan(pp, vpp, n, _alone(forward), _alone(backward), np.zeros(pp * vpp - 1))
-    assert found == pytest.approx(3 * (n * vpp + pp - 1))
+    work = _alone(forward), _alone(backward), np.zeros(pp * vpp - 1)
+    textbook = 3 * (n * vpp + pp - 1)
+    assert makespan(pp, vpp, n, *work, queued=False) == pytest.approx(textbook)
+    late = makespan(pp, vpp, n, *work)[0] / textbook  # one queue of messages is not in the textbook
+    assert late == pytest.approx(1.0) if vpp == 1 or pp == 2 else 1.05 < late < 1.3
 
 
 @pytest.mark.parametrize("pp, vpp, n", [(2, 1, 61), (4, 1, 50), (4, 2, 64), (3, 2, 60)])

@@ -140,7 +140,10 @@ class CostModel:
         work = self.config.workload
         num_micro = self.num_micro_batches(plan, micro_batch)
         forward, backward = self._chunks(plan, micro_batch)
-        pipeline = makespan(plan.pp, plan.vpp, num_micro, forward, backward, self._hops(plan, micro_batch))
+        pipeline = makespan(
+            plan.pp, plan.vpp, num_micro, forward, backward, self._hops(plan, micro_batch),
+            held=self.cluster.slow_links_gbytes_per_s > 0, queued=self.cluster.device == "cuda",
+        )  # fmt: skip
         after, after_parts = self._after(plan)
         step = pipeline + after
         # what the busiest stage does, part by part; the rest of the pipeline's time it waits for its host, or for others

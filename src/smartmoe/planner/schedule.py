@@ -1,7 +1,12 @@
-"""How long a pipeline takes: the schedules of the trainer as a graph of forwards and backwards, and its longest path.
+"""How long a pipeline takes: the schedules of the trainer as a graph of forwards, backwards and messages, and its longest path.
 
-The order of work on each pipeline rank is that of torch.distributed.pipelining's Schedule1F1B and
-ScheduleInterleaved1F1B, which the trainer uses. Axes: C model chunks (pp * vpp), n micro-batches.
+The order of work and of messages on each pipeline rank is that of torch.distributed.pipelining's Schedule1F1B and
+ScheduleInterleaved1F1B, which the trainer uses. A message passes when both its ends are there: its sender has made it, and its
+receiver has done what it launched before it asked. With one chunk a rank that is all of its work before: what it sends and
+what it gets go in one exchange, beside which it computes nothing. With several it asks early, but over NCCL a rank's messages,
+in both directions, then pass one after another: torch 2.11 has one queue for them, which makes interleaving idle by 12 % to
+25 % on four to eight ranks even where messages take no time (later ones have a queue for each pair of ranks; this one does
+not know which will run). Axes: C model chunks (pp * vpp), n micro-batches.
 """
 
 from __future__ import annotations
@@ -14,22 +19,30 @@ import numpy as np
 from smartmoe.planner.timeline import Work, join
 
 _SETTLED_ROUNDS = 4  # after so many rounds of pp micro-batches a schedule of equal micro-batches repeats itself
+Item = tuple[bool, int, int]  # (is backward, chunk, micro-batch): a pass of a chunk, or the message that it sends
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Work of all ranks, sorted so that a level depends on earlier levels only.
+    """Passes and messages of all ranks, each sorted so that a level depends on earlier levels only, and passes of a level on
+    its messages. "None" of N passes, or of M messages, is N or M.
 
-    chunk, micro, is_backward: [N]. before: [N] the work before it on the same rank, or N (none). source: [N] what sends it
-    its input, or N. levels: slices of equal depth.
+    chunk, micro, is_backward: [N] of passes. before: [N] the pass before it on the same rank. comes: [N] the message that
+    brings its input. edge: [M] a message is between chunks edge and edge + 1. ends: [2, M] the passes that its sender and its
+    receiver have launched before it. queue: [2, M] the messages before it in the queues of its sender and receiver. link:
+    [M] the message before it from the same rank to the same rank. levels: of each level its messages and its passes.
     """
 
     chunk: np.ndarray
     micro: np.ndarray
     is_backward: np.ndarray
     before: np.ndarray
-    source: np.ndarray
-    levels: tuple[slice, ...]
+    comes: np.ndarray
+    edge: np.ndarray
+    ends: np.ndarray
+    queue: np.ndarray
+    link: np.ndarray
+    levels: tuple[tuple[slice, slice], ...]
 
 
 def order_of_rank(pp_stage: int, pp: int, vpp: int, num_micro_batches: int) -> list[tuple[bool, int, int]]:
@@ -70,59 +83,102 @@ def _turns(total, vpp, per_round, pp, pp_stage, reverse):
 @functools.lru_cache(maxsize=256)
 def build(pp: int, vpp: int, num_micro_batches: int) -> Schedule:
     """The schedule of all ranks."""
-    num_chunks = pp * vpp
     orders = [order_of_rank(stage, pp, vpp, num_micro_batches) for stage in range(pp)]
-    work = [item for order in orders for item in order]
-    index = {item: place for place, item in enumerate(work)}
-    none = len(work)
-    before, place = np.full(none, none), 0
-    for order in orders:
-        before[place + 1 : place + len(order)] = np.arange(place, place + len(order) - 1)
-        place += len(order)
-    source = np.array([_source(item, index, num_chunks, none) for item in work])
-    depth = _depths(before, source, [len(order) for order in orders])
-    by_depth = np.argsort(depth, kind="stable")
-    new_place = np.empty(none + 1, int)
-    new_place[by_depth], new_place[none] = np.arange(none), none
-    bounds = np.searchsorted(depth[by_depth], np.arange(depth.max() + 2))
-    is_backward, chunk, micro = (np.array([item[k] for item in work])[by_depth] for k in range(3))
-    levels = tuple(slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
-    return Schedule(chunk, micro, is_backward, new_place[before[by_depth]], new_place[source[by_depth]], levels)
+    before = {item: last for order in orders for last, item in zip([None, *order[:-1]], order, strict=True)}
+    posts, depths = play(orders, before)
+    items, messages = (sorted(found, key=found.get) for found in depths)
+    place, place_of_message = ({item: number for number, item in enumerate([*some, None])} for some in (items, messages))
+    is_backward, chunk, micro = np.array(items).T
+    rows = [posts[message] for message in messages]
+    bounds = [np.searchsorted([found[item] for item in some], np.arange(max(depths[0].values()) + 2))
+              for found, some in zip(depths, (items, messages), strict=True)]  # fmt: skip
+    passes, sent = ([slice(a, b) for a, b in zip(some[:-1], some[1:], strict=True)] for some in bounds)
+    return Schedule(
+        chunk, micro, is_backward.astype(bool),
+        before=np.array([place[before[item]] for item in items]),
+        comes=np.array([place_of_message[message_for(item, pp * vpp)] for item in items]),
+        edge=np.array([chunk - is_backward for is_backward, chunk, _ in messages]),
+        ends=np.array([[place[message] for message in messages], [place[row.tail] for row in rows]]),
+        queue=np.array([[place_of_message[row.queue[end]] for row in rows] for end in (0, 1)]),
+        link=np.array([place_of_message[row.link] for row in rows]),
+        levels=tuple(zip(sent, passes, strict=True)),
+    )  # fmt: skip
 
 
-def _source(item, index, num_chunks, none):
+def message_for(item: Item, num_chunks: int) -> Item | None:
+    """The message that brings the input of a pass, called as the pass that sends it; None = it is at home."""
     is_backward, chunk, micro = item
-    if not is_backward:
-        return index[False, chunk - 1, micro] if chunk else none
-    return index[True, chunk + 1, micro] if chunk < num_chunks - 1 else index[False, chunk, micro]
+    sender = chunk + 1 if is_backward else chunk - 1
+    return (is_backward, sender, micro) if 0 <= sender < num_chunks else None
 
 
-def _depths(before, source, lengths):
-    """Longest number of steps before each work; ranks advance in turn as far as they can."""
-    depth = np.full(len(before) + 1, -1)
-    ends = np.cumsum(lengths)
-    place = ends - lengths
-    while (place < ends).any():
-        moved = False
-        for rank, end in enumerate(ends):
-            while place[rank] < end:
-                me = place[rank]
-                needs = [depth[x] for x in (before[me], source[me]) if x < len(before)]
-                if needs and min(needs) < 0:
-                    break
-                depth[me] = max(needs, default=-1) + 1
-                place[rank] += 1
-                moved = True
-        assert moved, "a pipeline schedule that waits for itself"
-    return depth[:-1]
+@dataclass(frozen=True)
+class Post:
+    """What a message waits for beside its sender's pass: `tail`, the receiver's last pass before it asks; the messages before
+    it in the queues of its sender and of its receiver; the one before it over the same link."""
+
+    tail: Item | None
+    queue: tuple[Item | None, Item | None]
+    link: Item | None
 
 
-def makespan(pp: int, vpp: int, num_micro_batches: int, forward: Work, backward: Work, hop: np.ndarray) -> np.ndarray:
+def play(orders: list[list[Item]], before: dict[Item, Item | None]) -> tuple[dict[Item, Post], tuple[dict, dict]]:
+    """(all messages, in the order in which they are asked for; the longest number of passes before each pass, and before each
+    message, which a pass and what brings its input may share).
+
+    Ranks take turns, a pass each. With one chunk a rank, a message is asked for when its receiver needs it; with several,
+    when its sender has its turn, by both: so torch sees to it that no queue waits for another in a circle. Up to three chunks;
+    with more torch has other turns between, for weights that nobody gathers here.
+    """
+    pp, num_chunks = len(orders), 1 + max(item[1] for order in orders for item in order)
+    has_queues, last_micro = num_chunks > pp, max(item[2] for item in orders[0])
+    posts: dict[Item, Post] = {}
+    depth, depth_of_message = {None: -1}, {None: -1}
+    place, idle, queue, link = [0] * pp, [0] * pp, [None] * pp, {}
+
+    def post(item: Item, sender: int, receiver: int, tail: Item | None) -> None:
+        ends = (queue[sender], queue[receiver]) if has_queues else (None, None)
+        posts[item] = Post(tail, ends, link.get((sender, receiver)))
+        queue[sender] = queue[receiver] = link[sender, receiver] = item
+        earlier = [depth_of_message[message] for message in (*ends, posts[item].link)]
+        depth_of_message[item] = 1 + max(depth[item], depth[tail], *earlier)
+
+    while any(at < len(order) for at, order in zip(place, orders, strict=True)):
+        is_stuck = True
+        for rank, order in enumerate(orders):
+            if idle[rank] or place[rank] == len(order):
+                is_stuck, idle[rank] = is_stuck and not idle[rank], max(idle[rank] - 1, 0)
+                continue
+            item = order[place[rank]]
+            needed = message_for(item, num_chunks)
+            if needed is not None and needed not in (posts if has_queues else depth):
+                continue
+            if needed is not None and not has_queues:
+                post(needed, needed[1] % pp, rank, before[item])
+            depth[item] = max(1 + depth[before[item]], depth_of_message[needed])
+            place[rank], is_stuck = place[rank] + 1, False
+            is_backward, chunk, micro = item
+            receiving = chunk - 1 if is_backward else chunk + 1
+            if has_queues and 0 <= receiving < num_chunks:
+                peer = receiving % pp
+                post(item, rank, peer, orders[peer][place[peer] - 1] if place[peer] else None)
+            idle[rank] = 2 * (is_backward and micro == last_micro)  # a chunk is done: torch's for its gradients and weights
+        assert not is_stuck, "a pipeline schedule that waits for itself"
+    del depth[None], depth_of_message[None]
+    return posts, (depth, depth_of_message)
+
+
+def makespan(
+    pp: int, vpp: int, num_micro_batches: int, forward: Work, backward: Work, hop: np.ndarray,
+    held: bool = False, queued: bool = True,
+) -> np.ndarray:  # fmt: skip
     """Time from the first forward to the end of the last backward, [S].
 
     forward, backward: [S, 1 or n, C] of each chunk; with 1 all micro-batches take the same time, and long schedules are
-    continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back. Every rank has its host, which waits for
-    nothing that other ranks do unless its own device does.
+    continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back. held: messages pass at once, and are held
+    for so long where they arrive, one from a rank after another (smartmoe.slow_links). queued: messages of a rank with several
+    chunks pass one after another, as over NCCL. Every rank has its host, which waits for nothing that other ranks do unless
+    its own device does.
     """
     n = num_micro_batches
     num_micro = forward.device.shape[1]
@@ -133,33 +189,33 @@ def makespan(pp: int, vpp: int, num_micro_batches: int, forward: Work, backward:
         return join([both.map(lambda x, m=m: x[:, m % num_micro]) for m in range(n)]).total
     settled = _SETTLED_ROUNDS * pp
     if num_micro > 1 or n <= settled + 2 * pp:
-        return _longest(build(pp, vpp, n), forward, backward, hop)
+        return _longest(build(pp, vpp, n), forward, backward, hop, held, queued)
     first = settled + (n - settled) % pp
-    short, longer = (_longest(build(pp, vpp, m), forward, backward, hop) for m in (first, first + pp))
+    short, longer = (_longest(build(pp, vpp, m), forward, backward, hop, held, queued) for m in (first, first + pp))
     return short + (longer - short) * ((n - first) // pp)
 
 
-def _longest(schedule: Schedule, forward: Work, backward: Work, hop):
+def _longest(schedule: Schedule, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool):
     micro = schedule.micro % forward.device.shape[1]
 
     def of_work(there, back):
         return np.where(schedule.is_backward, back[:, micro, schedule.chunk], there[:, micro, schedule.chunk]).T
 
     work = Work(*map(of_work, vars(forward).values(), vars(backward).values()))
-    last = forward.device.shape[2] - 1
-    padded = np.concatenate([hop, [0.0]])
-    # into chunk c: forward from c - 1 over hop[c - 1], backward from c + 1 over hop[c]; the last backward is at home
-    travel = np.where(
-        schedule.is_backward,
-        np.where(schedule.chunk == last, 0.0, padded[schedule.chunk]),
-        np.where(schedule.chunk == 0, 0.0, padded[schedule.chunk - 1]),
-    )
-    device, host = np.zeros((2, len(schedule.chunk) + 1, work.device.shape[1]))
-    for level in schedule.levels:
-        before = schedule.before[level]
-        free, launched = np.maximum(device[before], device[schedule.source[level]] + travel[level, None]), host[before]
-        device[level] = np.maximum(free + work.device[level], launched + work.launched[level])
-        host[level] = np.maximum(free + work.waited[level], launched + work.host[level])
+    num_samples, hop_M1 = work.device.shape[1], hop[schedule.edge][:, None]
+    passing, holding = (0.0 * hop_M1, hop_M1) if held else (hop_M1, 0.0 * hop_M1)
+    device, host = np.zeros((2, len(schedule.chunk) + 1, num_samples))
+    passed, arrived = np.zeros((2, len(schedule.edge) + 1, num_samples))
+    for sent, done in schedule.levels:
+        begin = device[schedule.ends[:, sent]].max(0)
+        if queued:
+            begin = np.maximum(begin, passed[schedule.queue[:, sent]].max(0))
+        passed[sent] = begin + passing[sent]
+        arrived[sent] = np.maximum(passed[sent], arrived[schedule.link[sent]]) + holding[sent]
+        before = schedule.before[done]
+        free, launched = np.maximum(device[before], arrived[schedule.comes[done]]), host[before]
+        device[done] = np.maximum(free + work.device[done], launched + work.launched[done])
+        host[done] = np.maximum(free + work.waited[done], launched + work.host[done])
     return np.maximum(device, host).max(0)
 
 
