@@ -18,6 +18,7 @@ from smartmoe.config import (
 )
 from smartmoe.planner import commands, copies, described, inputs, loads, pool, search
 from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.layer_cost import exchange_ms
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=1024, ffn_size=4096, num_heads=8, seq_len=1024, vocab_size=8192, num_experts=8
@@ -50,13 +51,13 @@ def test_copies_pay_where_one_expert_is_hot_and_are_charged():
     assert sum(found.parts.values()) == pytest.approx(found.mean_ms, rel=1e-6)
     assert found.memory.buffers > without.memory.buffers
     assert search.imbalance(cost, found) < 1.1 < 2.0 < search.imbalance(cost, without)
-    # the same by hand: each hot expert's weights there once a step, its float32 gradients back, in 4 layers
+    # the same by hand: each hot expert's weights there once a step, its gradients back, in 4 layers
     numel = 2 * 1024 * 4096 + 4096 + 1024
     slots = int(found.copies.split()[1])
     model = copies.model_with_copies(cost, found)
     seen = model.rows(PLAN, 4)
     assert seen.sum(-1) == pytest.approx(np.full((3, 4), 4 * 4 * 1024 * 2), rel=1e-9), "no copy is lost"
-    per_copy = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * 6, inter_bytes=0.0))
+    per_copy = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * 4, inter_bytes=0.0))
     assert 4 * per_copy <= found.parts[copies.PART] * 1.0001 and found.parts[copies.PART] <= 4 * 3 * slots * per_copy
 
 
@@ -152,6 +153,25 @@ def test_copies_of_a_micro_batch_are_sent_twice_and_come_back_once():
     config = pool.config_of(cost.config, cost.cluster, PLAN, 4)
     found = copies.CopyCosts.of(config, cost.cluster, cost.primitives, cost.loads, 4)
     numel = 2 * 1024 * 4096 + 4096 + 1024
-    for exact, bytes_each in ((False, 2 + 4), (True, 2 + 2 + 4)):
+    for exact, bytes_each in ((False, 2 + 2), (True, 2 + 2 + 2)):
         wanted = float(cost.primitives.ms("all_to_all", ranks=4, intra_bytes=numel * bytes_each, inter_bytes=0.0))
         assert found.copy_ms(np.array(1.0), exact) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("dispatcher, slow, ranks_per_node, returns", [
+    ("auto", 0.0, 4, 5), ("direct", 0.0, 8, 5), ("basic", 0.0, 4, 1), ("auto", 8.0, 4, 1), ("auto", 0.0, 2, 1),
+])  # fmt: skip
+def test_kernels_return_gradients_of_copies_in_every_pass_and_collectives_once(dispatcher, slow, ranks_per_node, returns):
+    """The rule of replicas.build_replication: the direct dispatcher, in one node, over links that are not slowed down."""
+    cost = _cost(HOT)
+    cluster = dataclasses.replace(cost.cluster, slow_links_gbytes_per_s=slow, ranks_per_node=ranks_per_node, num_nodes=2)
+    layer = dataclasses.replace(cost.config.layer, dispatcher=dispatcher)
+    config = pool.config_of(dataclasses.replace(cost.config, layer=layer), cluster, PLAN, 4)
+    found = copies.CopyCosts.of(config, cluster, cost.primitives, cost.loads, 5)
+    size, near = 2 * (2 * 1024 * 4096 + 4096 + 1024), ranks_per_node >= 4
+
+    def ms(num_bytes):
+        return float(exchange_ms(cost.primitives, "all_to_all", 4, num_bytes * near, num_bytes * (not near)))
+
+    assert found.copy_ms(np.array(1.0), False) == pytest.approx(ms(2 * size) + (returns - 1) * ms(size), rel=1e-9)
+    assert found.copy_ms(np.array(1.0), True) == pytest.approx(ms(3 * size), rel=1e-9)

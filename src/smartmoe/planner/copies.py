@@ -2,7 +2,7 @@
 
 A plan's experts may have copies on other ranks (online.replicate), placed and weighed by the solver that training uses. What
 they save is told by the cost model under the shares that the copies compute; what they cost is memory for the slots, and
-sending weights and gradients, charged at full price: nothing of it is hidden behind computation.
+sending weights and gradients, both in the training dtype, charged at full price: nothing of it is hidden behind computation.
 
 Axes: S samples, M micro-batches, L MoE layers, E experts, W ranks of an expert group.
 """
@@ -119,6 +119,7 @@ class CopyCosts:
     num_stages: int
     numel: int  # parameters of one expert
     num_micro: int
+    returns: int  # how often in a step gradients of copies that stay for it come back
 
     @classmethod
     def of(
@@ -129,7 +130,10 @@ class CopyCosts:
         biases = wide + model.hidden_size if model.expert_bias else 0
         numel = model.hidden_size * (wide + model.ffn_size) + biases
         setting = CostModel(config, cluster, primitives, loads).setting(plan, config.workload.micro_batch_size)
-        return cls(setting, primitives, _stage_of_layers(config), plan.pp, numel, num_micro)
+        # as replicas.build_replication has it: kernels return them in every backward pass, collectives gather them first
+        has_kernels = setting.layer.dispatcher == "direct" and cluster.device == "cuda" and plan.ep <= cluster.ranks_per_node
+        returns = num_micro if has_kernels else 1
+        return cls(setting, primitives, _stage_of_layers(config), plan.pp, numel, num_micro, returns)
 
     @property
     def state_bytes(self) -> int:
@@ -138,12 +142,16 @@ class CopyCosts:
         return self.numel * (12 + (width if width < 4 else 0))
 
     def copy_ms(self, num_copies: np.ndarray, exact: bool) -> np.ndarray:
-        """Replicas through the busiest rank: weights there and float32 gradients back; when decided for each micro-batch,
-        the weights once more before its backward."""
-        width = self.setting.dtype_bytes
-        num_bytes = num_copies * self.numel * ((2 * width if exact else width) + 4)
+        """Replicas through the busiest rank: for a step their weights there once, and gradients back as often as they return;
+        when decided for each micro-batch, for one of these weights there, once more before its backward, and gradients back."""
+        size = num_copies * self.numel * self.setting.dtype_bytes
         near = self.setting.ep <= self.setting.ranks_per_node
-        ms = exchange_ms(self.primitives, "all_to_all", self.setting.ep, num_bytes * near, num_bytes * (not near))
+        journeys = ((3 * size, 1),) if exact else ((2 * size, 1), (size, self.returns - 1))
+        ms = sum(
+            times * exchange_ms(self.primitives, "all_to_all", self.setting.ep, num_bytes * near, num_bytes * (not near))
+            for num_bytes, times in journeys
+            if times
+        )
         return np.where(num_copies > 0, ms, 0.0)
 
     def of_stages(self, copies_SML: np.ndarray, exact: bool) -> np.ndarray:
