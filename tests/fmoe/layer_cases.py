@@ -144,6 +144,8 @@ def compare(case: Case, rank: int, world_size: int) -> None:
     upstream = [torch.randn_like(out) for out in outs]
     torch.autograd.backward(outs, upstream)
 
+    if case.dispatcher in ("direct", "overlapped"):
+        assert type(moe._kept_dispatcher).__name__ == f"{case.dispatcher.capitalize()}Dispatcher"
     expert_idx_TK = seen[0].reshape(num_tokens, case.top_k)
     twins = [part.double().requires_grad_() for part in inp]
     wanted, gate_twin, experts_E = oracle(case, moe, twins, expert_idx_TK, rank, world_size)

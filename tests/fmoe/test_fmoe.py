@@ -16,7 +16,7 @@ from torch import nn
 
 import fmoe
 from fmoe.functions import AllGather, MOEGather, MOEScatter, ensure_comm, get_moe_group, prepare_forward
-from fmoe.gates import GShardGate, SwipeGate, SwitchGate
+from fmoe.gates import DCGate, GShardGate, SwipeGate, SwitchGate
 from fmoe.layers import _fmoe_general_global_forward
 from tests.dist import spawn
 from tests.fmoe import layer_cases
@@ -33,6 +33,7 @@ def _world(rank, world_size):
     _functions(rank, world_size)
     _data_parallel(rank, world_size)
     _switch(rank, world_size)
+    _shared_capacity(rank, world_size)
     _swipe(rank, world_size)
     _refusals(world_size)
 
@@ -164,6 +165,23 @@ def _switch(rank, world_size):
     torch.testing.assert_close(score_TK, prob_TE.max(1, keepdim=True).values)
 
 
+def _shared_capacity(rank, world_size):
+    """As _switch, of two choices of each token."""
+    torch.manual_seed(11)
+    gate = DCGate(8, 2, world_size, capacity=(0.5, 9), random_routing=False)
+    torch.manual_seed(12 + rank)
+    x_TD = torch.randn(6, 8)
+    taken = [0] * (2 * world_size)
+    for source, chosen_TK in enumerate(_gathered(gate.gate(x_TD).topk(2).indices)):
+        seated = []
+        for expert in chosen_TK.flatten().tolist():
+            seated.append(expert if taken[expert] < 3 else -1)
+            taken[expert] += 1
+        if source == rank:
+            wanted = seated
+    assert gate(x_TD)[0].flatten().tolist() == wanted and max(taken) > 3
+
+
 def _swipe(rank, world_size):
     """Every worker takes its share; who finds it full goes to the first with room, to expert k % num_expert there."""
     torch.manual_seed(9)
@@ -244,6 +262,14 @@ def test_both_layouts_of_checkpoints_load(tmp_path):
     del by_expert["mlp.experts.1.htoh4.bias"]
     with pytest.raises(RuntimeError, match="size mismatch for mlp.experts.htoh4.bias"):
         block.load_state_dict(by_expert)
+
+
+def test_masked_tokens_are_weighted_by_their_scores():
+    mask = torch.tensor([0, 1, 2, 1])
+    moe = fmoe.FMoETransformerMLP(4, 8, 16, top_k=1, gate=SwitchGate, mask=mask, mask_dict={1: torch.arange(8.0)})
+    x_TD = torch.randn(4, 8)
+    y_TD, (_, score_TK) = moe.eval()(x_TD), moe.gate(x_TD)
+    assert torch.equal(y_TD[mask == 1], score_TK[mask == 1] * torch.arange(8.0)) and not y_TD[2].any() and y_TD[0].any()
 
 
 def test_under_autocast_experts_compute_in_its_type():

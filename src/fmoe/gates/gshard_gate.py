@@ -29,10 +29,13 @@ class GShardGate(NaiveGate):
         """x: [T, D]. Returns (experts [T, K], scores [T, K])."""
         expert_idx_TK, score_TK, logits_TE = super().forward(x, return_all_scores=True)
         self.set_loss(self._first_choice_loss(logits_TE, expert_idx_TK))
-        limit = math.ceil(self.capacity[0 if self.training else 1] * x.shape[0]) * self.top_k // self.tot_expert
-        limit_E = torch.full((self.tot_expert,), limit, device=x.device)
-        expert_idx_TK = prune_gate_by_capacity(expert_idx_TK, limit_E, self.num_expert, self.world_size)
+        expert_idx_TK = self._limit(expert_idx_TK, math.ceil(self.capacity[0 if self.training else 1] * x.shape[0]))
         if self.random_routing:
             dropped_T = 2 * score_TK[:, 1] < torch.rand(x.shape[0], device=x.device)
             expert_idx_TK[:, 1].masked_fill_(dropped_T, -1)
         return expert_idx_TK, score_TK
+
+    def _limit(self, expert_idx_TK, num_seats: int):
+        """num_seats: capacity times T."""
+        limit_E = torch.full((self.tot_expert,), num_seats * self.top_k // self.tot_expert, device=expert_idx_TK.device)
+        return prune_gate_by_capacity(expert_idx_TK, limit_E, self.num_expert, self.world_size)
