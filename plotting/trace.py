@@ -52,7 +52,11 @@ def draw(data: dict) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     (out,) = sys.argv[1:] if argv is None else argv
-    draw(json.load(sys.stdin)).savefig(Path(out), dpi=style.PNG_DPI)
+    try:
+        draw(json.load(sys.stdin)).savefig(Path(out), dpi=style.PNG_DPI)
+    except OSError as error:
+        print(f"plotting.trace: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

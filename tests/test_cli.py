@@ -195,7 +195,9 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
         (["train", "run.toml", "--ranks", "3"], "plan.ep = 3 does not divide"),
         (["train", "run.toml", "--ranks", "0"], "at least 1"),
         (["train", "run.toml", "--resume"], "--resume needs --out"),
-        (["trace", "show", "run.toml"], "run.toml"),
+        (["trace", "show", "run.toml"], "run.toml: cannot read this trace: File is not a zip file; a trace is an .npz"),
+        (["trace", "show", "text.csv"], "text.csv: not a valid trace: no column layer, expert in line 1, which has: iteration"),
+        (["trace", "show", "folder"], "folder.png: cannot write this file: is a folder"),
         (["trace", "show", "absent.npz"], "absent.npz"),
         (["train", "run.toml", "--ranks", "1", "--out", "text.txt"], "--out text.txt: cannot write a run there: File exists"),
         (["train", "run.toml", "--ranks", "1", "--out", "text.txt/below"], "cannot write a run there: Not a directory"),
@@ -210,6 +212,8 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
 )
 def test_bad_input_is_one_line_and_exit_2(folder, capsys, arguments, message):
     Path("short.txt").write_text("short")
+    Path("text.csv").write_text("iteration\n1\n")
+    Path("folder.png").mkdir()
     assert cli.main(arguments) == 2
     assert not Path("out").exists()
     text = capsys.readouterr().err
@@ -264,6 +268,9 @@ def test_trace_show_is_a_table_of_layers_and_a_picture(folder, capfd):
     assert Path("t.png").read_bytes().startswith(b"\x89PNG") and "t.png: load over time" in text
     assert cli.main(["trace", "show", "synthetic:bursty,iterations=4,copies=64,layers=2", "--text"]) == 0
     assert "4 iterations" in capfd.readouterr().out and len(list(Path().glob("*.png"))) == 1
+    Path("one.csv").write_text("iteration,layer,expert\n1,0,0\n1,0,3\n")
+    assert cli.main(["trace", "show", "one.csv", "--text"]) == 0
+    assert "--ranks N shows them spread over N" in capfd.readouterr().out
     assert cli.main(["trace", "save", "synthetic:bursty,iterations=4", "saved.npz"]) == 0
     assert trace.ExpertTrace.load("saved.npz").meta["kind"] == "bursty"
 

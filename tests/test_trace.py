@@ -336,3 +336,34 @@ def test_a_trace_is_named_by_a_path_or_a_class(tmp_path):
                           ("nowhere.npz", "nowhere.npz")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             read_trace(text)
+
+
+def test_csv_lines_of_one_place_add_up_and_absent_ones_are_none(tmp_path):
+    path = tmp_path / "routing.csv"
+    path.write_text("note,iteration,layer,expert,count\nx,3,2,1,5\nx,3,2,1,2\n\nx,7,2,0,4\nx,7,5,3,1\n")
+    found = read_trace(path)
+    assert found.counts.shape == (2, 1, 2, 1, 4) and found.iteration.tolist() == [3, 7]
+    assert found.counts[:, 0, :, 0].tolist() == [[[0, 7, 0, 0], [0, 0, 0, 0]], [[4, 0, 0, 0], [0, 0, 0, 1]]]
+    path.write_text("\ufeffiteration, rank, layer, micro_batch, expert\n1,0,0,0,1\n1,0,0,0,1\n1,1,0,1,0\n")
+    found = read_trace(path)  # a line for each token, and the mark with which spreadsheets begin
+    assert found.counts.shape == (1, 2, 1, 2, 2) and found.counts[0, :, 0].tolist() == [[[0, 2], [0, 0]], [[0, 0], [1, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column iteration, layer, expert in line 1, which has: nothing"),
+        ("iteration,layer,expert\n", "has no line below its first"),
+        ("iteration,layer,expert\n1,0,0\n1,0,x\n", "line 3: needs whole numbers for iteration, layer, expert"),
+        ("iteration,layer,expert,count\n1,0,0\n", "line 2: needs whole numbers"),
+        ("iteration,layer,expert\n1,0,-1\n", "line 2: a negative number"),
+        ("iteration,layer,expert,count\n1,0,0,3000000000\n", "counts must lie in 0"),
+        ("iteration,layer,expert\n1,0,99999999999\n", "too many"),
+    ],
+)
+def test_a_csv_that_is_no_trace(tmp_path, text, message):
+    path = tmp_path / "routing.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_trace(path)
+    assert str(path) in str(error.value)

@@ -30,7 +30,33 @@ from smartmoe.trace import read_trace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
-TRACE_HELP = "a trace (.npz), a folder of table_iter<I>_rank<R>.log files, or synthetic:KIND (see moe_trace/README.md)"
+TRACE_HELP = "a trace: .npz, .csv, a folder of table_iter<I>_rank<R>.log files, or synthetic:KIND (see moe_trace/README.md)"
+TRACE_EPILOG = """\
+examples:
+  smartmoe trace show runs/first/trace.npz                 of a run with record_trace = true
+  smartmoe trace show synthetic:one-hot,share=0.8,experts=16 --ranks 8
+  smartmoe trace save routing.csv routing.npz              of your own model; then smartmoe trace show routing.npz --ranks 8
+
+routing.csv has a line for each iteration, layer and expert (columns rank and micro_batch too, if you like), or without the
+column count a line for each routed token:
+  iteration,layer,expert,count
+  1,0,0,177
+From Python: np.savez("routing.npz", counts=counts, iteration=np.arange(1, len(counts) + 1)), counts integers of the shape
+[iterations, ranks, layers, micro-batches, experts] or [iterations, experts].
+"""
+SHOW_EPILOG = """\
+Columns, of each layer and as means over iterations: load (token copies) of the busiest expert over the mean expert (1 is even);
+experts that got nothing; share of all copies that the busiest and the four busiest got; correlation of expert loads with those
+of the iteration before (1: history tells). Below: how full the fullest rank is over the mean under each kind of placement,
+simulated, without what moving and copying costs. The picture has the same over time.
+
+"""
+EXPORT_EPILOG = """\
+examples:
+  smartmoe export runs/first experts.pt                              the newest good checkpoint of a run
+  smartmoe export runs/first/checkpoints/iter_0000050 experts.pt --optimizer
+  python -c "import torch; print(torch.load('experts.pt', weights_only=True).keys())"
+"""
 EPILOG = """\
 examples:
   smartmoe train run.toml --ranks 4     train on 4 processes of this machine
@@ -80,23 +106,28 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<name>-<UTC time>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.set_defaults(command=_train)
-    export = commands.add_parser("export", help="write a checkpoint as one file of experts in plain order")
+    export = commands.add_parser(
+        "export", help="write a checkpoint as one file of experts in plain order", epilog=EXPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory: its newest good one")
     export.add_argument("out", type=Path, help="file for torch.load(OUT, weights_only=True)")
     export.add_argument("--optimizer", action="store_true", help="with both moments of Adam")
     export.set_defaults(command=_export)
-    trace = commands.add_parser("trace", help="look at expert-selection traces")
+    worded = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    trace = commands.add_parser("trace", help="look at expert-selection traces", epilog=TRACE_EPILOG, **worded)
     trace_commands = trace.add_subparsers(required=True, metavar="COMMAND")
-    show = trace_commands.add_parser("show", help="print how skewed a trace is, and draw its load over time")
+    show = trace_commands.add_parser("show", help="print how skewed a trace is, and draw its load over time",
+                                     epilog=SHOW_EPILOG + TRACE_EPILOG, **worded)  # fmt: skip
     show.add_argument("trace", help=TRACE_HELP)
     show.add_argument("--out", type=Path, metavar="PNG", help="the picture (default: the trace's name in this folder)")
     show.add_argument("--layer", type=int, help="layer of the heat maps (default: that with the busiest expert)")
     show.add_argument("--ranks", type=int, help="ranks that experts are spread over (default: as many as in the trace)")
-    show.add_argument("--interval", type=int, default=10, help="iterations between decisions (10)")
-    show.add_argument("--replica-slots", type=int, default=2, help="copies of experts that a rank has room for (2)")
+    show.add_argument("--interval", type=int, default=10, help="iterations between decisions; default: 10")
+    show.add_argument("--replica-slots", type=int, default=2, help="copies of experts that a rank has room for; default: 2")
     show.add_argument("--text", action="store_true", help="no picture")
     show.set_defaults(command=_show)
-    save = trace_commands.add_parser("save", help="write any trace as .npz")
+    save = trace_commands.add_parser("save", help="write any trace as .npz", epilog=TRACE_EPILOG, **worded)
     save.add_argument("trace", help=TRACE_HELP)
     save.add_argument("out", type=Path, metavar="OUT.npz")
     save.set_defaults(command=_save)
@@ -309,8 +340,8 @@ def _save(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    if args.out and not args.text:
-        record.check_out(args.out)
+    if not args.text:
+        args.out = record.check_out(args.out or _picture_of(args.trace))
     trace = read_trace(args.trace)
     num_iterations, num_ranks, num_layers, num_micro_batches, num_experts = trace.counts.shape
     span = f"{trace.iteration[0]} .. {trace.iteration[-1]}"
@@ -338,13 +369,19 @@ def _show(args: argparse.Namespace) -> int:
     for load_map in data["maps"]:
         over_mean = np.mean([fullest_over_mean(np.array(load_W)) for load_W in load_map["rank_load"]])
         print(f"  {load_map['series']:24s} {over_mean:6.3f}  {load_map['source']}")
+    if (args.ranks or num_ranks) == 1:
+        print("one rank has every expert: --ranks N shows them spread over N")
     return 0 if args.text else _draw(args, data)
+
+
+def _picture_of(source: str) -> Path:
+    """Where the picture of a trace goes unless told otherwise: into this folder, under the trace's name."""
+    return Path(Path(source.replace(":", "-").replace(",", "-")).name.removesuffix(".npz") + ".png")
 
 
 def _draw(args: argparse.Namespace, data: dict) -> int:
     """Hand the load over time to the repository's plotting, which is no part of the installed package."""
-    name = Path(args.trace.replace(":", "-").replace(",", "-")).name.removesuffix(".npz")
-    out = args.out or Path(f"{name}.png")
+    out = args.out
     if not (REPOSITORY / "plotting" / "trace.py").is_file():
         print(
             "smartmoe: no picture: it needs the plotting/ of the repository; install with pip install -e",

@@ -1,11 +1,12 @@
 """Expert-selection traces: how many token copies every expert got, by iteration, rank, layer and micro-batch.
 
-Layer 0: numpy only. Two file formats, described in moe_trace/README.md: one .npz, and the text tables of the published
-SmartMoE artifact. Axes: I iterations, R ranks, L layers, M micro-batches, E experts.
+Layer 0: numpy only. Three file formats, described in moe_trace/README.md: one .npz, the text tables of the published
+SmartMoE artifact, and .csv. Axes: I iterations, R ranks, L layers, M micro-batches, E experts.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -24,6 +25,13 @@ SYNTHETIC = "synthetic:"
 _SIZES = {"iterations": 200, "ranks": 4, "layers": 4, "micro_batches": 1, "experts": 32, "copies": 4096}
 # A trace of 500 iterations, 64 ranks, 24 layers, 4 micro-batches and 256 experts takes 3 GB; more is taken for damage.
 MAX_MEMBER_BYTES = 8 << 30
+FORMATS = (
+    "a trace is an .npz of counts [iterations, ranks, layers, micro-batches, experts] or [iterations, experts] and iteration "
+    "[iterations], a .csv with the columns iteration, layer, expert, a folder of table_iter<I>_rank<R>.log files, or "
+    "synthetic:KIND (moe_trace/README.md)"
+)
+CSV_AXES = ("iteration", "rank", "layer", "micro_batch", "expert")
+_CSV_NEEDED = ("iteration", "layer", "expert")
 _TABLE_NAME = re.compile(r"table_iter(\d{1,9})_rank(\d{1,6})\.log")
 
 
@@ -91,10 +99,59 @@ class ExpertTrace:
                 has_meta = "meta.npy" in archive.namelist()
                 meta = json.loads(_read_member(archive, "meta").tobytes().decode()) if has_meta else {}
             return cls(counts[:, None, None, None, :] if counts.ndim == 2 else counts, iteration, meta)
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: cannot read this trace: {error}; {FORMATS}") from None
+        except (OSError, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
             raise ValueError(f"{path}: cannot read this trace: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: not a valid trace: {error}") from None
+
+    @classmethod
+    def read_csv(cls, path: str | Path) -> ExpertTrace:
+        """Read a .csv whose first line names its columns: iteration, layer, expert, and as wanted rank, micro_batch, count.
+
+        A line stands for `count` token copies (1 where there is no such column); lines of one place add up, and places
+        without a line have none. Layers, ranks and micro-batches are numbered anew in their order, experts keep their
+        numbers. Other columns are not read. Raises ValueError naming the file and the line.
+        """
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.reader(file)
+                columns = [name.strip() for name in next(reader, [])]
+                if lacking := [name for name in _CSV_NEEDED if name not in columns]:
+                    has = ", ".join(columns)[:200] or "nothing"
+                    raise ValueError(f"no column {', '.join(lacking)} in line 1, which has: {has}")
+                names = [name for name in (*CSV_AXES, "count") if name in columns]
+                places = [columns.index(name) for name in names]
+                rows = []
+                for row in reader:
+                    try:
+                        if row:
+                            rows.append([int(row[place]) for place in places])
+                    except (ValueError, IndexError):
+                        raise ValueError(f"line {reader.line_num}: needs whole numbers for {', '.join(names)}") from None
+                    if row and min(rows[-1]) < 0:
+                        raise ValueError(f"line {reader.line_num}: a negative number")
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: cannot read this trace: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: not a valid trace: {error}") from None
+        if not rows:
+            raise ValueError(f"{path}: not a valid trace: it has no line below its first")
+        found = dict(zip(names, np.array(rows, np.int64).T, strict=True))
+        axes, places = {}, []
+        for name in CSV_AXES:
+            axes[name], place = np.unique(found.get(name, np.zeros(len(rows), np.int64)), return_inverse=True)
+            places.append(found["expert"] if name == "expert" else place)
+        shape = [len(axes[name]) for name in CSV_AXES[:-1]] + [int(found["expert"].max()) + 1]
+        if math.prod(shape) * 8 > MAX_MEMBER_BYTES:
+            raise ValueError(f"{path}: not a valid trace: its numbers span {' x '.join(map(str, shape))} places, too many")
+        counts = np.zeros(shape, np.int64)
+        np.add.at(counts, tuple(places), found.get("count", 1))
+        try:
+            return cls(counts, axes["iteration"], {"source": "csv"})
+        except ValueError as error:
+            raise ValueError(f"{path}: not a valid {error}") from None
 
     @classmethod
     def read_published(cls, folder: str | Path) -> ExpertTrace:
@@ -211,7 +268,7 @@ def synthetic(
 
 
 def read_trace(source: str | Path, **sizes) -> ExpertTrace:
-    """The trace that `source` names: an .npz, a folder of text tables, or "synthetic:KIND[,KEY=NUMBER ..]".
+    """The trace that `source` names: an .npz, a .csv, a folder of text tables, or "synthetic:KIND[,KEY=NUMBER ..]".
 
     The keys of a synthetic one are iterations (200), ranks (4), layers (4), micro_batches (1), experts (32), copies
     (4096), seed (0) and the numbers of its Skew. `sizes` are other defaults for these, e.g. experts=16. Raises
@@ -219,6 +276,8 @@ def read_trace(source: str | Path, **sizes) -> ExpertTrace:
     """
     text = str(source)
     if not text.startswith(SYNTHETIC):
+        if text.lower().endswith(".csv"):
+            return ExpertTrace.read_csv(source)
         return ExpertTrace.read_published(source) if Path(source).is_dir() else ExpertTrace.load(source)
     kind, *pairs = text.removeprefix(SYNTHETIC).split(",")
     values = {**_SIZES, "seed": 0, **sizes}

@@ -144,6 +144,13 @@ def test_the_command_writes_a_run_that_train_reads(folder, capsys):
     assert cli.main(["plan", "--model", "best.toml", "--cluster", "two", "--gpus", "1", "--loads", "uniform"]) == 0
 
 
+def test_names_of_the_repository_are_found_from_any_folder_and_a_trace_may_be_synthetic(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ("--cluster", "inky", "--gpus", "2", "--batch", "8", "--trace", "synthetic:one-hot,iterations=3")
+    assert cli.main(["plan", "--model", "gpt-cpu", *options, "--samples", "1"]) == 0
+    assert "cluster inky" in capsys.readouterr().out
+
+
 def test_slow_links_make_pipelines_win_and_are_in_the_run(folder, capsys):
     rows = {}
     for rate in ("0", "0.002"):
@@ -167,6 +174,7 @@ def test_bad_input_is_named_before_anything_runs(folder, capsys):
         assert _plan(**settings) == 2
         assert message in capsys.readouterr().err
     assert _plan("--trace", "nowhere.npz") == 2 and "nowhere.npz" in capsys.readouterr().err
+    assert _plan("--trace", "synthetic:zipf-strongg") == 2 and "--trace synthetic:zipf-strongg: " in capsys.readouterr().err
     for options, message in (
         (("--top", "0"), "--top 0: at least 1"),
         (("--micro-batch", "0"), "--micro-batch 0: at least 1"),

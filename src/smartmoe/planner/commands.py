@@ -34,6 +34,25 @@ else a prior by the type of gate. --loads uniform judges as a planner does that 
 """
 
 
+PROFILE_EPILOG = """\
+examples:
+  smartmoe profile --ranks 2 --out local.profile.json             measure 2 GPUs of this machine in bfloat16
+  smartmoe profile --ranks 2 --device cpu --out cpu.profile.json
+  smartmoe plan --model run.toml --cluster local --profile local.profile.json --gpus 2
+"""
+
+SIMULATE_EPILOG = """\
+examples:
+  smartmoe simulate --model gpt-l16-h1536 --cluster inky --gpus 16 --plan pp2-dp8-ep8-mb4 --policy greedy
+  smartmoe simulate --model run.toml --cluster inky --gpus 8 --plan dp8-ep8-mb4 --trace routing.npz --policy replicate_history
+      --slots 2 --out sim/copies --bar "FIGURE,,8/+inf,smartmoe"
+  ./RUNME-a.sh --logs sim                                         draws what --out and --bar put there, hatched: simulated
+
+It prints the median and 95th percentile of an iteration in ms, what moving and copying experts takes of it, the fullest rank's
+load over the mean and the memory of the fullest rank. --out writes a run directory as training does.
+"""
+
+
 def add_parsers(commands, start: Callable[[list[str]], int], check_gpus: Callable[[str, int], None]) -> None:
     """Add the planner's commands to an argparse subparsers object. `start` runs a command line to its end, check_gpus(for
     what, how many) raises ValueError where they are not there."""
@@ -51,7 +70,8 @@ def _add_profile(commands, start, check_gpus) -> None:
         help="measure what this machine's pieces of a training step take",
         description="Measure the primitives that `smartmoe plan` reads: products, attention, exchanges, optimizer. "
         "About a minute on two GPUs. Options behind -- go to smartmoe.bench.profile_cluster (--dtype, --shapes, --tokens).",
-    )
+        epilog=PROFILE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--ranks", type=int, default=2, help="processes (GPUs) that measure together; default: 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where torch sees one")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the profile to write")
@@ -109,9 +129,9 @@ def add_setting(parser) -> None:
     """The options that say what is planned for: model, cluster, workload, loads."""
     parser.add_argument("--model", required=True, help="a name in models.toml, or a run's .toml file")
     parser.add_argument("--cluster", required=True, help="a name in clusters/, or a .toml file")
-    parser.add_argument(
-        "--configs", type=Path, default=Path("scripts"), help="where names are looked up; default: scripts"
-    )
+    parser.add_argument("--configs", type=Path, default=inputs.default_folder(), metavar="DIR",
+                        help="folder of models.toml and clusters/, where names are looked up; default: scripts here, else "
+                        "that of the repository")  # fmt: skip
     parser.add_argument(
         "--profile", type=Path, help="a measured profile (default: <cluster>.profile.json beside its file)"
     )
@@ -120,18 +140,21 @@ def add_setting(parser) -> None:
         type=float,
         default=0.0,
         metavar="GB/S",
-        help="of exchanges between ranks, as if they were slower",
+        help="as if exchanges between ranks had this rate; default: as the cluster's links are",
     )
     parser.add_argument("--gate", choices=GATES, help="default: the run's, or naive")
-    parser.add_argument("--capacity", type=float, help="capacity of the gate; default: the run's, or none")
+    parser.add_argument("--capacity", type=float, help="of the gate, such as 1.2; default: the run's, or none")
     parser.add_argument("--batch", type=int, help="samples in a step; default: the run's, or 256 for a model by name")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or bfloat16 on cuda")
     parser.add_argument(
-        "--dispatcher", choices=("basic", "overlapped", "padded", "direct", "auto"), help="how rows travel"
+        "--dispatcher", choices=("basic", "overlapped", "padded", "direct", "auto"),
+        help="how rows travel (layer.dispatcher); default: the run's, or basic"
     )
-    parser.add_argument("--trace", type=Path, help="routing to judge under: .npz, or a folder of tables")
-    parser.add_argument("--loads", choices=("prior", "uniform"), default="prior", help="without a trace")
-    parser.add_argument("--samples", type=int, default=16, help="how many loads of the distribution; default: 16")
+    parser.add_argument("--trace", help="routing to judge under: .npz, .csv, a folder of tables, or synthetic:KIND")
+    parser.add_argument("--loads", choices=("prior", "uniform"), default="prior",
+                        help="without a trace: skewed as the type of gate is known to be (default), or even")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=16, help="how many loads to judge under, iterations of the trace or "
+                        "draws; default: 16")  # fmt: skip
 
 
 def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
@@ -232,22 +255,25 @@ def _add_simulate(commands) -> None:
     parser = commands.add_parser(
         "simulate",
         help="play a plan, a routing trace and a placement policy on a described cluster",
-        description="Predict every iteration of a training run: no GPU, no training. --out writes a run directory that "
-        "says it is simulated; the figures draw it hatched.",
-    )
+        description="Predict every iteration of a training run: no GPU, no training.",
+        epilog=SIMULATE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add_setting(parser)
     parser.add_argument("--gpus", type=int, required=True, help="ranks of the run")
     parser.add_argument(
         "--plan", required=True, metavar="NAME", help="as `smartmoe plan` names it, such as pp2-dp4-ep4-mb2"
     )
-    parser.add_argument("--policy", choices=simulate.POLICIES, default="static", help="who moves or copies experts")
+    parser.add_argument("--policy", choices=simulate.POLICIES, default="static",
+                        help="who moves or copies experts; default: static, nobody")  # fmt: skip
     parser.add_argument("--interval", type=int, default=10, help="iterations between decisions; default: 10")
-    parser.add_argument("--slots", type=int, default=0, help="replica slots of a rank, for the replicate policies")
+    parser.add_argument("--slots", type=int, default=0,
+                        help="copies of experts that a rank has room for, for the replicate policies; default: 0")  # fmt: skip
     parser.add_argument("--iterations", type=int, default=None, help="default: those of the trace, or 200")
-    parser.add_argument("--skew", choices=tuple(SKEWS), default="zipf-strong", help="without a trace: a synthetic one")
+    parser.add_argument("--skew", choices=tuple(SKEWS), default="zipf-strong",
+                        help="without --trace: the class of a synthetic one; default: zipf-strong")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a run directory, marked as simulated")
     parser.add_argument(
-        "--bar", default="", metavar="FIGURE,PANEL,GROUP,SERIES", help="the place in a figure that it serves"
+        "--bar", default="", metavar="FIGURE,PANEL,GROUP,SERIES", help="its place in a figure (FIGURE: the name of its file)"
     )
     parser.set_defaults(command=_simulate)
 
@@ -259,11 +285,10 @@ def _simulate(args: argparse.Namespace) -> int:
     plan, micro_batch = pool.parse_name(args.plan)
     config, cost = setting_of(args)
     cluster = pool.cluster_of(cost.cluster, args.gpus)
-    trace = inputs.read_trace(args.trace) if args.trace else _synthetic(config, args)
-    try:
-        chosen = loads.from_trace(trace, config.model)
-    except ValueError as error:
-        raise ValueError(f"--trace {args.trace}: {error}") from None
+    if args.trace:
+        chosen = inputs.read_loads(args.trace, config.model)
+    else:
+        chosen = loads.from_trace(_synthetic(config, args), config.model)
     chosen = chosen.limited(config.gate.capacity)
     num_iterations = chosen.num_samples if args.iterations is None else args.iterations
     if not 1 <= num_iterations <= chosen.num_samples:

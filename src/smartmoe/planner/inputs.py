@@ -14,7 +14,13 @@ from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, RunConfig, fro
 from smartmoe.planner import described, loads
 from smartmoe.planner.loads import Loads
 from smartmoe.planner.primitives import Primitives, Profile
-from smartmoe.trace import ExpertTrace
+from smartmoe.trace import read_trace
+
+
+def default_folder() -> Path:
+    """Where names are looked up unless told otherwise: scripts/ here, or that of the repository this code lies in."""
+    here, own = Path("scripts"), Path(__file__).resolve().parents[3] / "scripts"
+    return own if not (here / "models.toml").exists() and (own / "models.toml").exists() else here
 
 
 def read_model(text: str, folder: Path) -> RunConfig:
@@ -98,19 +104,19 @@ def check_links(profile: Profile, cluster: ClusterSpec, path: Path) -> None:
         )
 
 
-def read_trace(path: Path) -> ExpertTrace:
-    """A .npz trace, or a folder of text tables."""
-    return ExpertTrace.read_published(path) if path.is_dir() else ExpertTrace.load(path)
+def read_loads(trace: str, model: ModelConfig, num_samples: int | None = None) -> Loads:
+    """The loads of a trace, by any of the names that `smartmoe.trace.read_trace` takes; a synthetic one is for `model`."""
+    try:
+        found = read_trace(trace, experts=model.num_experts, layers=max(1, loads.num_moe_layers(model)))
+        return loads.from_trace(found, model, num_samples)
+    except ValueError as error:
+        raise ValueError(f"--trace {trace}: {str(error).removeprefix(f'{trace}: ')}") from None
 
 
-def choose_loads(model: ModelConfig, gate: GateConfig, trace: Path | None, kind: str, num_samples: int) -> Loads:
+def choose_loads(model: ModelConfig, gate: GateConfig, trace: str | None, kind: str, num_samples: int) -> Loads:
     """Loads for a search: of a trace, else uniform (kind "uniform") or the prior of the gate ("prior")."""
     if trace is not None:
-        try:
-            found = loads.from_trace(read_trace(trace), model, num_samples)
-        except ValueError as error:
-            raise ValueError(f"--trace {trace}: {error}") from None
-        return found.limited(gate.capacity).mean_over_micro_batches()
+        return read_loads(trace, model, num_samples).limited(gate.capacity).mean_over_micro_batches()
     return loads.uniform(model) if kind == "uniform" else loads.zipf(model, gate, num_samples)
 
 
