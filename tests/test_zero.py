@@ -17,7 +17,8 @@ from smartmoe import checkpoint
 from smartmoe.config import LayerConfig, OnlineConfig, ParallelPlan, check
 from smartmoe.parallel.zero import ShardedBuffers, cut_rows
 from smartmoe.placement import Placement
-from smartmoe.planner.memory import Parameters, optimizer_bytes
+from smartmoe.planner.memory import optimizer_bytes
+from smartmoe.planner.parameters import Parameters
 from smartmoe.trainer import Trainer
 
 SHALLOW = dataclasses.replace(MODEL, num_layers=2)  # where no pipeline cuts it, two layers show what four do

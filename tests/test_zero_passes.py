@@ -14,7 +14,7 @@ from smartmoe.config import GateConfig, LayerConfig, OnlineConfig, ParallelPlan
 from smartmoe.parallel import data, zero_passes
 from smartmoe.parallel import zero as zero_rows
 from smartmoe.parallel.zero_passes import PassShardedBuffers
-from smartmoe.planner.memory import Parameters
+from smartmoe.planner.parameters import Parameters
 from smartmoe.planner.sharding import kept_bytes
 
 SMALL = dataclasses.replace(MODEL, num_layers=2)

@@ -16,7 +16,7 @@ from smartmoe.config import (
 from smartmoe.planner import described, layer_cost, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
-from smartmoe.planner.memory import Parameters
+from smartmoe.planner.parameters import Parameters
 from smartmoe.planner.primitives import Curve
 from smartmoe.trace import ExpertTrace
 

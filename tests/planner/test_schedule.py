@@ -5,7 +5,7 @@ from torch.distributed.pipelining import schedules
 from smartmoe import gpt
 from smartmoe.config import ModelConfig
 from smartmoe.parallel import pipeline
-from smartmoe.planner import memory
+from smartmoe.planner import parameters
 from smartmoe.planner.schedule import makespan, message_for, most_in_flight, num_in_flight, order_of_rank
 from smartmoe.planner.timeline import Work
 
@@ -166,6 +166,6 @@ def test_what_is_in_flight_and_who_has_which_layers():
                 most = np.maximum(most, held)
             assert most_in_flight(stage, pp, vpp, n) == tuple(most), (pp, vpp, n, stage)
     for layers, chunks in ((7, 3), (8, 4), (5, 5)):
-        assert memory.chunk_layers(layers, chunks) == pipeline.chunk_layers(layers, chunks)
+        assert parameters.chunk_layers(layers, chunks) == pipeline.chunk_layers(layers, chunks)
     model = ModelConfig(moe_every=2)
-    assert [memory.has_experts(model, k) for k in range(6)] == [gpt.has_experts(model, k) for k in range(6)]
+    assert [parameters.has_experts(model, k) for k in range(6)] == [gpt.has_experts(model, k) for k in range(6)]

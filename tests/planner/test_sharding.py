@@ -3,7 +3,7 @@
 import pytest
 
 from smartmoe.config import ParallelPlan
-from smartmoe.planner.memory import Parameters
+from smartmoe.planner.parameters import Parameters
 from smartmoe.planner.sharding import kept_bytes, pass_bytes, pass_traffic, step_traffic
 
 PLAN = ParallelPlan(dp=4, ep=2)  # dense parameters on four ranks, experts on two

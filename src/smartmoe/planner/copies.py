@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smartmoe.config import EQUAL_BLOCKS, ClusterSpec, RunConfig
+from smartmoe.config import EQUAL_BLOCKS, ClusterSpec, RunConfig, expert_numel
 from smartmoe.placement import Placement
 from smartmoe.planner import pool
 from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.planner.layer_cost import LayerSetting, exchange_ms
 from smartmoe.planner.loads import Loads
-from smartmoe.planner.memory import chunk_layers, has_experts
+from smartmoe.planner.parameters import chunk_layers, has_experts
 from smartmoe.planner.primitives import Primitives
 from smartmoe.solvers import solve_replicas_layers
 
@@ -125,15 +125,12 @@ class CopyCosts:
     def of(
         cls, config: RunConfig, cluster: ClusterSpec, primitives: Primitives, loads: Loads, num_micro: int
     ) -> CopyCosts:
-        model, plan = config.model, config.plan
-        wide = model.ffn_size * (2 if model.activation == "swiglu" else 1)
-        biases = wide + model.hidden_size if model.expert_bias else 0
-        numel = model.hidden_size * (wide + model.ffn_size) + biases
+        plan = config.plan
         setting = CostModel(config, cluster, primitives, loads).setting(plan, config.workload.micro_batch_size)
         # as replicas.build_replication has it: kernels return them in every backward pass, collectives gather them first
         has_kernels = setting.layer.dispatcher == "direct" and cluster.device == "cuda" and plan.ep <= cluster.ranks_per_node
         returns = num_micro if has_kernels else 1
-        return cls(setting, primitives, _stage_of_layers(config), plan.pp, numel, num_micro, returns)
+        return cls(setting, primitives, _stage_of_layers(config), plan.pp, expert_numel(config.model), num_micro, returns)
 
     @property
     def state_bytes(self) -> int:

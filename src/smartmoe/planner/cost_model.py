@@ -20,7 +20,8 @@ from smartmoe.placement import Placement
 from smartmoe.planner import memory
 from smartmoe.planner.layer_cost import LayerSetting, LayerTimes, exchange_ms, group_bytes, layer_times
 from smartmoe.planner.loads import Loads
-from smartmoe.planner.memory import Memory, Parameters, chunk_layers, chunk_parameters, has_experts
+from smartmoe.planner.memory import Memory
+from smartmoe.planner.parameters import Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
 from smartmoe.planner.schedule import makespan
 from smartmoe.planner.sharding import pass_traffic, step_traffic

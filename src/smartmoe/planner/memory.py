@@ -10,12 +10,13 @@ micro-batch that can be in flight in a chunk has memory of its own for all that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from smartmoe.config import ModelConfig, ParallelPlan
+from smartmoe.config import ModelConfig, ParallelPlan, expert_numel
 from smartmoe.planner.layer_cost import LayerSetting
+from smartmoe.planner.parameters import Parameters, block_parameters, chunk_layers, has_experts, hidden_width
 from smartmoe.planner.schedule import most_in_flight, num_in_flight
 from smartmoe.planner.sharding import kept_bytes, pass_bytes
 
@@ -47,91 +48,9 @@ class Memory:
         return self.allocated + self.outside
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters on one rank: by who shares them, how many tensors, and what is float32 anyway. largest,
-    largest_expert: of one tensor, not of experts and of them."""
-
-    dense: float = 0.0
-    tensor: float = 0.0
-    expert: float = 0.0
-    router: float = 0.0  # part of dense
-    largest: float = 0.0
-    largest_expert: float = 0.0
-    tensors: int = 0
-    expert_tensors: int = 0  # part of tensors
-
-    @property
-    def total(self) -> float:
-        return self.dense + self.tensor + self.expert
-
-    def without_experts(self) -> Parameters:
-        return replace(self, expert=0.0, tensors=self.tensors - self.expert_tensors, expert_tensors=0)
-
-    def shared_out(self, plan: ParallelPlan) -> Parameters:
-        """The part of a rank when those who share a parameter deal it out."""
-        parts = {"dense": plan.stage_size, "tensor": plan.dp, "expert": plan.expert_dp, "router": plan.stage_size}
-        return replace(self, **{kind: getattr(self, kind) / num for kind, num in parts.items()})
-
-    def __add__(self, other: Parameters) -> Parameters:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        most = {key: max(getattr(self, key), getattr(other, key)) for key in ("largest", "largest_expert")}
-        return Parameters(**{**sums, **most})
-
-
-def chunk_layers(num_layers: int, num_chunks: int) -> list[range]:
-    """Layers of each model chunk, as the trainer deals them out: the first chunks get one more."""
-    base, extra = divmod(num_layers, num_chunks)
-    starts = [chunk * base + min(chunk, extra) for chunk in range(num_chunks + 1)]
-    return [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-
-
-def has_experts(model: ModelConfig, layer: int) -> bool:
-    return layer % model.moe_every == model.moe_every - 1
-
-
-def chunk_parameters(model: ModelConfig, plan: ParallelPlan, layers: range) -> Parameters:
-    """What one rank holds of a chunk."""
-    num_moe = sum(has_experts(model, layer) for layer in layers)
-    total = Parameters()
-    for parameters, times in (
-        (_block(model, plan, True), num_moe),
-        (_block(model, plan, False), len(layers) - num_moe),
-    ):
-        for _ in range(times):
-            total += parameters
-    width = model.hidden_size
-    if layers[0] == 0:
-        total += Parameters(
-            dense=(model.vocab_size + model.seq_len) * width, largest=model.vocab_size * width, tensors=2
-        )
-    if layers[-1] == model.num_layers - 1:
-        total += Parameters(dense=model.vocab_size * width + 2 * width, largest=model.vocab_size * width, tensors=3)
-    return total
-
-
-def _block(model: ModelConfig, plan: ParallelPlan, with_experts: bool) -> Parameters:
-    width, ffn = model.hidden_size, model.ffn_size
-    attention = 4 * width * width / plan.tp
-    norms = Parameters(dense=4 * width, tensors=4)
-    sliced = attention if with_experts else attention + 2 * width * ffn / plan.tp
-    num_sliced = 2 if with_experts else 4
-    key = "tensor" if plan.tp > 1 else "dense"
-    total = norms + Parameters(**{key: sliced}, largest=3 * width * width / plan.tp, tensors=num_sliced)
-    if not with_experts:
-        return total
-    router = model.num_experts * (width + 1)
-    wide = _hidden_width(model)
-    slots, num_expert = model.num_experts // plan.ep, 4 if model.expert_bias else 2
-    return total + Parameters(
-        dense=router, router=router, expert=slots * _expert_numel(model),
-        largest=router, largest_expert=slots * width * wide, tensors=2 + num_expert, expert_tensors=num_expert,
-    )  # fmt: skip
-
-
 def _units(model: ModelConfig, plan: ParallelPlan, chunks: list[int]) -> list[Parameters]:
     """What a rank with these chunks gathers or reduces at once: a block, embeddings, the head."""
-    units = [_block(model, plan, kind) for kind in {has_experts(model, layer) for layer in range(model.num_layers)}]
+    units = [block_parameters(model, plan, kind) for kind in {has_experts(model, layer) for layer in range(model.num_layers)}]
     if chunks[0] == 0 or chunks[-1] == plan.pp * plan.vpp - 1:
         table = model.vocab_size * model.hidden_size
         units.append(Parameters(dense=table, largest=table, tensors=1))
@@ -179,7 +98,7 @@ def estimate(
         # products of experts add gradients to their sums themselves, all others hand them over
         largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
         # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
-        rows_wide = _hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
+        rows_wide = hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
         transient = bytes_ * fullest_row * rows_wide + bytes_ * largest
         if plan.recompute:
             transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
@@ -211,7 +130,7 @@ def estimate(
         # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes): too
         # much where kernels carry these (replicas.SymmetricHistory), which stage those of one layer in the training dtype
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
-        copied_in_layer = setting.replica_slots * _expert_numel(model) if copied else 0.0
+        copied_in_layer = setting.replica_slots * expert_numel(model) if copied else 0.0
         buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
         if has_rooms:
             transient = 0.0
@@ -259,15 +178,6 @@ def optimizer_bytes(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero
     return masters, moments
 
 
-def _expert_numel(model: ModelConfig) -> int:
-    wide = _hidden_width(model)
-    return model.hidden_size * (wide + model.ffn_size) + (wide + model.hidden_size if model.expert_bias else 0)
-
-
-def _hidden_width(model: ModelConfig) -> int:
-    return model.ffn_size * (2 if model.activation == "swiglu" else 1)
-
-
 def _attention(setting: LayerSetting, plan: ParallelPlan, micro_batch: int) -> float:
     """Bytes that the attention half of a block saves."""
     model, tokens = setting.model, setting.tokens
@@ -287,7 +197,7 @@ def _saved_by_dense_block(setting: LayerSetting, plan: ParallelPlan, micro_batch
 def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int) -> tuple[float, float]:
     """(bytes that a block with experts saves whatever the routing, bytes for each row that its experts compute)."""
     model, tokens, bytes_ = setting.model, setting.tokens, setting.dtype_bytes
-    width, copies, hidden = model.hidden_size, setting.copies, _hidden_width(model)
+    width, copies, hidden = model.hidden_size, setting.copies, hidden_width(model)
     router = 4 * tokens * width + 8 * tokens  # its float32 copy of the input (in float32: the input itself)
     if setting.gate.kind not in ("naive", "zero", "trace"):
         router += 4 * tokens * model.num_experts

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from smartmoe.config import ParallelPlan
-
-if TYPE_CHECKING:
-    from smartmoe.planner.memory import Parameters
+from smartmoe.planner.parameters import Parameters
 
 BUCKET_BYTES = 64 << 20  # parallel.zero: staged for one reduction, or as many as the largest parameter has
 UNDER_WAY = 2  # parallel.zero_passes: buckets of gradients that travel at once
