@@ -7,7 +7,7 @@ from smartmoe.ops import extension
 from smartmoe.ops.activation import activate
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.permute import combine, combine_backward_reference, gather_sum_reference, permute, permute_reference
-from smartmoe.ops.plan import count_slots, ends_of, make_padded_plan, make_plan, plan_reference
+from smartmoe.ops.plan import MAX_KERNEL_SLOTS, count_slots, ends_of, make_padded_plan, make_plan, plan_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ def slots(num_tokens, top_k, num_slots, seed, dropped=0.1, hot=None):
 
 @pytest.mark.parametrize("num_tokens, top_k, num_slots", [
     (0, 2, 4), (1, 1, 1), (511, 1, 7), (8192, 2, 32), (32768, 8, 128), (65536, 8, 256), (10000, 3, 1000), (77, 4, 3000),
-    (300, 2, 5000),
+    (77, 4, MAX_KERNEL_SLOTS), (77, 4, 3072), (300, 2, 5000),
 ])  # fmt: skip
 def test_plan_equals_the_sort(num_tokens, top_k, num_slots):
     for seed, hot, dropped in ((0, None, 0.1), (1, num_slots - 1, 0.0), (2, 0, 1.0)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smartmoe.ops.permute import combine, permute
-from smartmoe.ops.plan import count_slots, ends_of, make_padded_plan, make_plan, slots_of
+from smartmoe.ops.plan import MAX_KERNEL_SLOTS, count_slots, ends_of, make_padded_plan, make_plan, slots_of
 
 TABLES = [
     ([[2, 0], [1, 2], [0, 1]], 3),
@@ -96,3 +96,8 @@ def test_combine_sums_in_float32_and_keeps_the_dtype_of_rows():
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     total = combine(rows, torch.ones(1, 3), plan)
     assert total.dtype == torch.bfloat16 and total.item() == 258.0
+
+
+def test_the_tables_of_the_most_slots_and_what_the_kernel_has_besides_fit_in_48_kb():
+    tables, own = 3 + 1, 16  # place_kernel of csrc/kernels/plan.cu: of totals, of starts, .., of one warp; as ptxas counts
+    assert tables * MAX_KERNEL_SLOTS * 4 + own <= 48 * 1024
