@@ -14,7 +14,7 @@ from torch.func import functional_call
 import fmoe
 from fmoe.gates import BaseGate, NaiveGate
 
-TOLERANCE = 2e-5
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}
 MASK_VALUES = {1: torch.linspace(-1, 1, 8), 3: 0.5}
 
 
@@ -28,7 +28,7 @@ class Forced(BaseGate):
         self.gate, self.top_k = nn.Linear(d_model, self.tot_expert), top_k
 
     def forward(self, inp):
-        expert_idx_TK = type(self).table(inp.shape[0], self.tot_expert, self.top_k)
+        expert_idx_TK = type(self).table(inp.shape[0], self.tot_expert, self.top_k).to(inp.device)
         score_TK = self.gate(inp).gather(1, expert_idx_TK.clamp(min=0)).softmax(-1)
         return expert_idx_TK.flatten(), score_TK.unsqueeze(1)
 
@@ -126,19 +126,20 @@ def build(case: Case, world_size: int, **kwargs) -> fmoe.FMoE:
     return moe
 
 
-def compare(case: Case, rank: int, world_size: int) -> None:
+def compare(case: Case, rank: int, world_size: int, device: torch.device | str = "cpu") -> None:
     """Output, and gradients of input, gate and this rank's experts, equal the loop's."""
     torch.manual_seed(0)
     seen = []
-    moe = build(case, world_size, gate_hook=lambda idx, score, _: seen.append(idx))
+    moe = build(case, world_size, gate_hook=lambda idx, score, _: seen.append(idx)).to(device)
     torch.manual_seed(1 + rank)
     num_tokens = case.tokens(rank)
     for param in moe.experts.parameters():
         nn.init.normal_(param, std=0.5)
     if case.mask:
-        moe.mask, moe.mask_dict = torch.arange(num_tokens) % 4, MASK_VALUES  # no value for 2: 0
+        moe.mask = torch.arange(num_tokens, device=device) % 4  # no value for 2: 0
+        moe.mask_dict = {1: MASK_VALUES[1].to(device), 3: MASK_VALUES[3]}
     inp = torch.randn(2, num_tokens, case.d_model, dtype=case.dtype)
-    a_TD, b_TD = (part.clone().requires_grad_() for part in inp)
+    a_TD, b_TD = (part.to(device, copy=True).requires_grad_() for part in inp)
     outs = moe({"a": a_TD, "b": b_TD} if case.kind == "tree" else a_TD)
     outs = outs if isinstance(outs, list) else [outs]
     upstream = [torch.randn_like(out) for out in outs]
@@ -146,10 +147,10 @@ def compare(case: Case, rank: int, world_size: int) -> None:
 
     if case.dispatcher in ("direct", "overlapped"):
         assert type(moe._kept_dispatcher).__name__ == f"{case.dispatcher.capitalize()}Dispatcher"
-    expert_idx_TK = seen[0].reshape(num_tokens, case.top_k)
+    expert_idx_TK = seen[0].reshape(num_tokens, case.top_k).cpu()
     twins = [part.double().requires_grad_() for part in inp]
     wanted, gate_twin, experts_E = oracle(case, moe, twins, expert_idx_TK, rank, world_size)
-    torch.autograd.backward(wanted, [grad.double() for grad in upstream])
+    torch.autograd.backward(wanted, [grad.cpu().double() for grad in upstream])
     for got, want in zip(outs, wanted, strict=True):
         close(f"{case.name}: output", got, want)
     close(f"{case.name}: gradient of the input", a_TD.grad, twins[0].grad)
@@ -162,20 +163,22 @@ def compare(case: Case, rank: int, world_size: int) -> None:
         for name, leaf in named.items():
             total = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             if world_size > 1:
+                total = total.to(device)
                 dist.all_reduce(total)
             if expert // moe.num_expert == rank:
                 close(f"{case.name}: gradient of expert {expert} {name}", mine[expert % moe.num_expert][name], total)
 
 
 def of_experts(moe, grads: bool) -> list[dict]:
-    """For each expert of this rank, its tensors by name."""
+    """For each expert of this rank, its tensors by name, on the CPU."""
+
+    def tensors(module):
+        return {name: (p.grad if grads else p.detach()).cpu() for name, p in module.named_parameters()}
+
     if isinstance(moe.experts, nn.ModuleList):
-        named = [dict(expert.named_parameters()) for expert in moe.experts]
-        return [{name: p.grad if grads else p.detach() for name, p in params.items()} for params in named]
-    named = dict(moe.experts.named_parameters())
-    return [
-        {name: (p.grad if grads else p.detach())[expert] for name, p in named.items()} for expert in range(moe.num_expert)
-    ]
+        return [tensors(expert) for expert in moe.experts]
+    stacked = tensors(moe.experts)
+    return [{name: tensor[expert] for name, tensor in stacked.items()} for expert in range(moe.num_expert)]
 
 
 def oracle(case: Case, moe, inputs, expert_idx_TK, rank: int, world_size: int):
@@ -186,7 +189,7 @@ def oracle(case: Case, moe, inputs, expert_idx_TK, rank: int, world_size: int):
         every = [None] * world_size
         dist.all_gather_object(every, own)
     experts_E = [{n: t.double().requires_grad_() for n, t in named.items()} for part in every for named in part]
-    gate = {name: param.detach().double().requires_grad_() for name, param in moe.gate.named_parameters()}
+    gate = {name: param.detach().cpu().double().requires_grad_() for name, param in moe.gate.named_parameters()}
     logits_TE = inputs[0] @ gate["gate.weight"].t() + gate["gate.bias"]
     if isinstance(moe.gate, NaiveGate):
         assert torch.equal(expert_idx_TK, logits_TE.topk(case.top_k).indices), f"{case.name}: other experts"
@@ -229,5 +232,6 @@ def run_expert(case: Case, moe, expert: int, named: dict, inputs) -> list:
 
 def close(what: str, got, want) -> None:
     assert got is not None and got.shape == want.shape, what
-    error = (got.double() - want).abs().max().item() if want.numel() else 0.0
-    assert error <= TOLERANCE * max(1.0, want.abs().max().item() if want.numel() else 0.0), f"{what}: off by {error:.1e}"
+    if want.numel():
+        error, size = (got.cpu().double() - want.cpu()).abs().max().item(), want.abs().max().item()
+        assert error <= TOLERANCE[got.dtype] * max(1.0, size), f"{what}: off by {error:.1e}"
