@@ -280,6 +280,13 @@ def test_both_layouts_of_checkpoints_load(tmp_path):
         block.load_state_dict(by_expert)
 
 
+def test_experts_of_data_parallel_workers_are_marked_and_all_have_gradients():
+    moe = fmoe.FMoETransformerMLP(6, 8, 16, top_k=1, expert_dp_comm="dp")
+    moe(torch.randn(2, 1, 8)).sum().backward()
+    assert {param.dp_comm for param in moe.experts.parameters()} == {"dp"}
+    assert all(param.grad is not None for param in moe.parameters()), "DistributedDataParallel wants all"
+
+
 def test_masked_tokens_are_weighted_by_their_scores():
     mask = torch.tensor([0, 1, 2, 1])
     moe = fmoe.FMoETransformerMLP(4, 8, 16, top_k=1, gate=SwitchGate, mask=mask, mask_dict={1: torch.arange(8.0)})
