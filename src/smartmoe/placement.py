@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -89,8 +90,14 @@ class Placement:
         return np.array(self.primary, dtype=np.int64)
 
     def rank_of_expert(self) -> np.ndarray:
-        """[E] int64, the ep_rank of each expert's primary slot."""
-        return self.primary_slot_E // self.slots_per_rank
+        """[E] int64, read-only: the ep_rank of each expert's primary slot."""
+        return self._owner_E
+
+    @cached_property
+    def _owner_E(self) -> np.ndarray:
+        owner_E = self.primary_slot_E // self.slots_per_rank
+        owner_E.setflags(write=False)
+        return owner_E
 
     def experts_of_rank(self, ep_rank: int) -> tuple[int, ...]:
         """The [L] slots of one rank, in order: logical experts, replicas included, -1 = empty."""
@@ -144,17 +151,11 @@ class Replicas:
 
     def _check_shares(self) -> None:
         """Every row sums to 1, and at most one rank per expert, its owner, has a share without having a replica."""
-        rows, num_cells = _distinct_rows(self.share_SEW), self.num_experts * self.num_ranks
-        used = np.flatnonzero(rows)
-        share = rows.reshape(-1)[used]
-        total = np.bincount(used // self.num_ranks, weights=share, minlength=len(rows) * self.num_experts)
-        if not (share > 0).all() or not (abs(total - 1.0) <= 1e-9).all():
+        rows = _distinct_rows(self.share_SEW)
+        if not (rows.min() >= 0 and abs(rows.sum(axis=2) - 1.0).max() <= 1e-9):
             raise ValueError("replicas: the shares of every source and expert must be at least 0 and sum to 1")
-        is_owner = np.zeros(num_cells, bool)
-        is_owner[used % num_cells] = True
-        experts, ranks, _ = self._copies()
-        is_owner[experts * self.num_ranks + ranks] = False
-        num_owners_E = np.bincount(np.flatnonzero(is_owner) // self.num_ranks, minlength=1)
+        is_owner_EW = rows.any(axis=0) & (self._replica_EW() == EMPTY)
+        num_owners_E = np.bincount(is_owner_EW.ravel().nonzero()[0] // self.num_ranks, minlength=1)
         if num_owners_E.max() > 1:
             expert = int(num_owners_E.argmax())
             raise ValueError(f"replicas: expert {expert} has shares on {num_owners_E[expert]} ranks without a replica")
@@ -167,8 +168,7 @@ class Replicas:
         num_ranks, num_experts = placement.num_ranks, placement.num_experts
         share_EW = np.zeros((num_experts, num_ranks))
         share_EW[np.arange(num_experts), placement.rank_of_expert()] = 1.0
-        share_SEW = np.broadcast_to(share_EW, (num_ranks, num_experts, num_ranks))
-        return cls((EMPTY,) * (num_ranks * num_replica_slots), share_SEW)
+        return cls((EMPTY,) * (num_ranks * num_replica_slots), for_all_sources(share_EW))
 
     @property
     def num_ranks(self) -> int:
@@ -248,7 +248,7 @@ class Replicas:
         rows = _distinct_rows(self.share_SEW)
         if len(rows) == 1:
             return np.einsum("e,ew->w", count_SE.sum(axis=0), rows[0])
-        return np.tensordot(count_SE, self.share_SEW, axes=2)
+        return np.dot(count_SE.reshape(1, -1), rows.reshape(-1, self.num_ranks))[0]
 
     def to_dict(self) -> dict:
         """JSON-ready: for each expert its hosts (ranks with a share) and, per source, their shares; one row where all
@@ -296,22 +296,18 @@ class Replicas:
         same_slots = self.expert_of_replica == other.expert_of_replica
         return same_slots and np.array_equal(self.share_SEW, other.share_SEW)
 
-    def _copies(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(expert, rank, index of the replica slot on that rank) of each copy, by slot."""
-        expert_N, per_rank = np.array(self.expert_of_replica, dtype=np.int64), max(self.num_replica_slots, 1)
-        slots = np.flatnonzero(expert_N != EMPTY)
-        experts, ranks = expert_N[slots], slots // per_rank
-        if slots.size and not (experts.min() >= 0 and experts.max() < self.num_experts):
-            raise ValueError(f"replicas: expert_of_replica must lie in -1 .. {self.num_experts - 1}")
-        if len(set((ranks * self.num_experts + experts).tolist())) != slots.size:
-            raise ValueError("replicas: an expert sits twice on a rank; one replica a rank is enough")
-        return experts, ranks, slots % per_rank
-
     def _replica_EW(self) -> np.ndarray:
         """[E, W] int64, index of the replica slot in which rank w has a copy of expert e, -1 = none."""
-        experts, ranks, index = self._copies()
-        replica_EW = np.full((self.num_experts, self.num_ranks), EMPTY, dtype=np.int64)
-        replica_EW[experts, ranks] = index
+        expert_N, per_rank = np.array(self.expert_of_replica, dtype=np.int64), max(self.num_replica_slots, 1)
+        slots = (expert_N != EMPTY).nonzero()[0]
+        experts = expert_N[slots]
+        if slots.size and not (experts.min() >= 0 and experts.max() < self.num_experts):
+            raise ValueError(f"replicas: expert_of_replica must lie in -1 .. {self.num_experts - 1}")
+        ranks = slots // per_rank
+        replica_EW = np.full((self.num_experts, self.num_ranks), EMPTY)
+        replica_EW[experts, ranks] = slots - ranks * per_rank
+        if np.count_nonzero(replica_EW != EMPTY) != slots.size:
+            raise ValueError("replicas: an expert sits twice on a rank; one replica a rank is enough")
         return replica_EW
 
 
@@ -326,6 +322,16 @@ def most_copies(expert_of_replica: Sequence[int], owner_E: np.ndarray, num_ranks
     is_copy_WG = expert_WG != EMPTY
     sent_W = np.bincount(owner_E[expert_WG[is_copy_WG]], minlength=1)
     return int(max(sent_W.max(), is_copy_WG.sum(axis=1).max()))
+
+
+def for_all_sources(share_EW: np.ndarray) -> np.ndarray:
+    """[.., W, E, W] read-only: shares [.., E, W] for each source alike. As np.broadcast_to, which takes ten times as long."""
+    *layers, num_experts, num_ranks = share_EW.shape
+    *strides, expert, rank = share_EW.strides
+    shape = (*layers, num_ranks, num_experts, num_ranks)
+    share_SEW = np.ndarray(shape, share_EW.dtype, share_EW, strides=(*strides, 0, expert, rank))
+    share_SEW.setflags(write=False)
+    return share_SEW
 
 
 def _distinct_rows(share_SEW: np.ndarray) -> np.ndarray:

@@ -101,9 +101,8 @@ def test_sources_round_so_that_it_evens_out():
 
 
 def test_all_slots_are_used_where_experts_are_equal():
-    num_hosts_YE = replication._num_hosts(
-        np.full((2, 8), 7.0), identity(8, 4).rank_of_expert()[None].repeat(2, 0), 4, 1, 0.0
-    )
+    owner_YE = identity(8, 4).rank_of_expert() + [[0], [4]]  # of both layers' ranks in one list
+    num_hosts_YE = replication._num_hosts(np.full((2, 8), 7.0), owner_YE, 4, 1, 0.0)
     assert (num_hosts_YE.sum(axis=1) == 12).all() and num_hosts_YE.max() == 2
 
 

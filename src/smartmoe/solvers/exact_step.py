@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas
+from smartmoe.placement import BUCKETS, EMPTY, Placement, Replicas, for_all_sources
 
 PASSES = 2
 NEAR = 256  # a rank within 1 / NEAR of the target is good enough
@@ -67,8 +67,7 @@ def solve_exact_step(
         if other_fullest < fullest:
             best, fullest = other, other_fullest
     expert_of_replica_WG, bucket_EW = best
-    share_SEW = np.broadcast_to(bucket_EW / BUCKETS, (num_ranks, *bucket_EW.shape))
-    return Replicas(tuple(expert_of_replica_WG.ravel().tolist()), share_SEW)
+    return Replicas(expert_of_replica_WG.ravel(), for_all_sources(bucket_EW / BUCKETS))
 
 
 def _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost):
