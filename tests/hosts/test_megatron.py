@@ -45,6 +45,11 @@ def losses(runs: Path, case: str) -> list[float]:
     return [json.loads(line)["lm_loss"] for line in lines]
 
 
+def replica_bytes(runs: Path, case: str) -> list[int]:
+    lines = (runs / case / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["replica_bytes"] for line in lines]
+
+
 def gradient_norms(runs: Path, case: str) -> list[float]:
     lines = (runs / case / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["grad_norm"] for line in lines]
@@ -132,6 +137,21 @@ def test_copies_of_hot_experts_change_losses_by_rounding(runs, mode):
     assert losses(runs, f"half-{mode}") == pytest.approx(losses(runs, "half-ours"), rel=5e-3)
     if mode == "history":
         assert all(max(event["num_copies"] for event in events(runs, f"{name}-history")) for name in ("ep2", "half"))
+
+
+@pytest.mark.parametrize("name, element", [("ep2", 4), ("half", 2)])
+def test_a_run_says_what_copies_sent(runs, name, element):
+    """Of a copy the owner sends weights and the holder gradients, in all iterations after the one that made it."""
+    expert_bytes = 3 * world.SIZES["hidden-size"] * world.SIZES["moe-ffn-hidden-size"] * element
+    sent = replica_bytes(runs, f"{name}-history")
+    made = [
+        sum(event["num_copies"] for event in events(runs, f"{name}-history") if event["iteration"] == iteration)
+        for iteration in range(1, world.ITERATIONS)
+    ]
+    assert sent[0] == 0 and any(made)
+    for num_bytes, num_copies in zip(sent[1:], made, strict=True):
+        assert num_bytes % expert_bytes == 0 and num_copies <= num_bytes / expert_bytes <= 2 * num_copies
+    assert min(replica_bytes(runs, f"{name}-exact")) > 0 and not any(replica_bytes(runs, f"{name}-ours"))
 
 
 def test_more_data_parallel_ranks_and_no_pipeline_give_the_same_losses(runs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smartmoe.layer import MoELayer
-from smartmoe.replicas import HistoryReplication, return_all, send_all
+from smartmoe.replicas import CollectiveReplication, HistoryReplication, return_all, send_all
 
 
 class Copies:
@@ -23,6 +23,7 @@ class Copies:
         self._layers = [layer for layer in layers if layer.replication is not None]
         self._held = [layer for layer in self._layers if isinstance(layer.replication, HistoryReplication)]
         self._ep_group = ep_group
+        self._num_bytes = 0
 
     def refresh(self) -> None:
         """After weights or placements changed: fill the storages, and send the copies that stay for whole steps.
@@ -30,14 +31,24 @@ class Copies:
         for layer in self._layers:
             layer.experts.follow_parameters()
         if self._held:
-            send_all([layer.replication for layer in self._held], self._ep_group)
+            self._num_bytes += send_all([layer.replication for layer in self._held], self._ep_group)
 
     def return_grads(self) -> None:
         """Add the gradients of copies to Megatron's `main_grad` of the owners, before it reduces them. Collective over
         ep_group."""
         if self._held:
             owned = [[p.main_grad for p in layer.experts.weights() if p is not None] for layer in self._held]
-            return_all([layer.replication for layer in self._held], owned, self._ep_group)
+            self._num_bytes += return_all([layer.replication for layer in self._held], owned, self._ep_group)
+
+    def take_bytes(self) -> int:
+        """Sent by this rank for copies since the last call, weights and gradients, as far as the host knows it: see
+        smartmoe.trainer.IterationResult."""
+        num_bytes, self._num_bytes = self._num_bytes, 0
+        for layer in self._layers:
+            if isinstance(layer.replication, CollectiveReplication):
+                num_bytes += layer.replication.num_bytes
+                layer.replication.num_bytes = 0
+        return num_bytes
 
     def return_before(self, finalize):
         """Megatron's function that finishes gradients, with `return_grads` in front."""

@@ -103,12 +103,13 @@ class Session:
         start = time.perf_counter()
         result = original(forward_step, data, model, optimizer, scheduler, config, *rest, iteration=iteration, **kwargs)
         events = self.online.after_step(iteration + 1) if self.online else []
+        replica_bytes = self._copies.take_bytes()  # what `refresh` sends now is the next iteration's
         self._copies.refresh()
         torch.cuda.synchronize()
-        self._write(iteration + 1, (time.perf_counter() - start) * 1e3, result, optimizer, events)
+        self._write(iteration + 1, (time.perf_counter() - start) * 1e3, result, optimizer, events, replica_bytes)
         return result
 
-    def _write(self, iteration: int, step_ms: float, result, optimizer, events: list[dict]) -> None:
+    def _write(self, iteration: int, step_ms: float, result, optimizer, events: list[dict], replica_bytes: int) -> None:
         """Collective over the world, where there is a run directory."""
         if self.run_dir is None:
             return
@@ -116,9 +117,10 @@ class Session:
         loss = loss_dict.get("lm loss")
         loss = -math.inf if loss is None else float(loss)
         load = self.online.load_max_over_mean() if self.online else 1.0
-        worst = torch.tensor([step_ms, loss, load, grad_norm or 0.0], dtype=torch.float64, device="cuda")
+        mine = [step_ms, loss, load, grad_norm or 0.0, replica_bytes]
+        worst = torch.tensor(mine, dtype=torch.float64, device="cuda")
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_ms, loss, load, grad_norm = worst.tolist()
+        step_ms, loss, load, grad_norm, replica_bytes = worst.tolist()
         events = self._gather_events(iteration, events)
         if self._writer is None:
             return
@@ -132,6 +134,7 @@ class Session:
             "learning_rate": optimizer.param_groups[0]["lr"],
             "tokens_per_s": round(args.global_batch_size * args.seq_length / step_ms * 1e3, 1),
             "load_max_over_mean": round(load, 4),
+            "replica_bytes": int(replica_bytes),
             "skipped": bool(skipped),
             "consumed_samples": iteration * args.global_batch_size,
         }
