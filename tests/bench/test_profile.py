@@ -1,5 +1,4 @@
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from smartmoe.bench import measure, profile_cluster, profiler
 from smartmoe.bench import profile_parts as parts
+from smartmoe.bench.busy import speedup_of_waiting
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
 from smartmoe.ops import expert_ffn
 from smartmoe.ops.activation import activate_rows_backward
@@ -87,7 +87,9 @@ def test_rows_of_an_exchange_and_sizes_between():
 
 def test_times_of_one_chip_become_those_of_the_slowest():
     timer = profiler.Profiler.__new__(profiler.Profiler)
-    timer._has_one_clock, timer.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
+    world = SimpleNamespace(num_ranks=2, share=lambda word: [word, word + 0.1])
+    timer._has_one_clock, timer.site = False, SimpleNamespace(world=world)
+    timer._busy = SimpleNamespace(wait_speedup=lambda: 0.2)
     point = Point({}, dict.fromkeys(("median", "p10", "p90"), 3.0), {})
     timer.points = {name: [point] * 4 for name in ("experts_forward", "experts_backward")}
     # the second and the third have the same rows, each on its own rank while the other has few
@@ -96,7 +98,7 @@ def test_times_of_one_chip_become_those_of_the_slowest():
         profiler.Timed(_case(rows, busiest), place, None, np.array(times_W))
         for place, (rows, busiest, times_W) in enumerate(timed)
     ]
-    assert timer.settle() == {"rank_pace": [0.8, 1.0], "wait_speedup": 0.0}
+    assert timer.settle() == {"rank_pace": [0.8, 1.0], "wait_speedup": 0.25}
     for found in timer.points.values():
         assert [point.device_ms["median"] for point in found] == pytest.approx([3.0, 3.0 / 0.8, 3.0, 3.0])
     for some in (timer._experts[1:3], timer._experts[::3]):  # either kind tells
@@ -140,7 +142,9 @@ def test_a_chip_that_waits_is_faster():
     pace_W, found, _ = profiler.rank_pace(timed, 2)
     assert pace_W == pytest.approx(pace, rel=0.02) and found == pytest.approx(speedup, rel=0.1)
     timer = profiler.Profiler.__new__(profiler.Profiler)
-    timer._has_one_clock, timer.site = False, SimpleNamespace(world=SimpleNamespace(num_ranks=2))
+    world = SimpleNamespace(num_ranks=2, share=lambda word: [word, word + 0.1])
+    timer._has_one_clock, timer.site = False, SimpleNamespace(world=world)
+    timer._busy = SimpleNamespace(wait_speedup=lambda: 0.2)
     points = [hot_ms * clock[turn][turn] for turn in (0, 1)]
     points = [Point({}, {"median": ms}, {}) for ms in (size, *points)]
     timer.points, timer._experts = {name: list(points) for name in ("experts_forward", "experts_backward")}, timed
@@ -148,16 +152,25 @@ def test_a_chip_that_waits_is_faster():
     assert [p.device_ms["median"] for p in timer.points["experts_forward"][1:]] == pytest.approx([30.0, 30.0], rel=0.02)
 
 
-def test_the_hosts_time_is_what_a_further_piece_adds():
-    timer = profiler.Profiler(measure.World(torch.device("cpu")), "float32", 0.001)
+def test_waiting_between_turns_of_work_tells_the_speedup():
+    """A quarter of the time is waiting, and work is faster by 0.05 as a logarithm: 0.2 for all of the time. No slower clock."""
+    alone, waiting = np.array([[3.0, 0.0], [3.0, 0.0], [9.0, 0.0]]), np.array([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]])
+    assert speedup_of_waiting(alone * np.exp(0.05), waiting) == pytest.approx(0.2)
+    assert speedup_of_waiting(alone * np.exp(-0.05), waiting) == 0.0
+
+
+def test_the_hosts_time_is_what_a_further_piece_adds(monkeypatch):
+    timer, clock = profiler.Profiler(measure.World(torch.device("cpu")), "float32", 0.001), [0.0]
 
     def step(mark, copies=1):
-        time.sleep(0.001 * copies)
+        clock[0] += 0.001 * copies
         mark()
-        time.sleep(0.02 + 0.003 * copies)  # something wakes up first
+        clock[0] += 0.02 + 0.003 * copies  # something wakes up first
 
-    forward_ms, backward_ms = np.median(timer._launch_ms(step, lambda: None, True, 8), axis=0)
-    assert 0.2 < forward_ms < 10 and 1 < backward_ms < 15
+    with monkeypatch.context() as patch:
+        patch.setattr(profiler.time, "perf_counter", lambda: clock[0])
+        found = timer._launch_ms(step, lambda: None, True, 8)
+    assert np.median(found, axis=0) == pytest.approx([1.0, 3.0])
     # all pieces know how to come twice: the second adds about as much as the first
     for piece in (parts.linear(timer.site, 8, 8, 8), parts.gate(timer.site, 8, 8, 4, 2, limited=False)):
         found = timer._launch_ms(piece, lambda: None, True, 4)

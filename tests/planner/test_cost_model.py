@@ -17,7 +17,7 @@ from smartmoe.planner import described, layer_cost, loads
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
 from smartmoe.planner.parameters import Parameters
-from smartmoe.planner.primitives import Curve
+from smartmoe.planner.primitives import Curve, Primitives
 from smartmoe.trace import ExpertTrace
 
 MODEL = ModelConfig(
@@ -65,6 +65,36 @@ def test_parts_add_up_and_the_bound_is_below(plan):
     assert min(found.parts.values()) >= 0 and found.p95_ms >= found.mean_ms
     assert cost.lower_bound_ms(plan, 2) <= found.mean_ms * (1 + 1e-9)
     assert found.tokens_per_s == pytest.approx(64 * 512 / found.mean_ms * 1e3)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.describe().replace(" ", "-"))
+@pytest.mark.parametrize("dispatcher", ["basic", "direct"])
+def test_a_chip_that_waits_in_its_step_has_a_faster_clock_for_products(plan, dispatcher):
+    """By hand: products are faster by the speedup times the share of the step in which nothing is computed; of exchanges, those
+    that a kernel's stores make are no waiting."""
+    config = dataclasses.replace(CONFIG, layer=LayerConfig(dispatcher=dispatcher))
+    knows = Primitives(PRIMITIVES._device, PRIMITIVES._host, "test", {**PRIMITIVES.facts, "wait_speedup": 0.5})
+    never, waits = (CostModel(config, NODES, p, loads.zipf(MODEL, CONFIG.gate)) for p in (PRIMITIVES, knows))
+    before, found = never.estimate(plan, 2), waits.estimate(plan, 2)
+    products = {"attention", "experts", "embedding and loss", "recomputation"} & set(before.parts)
+    computes = products | {"gate", "permute", "accumulate", "optimizer"} | ({"exchange"} if dispatcher == "direct" else set())
+    waited = sum(ms for name, ms in before.parts.items() if name not in computes) / before.mean_ms
+    for name, ms in before.parts.items():
+        assert found.parts[name] == pytest.approx(ms * np.exp(-0.5 * waited) if name in products else ms), name
+    assert 0.0 < waited < 1.0 and sum(found.parts.values()) == pytest.approx(found.mean_ms, rel=1e-6)
+    assert np.ptp(before.step_ms - found.step_ms) == pytest.approx(0.0, abs=1e-9)
+    assert waits.lower_bound_ms(plan, 2) <= found.mean_ms * (1 + 1e-9)
+
+
+def test_what_recomputation_sends_again_is_an_exchange():
+    cost = _cost()
+    plan = ParallelPlan(dp=4, tp=2, ep=8)
+    once, twice = (cost.estimate(dataclasses.replace(plan, recompute=again), 2) for again in (False, True))
+    forward = cost.layer_times(plan, 2).forward
+    again = float(np.mean((forward["exchange"] + forward["counts"]).sum(-1))) * once.num_micro_batches
+    assert twice.parts["exchange"] - once.parts["exchange"] == pytest.approx(again)
+    assert twice.parts["gather and scatter"] == pytest.approx(1.5 * once.parts["gather and scatter"])
+    assert twice.parts["attention"] == pytest.approx(once.parts["attention"]) and once.parts["gather and scatter"] > 0
 
 
 def test_skew_costs_and_placement_takes_some_of_it_back():

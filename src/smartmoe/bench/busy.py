@@ -8,6 +8,9 @@ other work lies between them (1.15 GHz instead of 1.4 on an H200): so this work 
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from smartmoe.bench.measure import World, between, now
@@ -16,6 +19,9 @@ WARM_MS = 40.0  # until the clock is that of hard work
 _TIMES_OF_STEP = 2.0  # this work's time over that of the step behind it, which then has a third of the power's say
 _WIDTH = 4096
 _PASSES = 4  # over memory for each product: products take two thirds of the time, as in a step
+_TURN_MS = 2.0  # of work, and of waiting, where it is seen how much faster a chip is that waits
+_TURNS = 150  # in all some half a second: the limit of power counts in tenths of a second
+_WAIT_CYCLES = int(_TURN_MS * 1.9e6)
 
 
 def lead_ms(launch_ms: float, took_ms: float) -> float:
@@ -51,3 +57,36 @@ class BusyWork:
         if self.unit_ms:
             for _ in range(int(ms / self.unit_ms) + 1):
                 self._unit()
+
+    def wait_speedup(self) -> float:
+        """By how much, as a logarithm, this work would be faster on a GPU that waits all of the time than on one that never
+        does: from turns of work alone, and with waits between them, which leave some of the power for a faster clock. At
+        least 0; 0 on a CPU. Waits for the device."""
+        if not self.unit_ms:
+            return 0.0
+        return speedup_of_waiting(*(self._turns(cycles) for cycles in (0, _WAIT_CYCLES)))
+
+    def _turns(self, wait_cycles: int) -> np.ndarray:
+        """[turns, 2] ms of the work and of the wait behind it, of the latter half of the turns."""
+        marks = [self._mark()]
+        for _ in range(_TURNS):
+            self.launch(_TURN_MS)
+            marks.append(self._mark())
+            if wait_cycles:
+                torch.cuda._sleep(wait_cycles)  # one thread turns in circles, as one that waits for a message does
+            marks.append(self._mark())
+        torch.cuda.synchronize()
+        took = np.array([first.elapsed_time(then) for first, then in zip(marks[:-1], marks[1:], strict=True)])
+        return took.reshape(_TURNS, 2)[_TURNS // 2 :]
+
+    @staticmethod
+    def _mark():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def speedup_of_waiting(alone_T2: np.ndarray, waiting_T2: np.ndarray) -> float:
+    """As BusyWork.wait_speedup, of [turns, 2] ms of work and of waits behind it, without waits and with them."""
+    work, wait = np.median(waiting_T2, axis=0)
+    return max(math.log(np.median(alone_T2[:, 0]) / work) / (wait / (work + wait)), 0.0)

@@ -190,11 +190,14 @@ class Profiler:
 
     def settle(self) -> dict:
         """Bring times of experts to those that the slowest rank has when it never waits. Returns the facts "rank_pace", for
-        each rank its time over the slowest's for the same products, and "wait_speedup" (see rank_pace)."""
+        each rank its time over the slowest's for the same products, and "wait_speedup" (see rank_pace; in rounds from their
+        waiting, else from work that waits in turns). Collective."""
         num_ranks = self.site.world.num_ranks
         if self._has_one_clock or not self._experts:
             return {"rank_pace": [1.0] * num_ranks, "wait_speedup": 0.0}
         pace_W, speedup, pace_of_turn = rank_pace(self._experts, num_ranks)
+        if len(pace_of_turn) == 1:  # all waited equally little: it says nothing
+            speedup = float(np.mean(self.site.world.share(self._busy.wait_speedup())))
         seen: dict[int, list[float]] = {}
         for timed in self._experts:
             pace_of_run_W, busiest = pace_of_turn[timed.turn], timed.case.busiest

@@ -31,6 +31,9 @@ from smartmoe.solvers import solve_greedy
 PLACEMENTS = ("identity", "balanced")
 # What the host launches for a captured pass of a pipeline, forward and backward: the graph, copies into its places and out.
 _PLAYED = (6, 5)
+GATHERING = "gather and scatter"  # of tensor parallelism, among an estimate's parts
+_PRODUCTS = ("attention", "experts", "embedding and loss", "recomputation")  # parts that a chip's limit of power slows down
+_WAITING = ("exchange", GATHERING, "launches and waits", "gradient reduction", "step", "pipeline idle")
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,17 @@ class Estimate:
 
 @dataclass
 class _Layer:
-    """What one setting's blocks cost, with experts [S, M, L] or less, and without. parts: ms of the device in a block with
-    experts, forward and backward together; forward_ms: forward alone; dense_ms: both ways of a block without."""
+    """What one setting's blocks cost, with experts [S, M, L] or less, and without. parts: ms of the device in a block, forward
+    and backward together; again: of a forward pass that is recomputed; dense: the same of a block without experts."""
 
     forward: Work
     backward: Work
     dense_forward: Work
     dense_backward: Work
     parts: dict[str, np.ndarray]
-    forward_ms: np.ndarray
-    dense_ms: float
+    again: dict[str, np.ndarray]
+    dense_parts: dict[str, np.ndarray]
+    dense_again: dict[str, np.ndarray]
 
 
 class CostModel:
@@ -134,7 +138,9 @@ class CostModel:
                 each[chunk] += sum(float(getattr(way, clock)) for way in pair)
             least.append(each.reshape(plan.vpp, plan.pp).sum(0).max())
         after, _ = self._after(plan)
-        return float(max(least)) * self.num_micro_batches(plan, micro_batch) + after
+        products = np.linspace(0, 1)  # their part of the step; the rest at most is waiting
+        least_of_step = (1 - products * (1 - np.exp(-self._wait_speedup * (1 - products)))).min()
+        return least_of_step * (float(max(least)) * self.num_micro_batches(plan, micro_batch) + after)
 
     def estimate(self, plan: ParallelPlan, micro_batch: int, known: Memory | None = None) -> Estimate:
         """The whole prediction. `known`: its memory where that has been computed."""
@@ -158,10 +164,26 @@ class CostModel:
         parts |= {"launches and waits": launches} | after_parts
         if plan.pp > 1:
             parts["pipeline idle"] = rest - launches
+        step = self._at_its_clock(step, parts, plan, micro_batch)
         return Estimate(
             plan, micro_batch, num_micro, step, parts, known or self.memory(plan, micro_batch),
             work.global_batch_size * self.config.model.seq_len,
         )  # fmt: skip
+
+    @property
+    def _wait_speedup(self) -> float:
+        return self.primitives.facts.get("wait_speedup", 0.0) if self.primitives else 0.0
+
+    def _at_its_clock(self, step: np.ndarray, parts: dict[str, float], plan: ParallelPlan, micro_batch: int) -> np.ndarray:
+        """The step [S] at the clock that it has, changing `parts` likewise: a chip at its limit of power has for its products
+        what it saves by waiting, for others or for links, in the mean of a step (bench.profiler: the profile knows by how
+        much). Stores into the memory of others are no waiting."""
+        is_busy = self.setting(plan, micro_batch).layer.dispatcher == "direct"
+        waiting = [name for name in _WAITING if name in parts and not (is_busy and name == "exchange")]
+        waited = sum(parts[name] for name in waiting) / float(step.mean())
+        saved = {name: parts[name] * (1 - np.exp(-self._wait_speedup * waited)) for name in _PRODUCTS if name in parts}
+        parts.update({name: parts[name] - ms for name, ms in saved.items()})
+        return step - sum(saved.values())
 
     def layer_ms(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[S, M, L] forward + backward of the MoE layer alone, where the host is ahead of the device when it begins; it falls
@@ -275,15 +297,22 @@ class CostModel:
     def _make_layer(self, plan, micro_batch, setting) -> _Layer:
         times, sync_ms = self.layer_times(plan, micro_batch), self._sync_ms(plan, micro_batch)
         layer, attention, dense = times.passes(sync_ms), self._attention(plan, micro_batch), self._dense_mlp(plan, micro_batch)
-        parts = {"attention": sum(way.device for way in attention)}
+        gathers = float(sum(work.device for work in self._gathers(plan, micro_batch)))  # of each pass of a half block
+        halves = 1 if self.config.model.moe_every == 1 else 2
+        parts = {"attention": sum(way.device for way in attention) - 2 * gathers, GATHERING: 2 * gathers}
         for way in (times.forward, times.backward):
             for name, value in way.items():
                 name = {"counts": "exchange", "route": "permute"}.get(name, name)
                 parts[name] = parts.get(name, 0.0) + value
+        travel = times.forward.get("exchange", 0.0) + times.forward.get("counts", 0.0)
+        again = {"exchange": travel, GATHERING: gathers}
+        again["recomputation"] = times.forward_ms() + attention[0].device - travel - gathers
+        ways = attention[0].then(dense[0]), dense[1].then(attention[1])
+        dense_parts = {"attention": sum(way.device for way in (*attention, *dense)) - 2 * halves * gathers}
+        dense_again = {"recomputation": ways[0].device - halves * gathers, GATHERING: halves * gathers}
         return _Layer(
-            attention[0].then(layer[0]), layer[1].then(attention[1]),
-            attention[0].then(dense[0]), dense[1].then(attention[1]), parts,
-            times.forward_ms() + attention[0].device, sum(way.device for way in (*attention, *dense)),
+            attention[0].then(layer[0]), layer[1].then(attention[1]), *ways, parts, again,
+            dense_parts | {GATHERING: 2 * halves * gathers}, dense_again,
         )  # fmt: skip
 
     def _sync_ms(self, plan: ParallelPlan, micro_batch: int) -> float | None:
@@ -322,18 +351,25 @@ class CostModel:
     def _both_ways(self, pieces, plan, micro_batch) -> tuple[Work, Work]:
         """Pieces in turn and, with tensor parallelism, what gathers their input and scatters their output; parts of a sequence
         lie rank by rank there, and sample by sample here."""
-        forward, backward = self._there_and_back(pieces)
-        if plan.tp > 1:
-            num_bytes = self.setting(plan, micro_batch).tokens * plan.tp * self.config.model.hidden_size * self.dtype_bytes
-            spread = group_bytes(num_bytes, plan.tp, 1, self.cluster.ranks_per_node)
-            launch = self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0)
-            gather, scatter = (
-                Work.piece(exchange_ms(self.primitives, name, plan.tp, *spread), launch)
-                for name in ("all_gather", "reduce_scatter")
-            )
-            copy = self._piece("by_sample", numel=num_bytes / self.dtype_bytes)
-            return tuple(join([gather, copy, way, copy, scatter]) for way in (forward, backward))
-        return forward, backward
+        ways = self._there_and_back(pieces)
+        if plan.tp == 1:
+            return ways
+        gather, scatter = self._gathers(plan, micro_batch)
+        copy = self._piece("by_sample", numel=self._gathered_numel(plan, micro_batch))
+        return tuple(join([gather, copy, way, copy, scatter]) for way in ways)
+
+    def _gathered_numel(self, plan: ParallelPlan, micro_batch: int) -> int:
+        return self.setting(plan, micro_batch).tokens * plan.tp * self.config.model.hidden_size
+
+    def _gathers(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
+        """What gathers the input of a half block and scatters its output, where tensor parallelism does."""
+        if plan.tp == 1:
+            return Work.nothing(), Work.nothing()
+        num_bytes = self._gathered_numel(plan, micro_batch) * self.dtype_bytes
+        spread = group_bytes(num_bytes, plan.tp, 1, self.cluster.ranks_per_node)
+        launch = self.primitives.host_ms("all_gather", ranks=plan.tp, intra_bytes=0, inter_bytes=0)
+        names = ("all_gather", "reduce_scatter")
+        return tuple(Work.piece(exchange_ms(self.primitives, name, plan.tp, *spread), launch) for name in names)
 
     def _there_and_back(self, pieces: list[tuple[str, dict]]) -> tuple[Work, Work]:
         """Primitives with their sizes, forward in turn and backward the other way round."""
@@ -393,15 +429,15 @@ class CostModel:
         moe = [idx // model.moe_every for idx in idxs if has_experts(model, idx)]
         num_dense, shape = len(idxs) - len(moe), layer.forward.device.shape
 
-        def total(ms, dense_ms):
-            return float(np.broadcast_to(ms, shape)[..., moe].mean((0, 1)).sum() + num_dense * dense_ms)
-
-        parts = {name: total(ms, layer.dense_ms if name == "attention" else 0.0) for name, ms in layer.parts.items()}
+        parts: dict[str, float] = {}
+        for each, dense in ((layer.parts, layer.dense_parts), *(((layer.again, layer.dense_again),) if plan.recompute else ())):
+            for name, ms in each.items():
+                total = np.broadcast_to(ms, shape)[..., moe].mean((0, 1)).sum() + num_dense * dense.get(name, 0.0)
+                if name != GATHERING or plan.tp > 1:
+                    parts[name] = parts.get(name, 0.0) + float(total)
         ends = zip(self._ends(plan, micro_batch), (0, len(chunks) - 1), strict=True)
         parts["embedding and loss"] = float(sum(w.device for end, chunk in ends if chunk in mine for w in end))
         parts["accumulate"] = float(self._accumulate(plan).device[mine].sum())
-        if plan.recompute:
-            parts["recomputation"] = total(layer.forward_ms, layer.dense_forward.device)
         return parts
 
     def _message(self, plan: ParallelPlan) -> Work:
