@@ -10,6 +10,15 @@ from torch import nn
 from smartmoe.ops.grouped_linear import grouped_linear
 
 
+class MOELinear:
+    """The products of several experts, for programs that have the weights elsewhere."""
+
+    @staticmethod
+    def apply(inp, fwd_expert_count, weight, bias=None) -> torch.Tensor:
+        """As FMoELinear.forward, with its weight and bias as arguments, all of one dtype."""
+        return grouped_linear(inp, fwd_expert_count, weight, bias)
+
+
 class FMoELinear(nn.Module):
     """One torch.nn.Linear for each of this worker's experts.
 
@@ -31,7 +40,7 @@ class FMoELinear(nn.Module):
         if torch.is_autocast_enabled(inp.device.type):
             dtype = torch.get_autocast_dtype(inp.device.type)
             inp, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (inp, weight, bias))
-        return grouped_linear(inp, fwd_expert_count, weight, bias)
+        return MOELinear.apply(inp, fwd_expert_count, weight, bias)
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, with torch's generator."""
