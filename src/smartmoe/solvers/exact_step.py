@@ -72,39 +72,48 @@ def solve_exact_step(
 
 def _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost):
     """((expert_of_replica_WG, bucket_EW), load of the fullest rank) of one pass of solve_exact_step."""
-    num_experts, never = len(load_E), np.iinfo(np.int64).max
-    experts = np.arange(num_experts)
-    bucket_EW = np.zeros((num_experts, num_ranks), np.int64)
-    bucket_EW[experts, owner_E] = BUCKETS
-    hosted_EW = bucket_EW > 0
-    kept_E = load_E * BUCKETS  # units still on the owner; -1 when the expert is closed
-    rank_W = np.zeros(num_ranks, np.int64)
-    np.add.at(rank_W, owner_E, kept_E)
+    num_experts, never, enough = len(load_E), np.iinfo(np.int64).max, target + target // NEAR
+    bucket_EW, hosted_EW = np.zeros((num_experts, num_ranks), np.int64), np.zeros((num_experts, num_ranks), bool)
+    bucket_EW[np.arange(num_experts), owner_E] = BUCKETS
+    hosted_EW[np.arange(num_experts), owner_E] = True
     replica_WG = np.full((num_ranks, num_replica_slots), EMPTY, np.int64)
-    used_W, closed_W = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, bool)
+    kept_E = load_E * BUCKETS  # units still on the owner; -1 when the expert is closed
+    heavy_W = np.zeros(num_ranks, np.int64)  # what each rank weighs, -1 when it is closed
+    np.add.at(heavy_W, owner_E, kept_E)
+    light_W = heavy_W.copy() if num_replica_slots else np.full(num_ranks, never)  # the same, `never` without a free slot
+    # Where single numbers are read and written, lists take a third of an array's time.
+    load, weight, used, own = load_E.tolist(), heavy_W.tolist(), [0] * num_ranks, {}
     for _ in range(num_ranks * num_replica_slots + num_experts + num_ranks):
-        source = int(np.where(closed_W, -1, rank_W).argmax())
-        if closed_W[source] or rank_W[source] <= target + target // NEAR:
+        source = int(heavy_W.argmax())
+        if heavy_W[source] <= enough:
             break
-        expert = int(np.where(owner_E == source, kept_E, -1).argmax())
-        if owner_E[expert] != source or kept_E[expert] <= 0:
-            closed_W[source] = True
+        if source not in own:
+            own[source] = (owner_E == source).nonzero()[0]
+        expert = int(own[source][kept_E[own[source]].argmax()]) if own[source].size else EMPTY
+        if expert == EMPTY or kept_E[expert] <= 0:
+            heavy_W[source] = -1
             continue
-        free_W = (used_W < num_replica_slots) & ~hosted_EW[expert]
-        host = int(np.where(free_W, rank_W, never).argmin())
-        load, num_buckets = int(load_E[expert]), 0
-        if free_W[host]:
-            room = min(rank_W[source] - target, target - rank_W[host])
-            num_buckets = int(min(bucket_EW[expert, source], (room + load // 2) // load))
-        if num_buckets <= 0 or num_buckets * load < copy_cost * BUCKETS:
+        host = int(np.where(hosted_EW[expert], never, light_W).argmin())
+        num_buckets = 0
+        if used[host] < num_replica_slots and not hosted_EW[expert, host]:
+            room = min(weight[source] - target, target - weight[host])
+            num_buckets = min(int(bucket_EW[expert, source]), (room + load[expert] // 2) // load[expert])
+        if num_buckets <= 0 or num_buckets * load[expert] < copy_cost * BUCKETS:
             kept_E[expert] = -1
             continue
-        replica_WG[host, used_W[host]] = expert
-        used_W[host] += 1
+        moved = num_buckets * load[expert]
+        replica_WG[host, used[host]] = expert
+        used[host] += 1
         hosted_EW[expert, host] = True
         bucket_EW[expert, source] -= num_buckets
-        bucket_EW[expert, host] += num_buckets
-        rank_W[host] += num_buckets * load
-        rank_W[source] -= num_buckets * load
-        kept_E[expert] -= num_buckets * load
-    return (replica_WG, bucket_EW), int(rank_W.max())
+        bucket_EW[expert, host] = num_buckets
+        kept_E[expert] -= moved
+        weight[source] -= moved
+        weight[host] += moved
+        heavy_W[source] = weight[source]
+        if heavy_W[host] >= 0:
+            heavy_W[host] = weight[host]
+        light_W[host] = weight[host] if used[host] < num_replica_slots else never
+        if used[source] < num_replica_slots:
+            light_W[source] = weight[source]
+    return (replica_WG, bucket_EW), max(weight)
