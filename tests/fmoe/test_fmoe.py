@@ -288,6 +288,7 @@ def test_experts_of_data_parallel_workers_are_marked_and_all_have_gradients():
 
 
 def test_masked_tokens_are_weighted_by_their_scores():
+    torch.manual_seed(0)
     mask = torch.tensor([0, 1, 2, 1])
     moe = fmoe.FMoETransformerMLP(4, 8, 16, top_k=1, gate=SwitchGate, mask=mask, mask_dict={1: torch.arange(8.0)})
     x_TD = torch.randn(4, 8)
@@ -296,6 +297,7 @@ def test_masked_tokens_are_weighted_by_their_scores():
 
 
 def test_under_autocast_experts_compute_in_its_type():
+    torch.manual_seed(0)
     moe = fmoe.FMoETransformerMLP(2, 8, 16)
     x_TD = torch.randn(5, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
