@@ -27,14 +27,14 @@ HOW = {
         "fig8": "seconds of 200 iterations, first one included; one run each",
         "fig9": "seconds of one epoch (819,200 images); one run each",
         "fig10": "seconds of 200 iterations, first one included; one run each",
-        "fig11": "49 trace iterations x 24 layers; panels: GPUs-micro-batch",
+        "fig11": "49 trace iterations x 24 layers",
         "fig12": "sums over 200 iterations on one rank of each stage; bars: backward, as in the paper",
         "fig13": "minimum of 4 rounds; stars: placement changed",
     },
     "measured": {
-        "fig8": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
-        "fig9": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
-        "fig10": "median step time after warm-up, error bars p10 to p90, of repeats the fastest and the slowest",
+        "fig8": "median step time after warm-up, error bars p10 to p90",
+        "fig9": "median step time after warm-up, error bars p10 to p90",
+        "fig10": "median step time after warm-up, error bars p10 to p90",
         "fig11": "one point for each layer and iteration",
         "fig12": "means over iterations after warm-up and all ranks, error bars p10 to p90 over iterations",
         "fig13": "stars: placement changed",
@@ -130,7 +130,10 @@ def _draw(data: Dataset, figure: str, out: Path) -> list[Path]:
             if isinstance(rows, BarFigure)
             else PanelFigure(figure, keep, rows.marks)
         )
-    axes = DRAW[figure](rows, f"{data.title}: {HOW[data.kind][figure]}")
+    how = HOW[data.kind][figure]
+    if isinstance(rows, BarFigure) and any(bar.num_runs > 1 for bar in rows.bars()):
+        how += ", of repeats the fastest and the slowest"
+    axes = DRAW[figure](rows, f"{data.sources.get(figure, data.title)}: {how}")
     return style.save(axes, out / (f"{figure}.{data.name}" if data.name else figure))
 
 

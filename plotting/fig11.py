@@ -20,7 +20,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
     figure = style.new_figure(width, 0.55 + 2.25 * num_rows)
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes, panel in zip(grid, data.panels, strict=False):
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, width / num_columns)
     if data.marks:
         style.write_marks(grid[len(data.panels)], data.marks)
     for axes in grid[num_panels:]:
@@ -36,7 +36,7 @@ def draw(data: PanelFigure, source: str) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: ScatterPanel) -> None:
+def _draw_panel(axes: Axes, panel: ScatterPanel, inches: float) -> None:
     real, estimate = panel.measured_ms, panel.predicted_ms
     low = min(min(real), min(estimate), *(panel.naive_ms or real)) * 0.93
     high = max(max(real), max(estimate), *(panel.naive_ms or real)) * 1.04
@@ -50,7 +50,7 @@ def _draw_panel(axes: Axes, panel: ScatterPanel) -> None:
     axes.set_ylim(low, high)
     axes.set_aspect("equal", adjustable="box")
     source = "predictions simulated" if panel.source == "simulated" else panel.source
-    axes.set_title(style.in_width([style.shown(panel.name), f"({source})"], axes.figure.get_figwidth()), pad=3)
+    axes.set_title(style.in_width([style.panel(panel.name, "micro-batch"), f"({source})"], inches), pad=3)
     axes.set_xlabel("measured (ms)", labelpad=1)
     axes.set_ylabel("predicted (ms)", labelpad=1)
     stats = panel.stats

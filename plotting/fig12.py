@@ -77,5 +77,5 @@ def _draw_panel(axes: Axes, panel: LayerPanel) -> None:
     axes.set_ylabel("speed-up over static")
     whole = f", whole iterations {panel.step_speedup:.3f}" if panel.step_speedup else ""
     facts = f"mean {mean:.3f}{whole}  ({panel.source})"
-    axes.set_title(style.in_width([style.shown(panel.name), facts], axes.figure.get_figwidth()), pad=3)
+    axes.set_title(style.in_width([style.panel(panel.name), facts], axes.figure.get_figwidth()), pad=3)
     style.light_grid(axes)

@@ -10,6 +10,7 @@ from plotting.model import CurvePanel, PanelFigure
 
 CURVE_INCH = 1.75
 LINE_LETTERS = 145  # of a legend's line in the width of a page
+LONG, WINDOW = 400, 15  # iterations from which on single ones would hide one another; those of a running median
 STAR = {"marker": "*", "markersize": 4.5, "markeredgecolor": "black", "markeredgewidth": 0.25}
 
 
@@ -22,20 +23,27 @@ def draw(data: PanelFigure, source: str) -> Figure:
             axes.set_xlim(heatmap.span(panel.maps))
     if below is not None:
         style.write_marks(below, data.marks)
+    if any(map(_is_long, data.panels)):
+        source += f"; of over {LONG} iterations the running median of {WINDOW}, single ones faint"
     style.add_notes(figure, [heatmap.note(data, source)], style.WIDE_INCH)
     return figure
 
 
 def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
     curves = [curve for curve in panel.curves if curve.drawn]
-    top = _top(curves)
+    top, is_long = _top(curves), _is_long(panel)
     handles, labels = [], []
     for curve in curves:
         tint = style.colour(curve.series)
         dashes = "--" if curve.source == "simulated" else "-"
-        axes.plot(curve.iterations, np.minimum(curve.times_ms, top), color=tint, linestyle=dashes, linewidth=0.8)
+        shown = np.minimum(curve.times_ms, top)
+        if is_long:
+            axes.plot(curve.iterations, shown, color=tint, linewidth=0.4, alpha=0.3)
+            shown = _running_median(shown)
+        axes.plot(curve.iterations, shown, color=tint, linestyle=dashes, linewidth=0.8, zorder=2.5)
         stars = [(i, min(_time_at(curve, i), top)) for i in curve.changes]
-        axes.plot([i for i, _ in stars], [t for _, t in stars], linestyle="", color=tint, zorder=3, **STAR)
+        size = {"markersize": 3.2, "markeredgewidth": 0.1} if is_long else {}
+        axes.plot([i for i, _ in stars], [t for _, t in stars], linestyle="", color=tint, zorder=3, **(STAR | size))
         changes = f", {len(stars)} changes" if stars or curve.series.startswith("every") else ""
         simulated = ", simulated" if curve.source == "simulated" else ""
         handles.append(Line2D([], [], color=tint, linestyle=dashes, **(STAR if stars else {})))
@@ -47,11 +55,21 @@ def _draw_panel(axes: Axes, panel: CurvePanel) -> None:
     axes.set_ylim(0, top * (1.08 + 0.14 * num_lines))
     axes.set_xlabel("training iteration of the trace", labelpad=1)
     axes.set_ylabel("layer time (ms)")
-    if panel.name:
-        axes.set_title(style.shown(panel.name), pad=2)
+    sources = "/".join(dict.fromkeys(curve.source for curve in curves))
+    axes.set_title("  ".join(filter(None, (style.panel(panel.name), f"({sources})"))), pad=2)
     axes.margins(x=0.01)
     axes.legend(handles, labels, loc="upper center", ncols=num_columns, borderaxespad=0.1)
     style.light_grid(axes)
+
+
+def _is_long(panel: CurvePanel) -> bool:
+    return any(len(curve.iterations) > LONG for curve in panel.curves if curve.drawn)
+
+
+def _running_median(times: np.ndarray) -> np.ndarray:
+    """The median of each time and those beside it; the ends are repeated."""
+    padded = np.pad(times, WINDOW // 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)
 
 
 def _top(curves: list) -> float:

@@ -59,6 +59,7 @@ class Bar:
     quoted: str = ""  # a label of the paper that replaces the value, e.g. "OOM"
     detail: str = ""
     notes: list[str] = field(default_factory=list)  # codes of the findings that concern this bar
+    num_runs: int = 1  # repeats that the value is the median of
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -220,11 +221,13 @@ class PanelFigure:
 
 @dataclass
 class Dataset:
-    """Everything drawn from one place: `name` is "" (figN.pdf) or a suffix (figN.<name>.pdf)."""
+    """Everything drawn from one place: `name` is "" (figN.pdf) or a suffix (figN.<name>.pdf). `sources`: what the numbers of a
+    figure come from, where that is less than `title` says."""
 
     name: str
     title: str
     kind: str  # "published" or "measured"
     figures: dict[str, BarFigure | PanelFigure] = field(default_factory=dict)
     waits: dict[str, str] = field(default_factory=dict)  # figure -> what it waits for
+    sources: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

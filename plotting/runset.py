@@ -71,6 +71,7 @@ def to_dataset(folder: Folder, name: str) -> Dataset:
         else:
             draw = {"fig11": _scatter_figure, "fig12": _layer_figure, "fig13": _curve_figure, "losses": _loss_figure}[figure]
             data.figures[figure] = draw({slot: repeats[0] for slot, repeats in mine.items()})
+        data.sources[figure] = _title(folder, [run for repeats in mine.values() for run in repeats])
     data.waits = {figure: text for figure, text in WAITS.items() if not _has_values(data.figures.get(figure))}
     return data
 
@@ -133,7 +134,7 @@ def _bar(slot: Slot, repeats: list[Run], cache: dict, findings: list[Finding]) -
     values = [bar.value for bar in good]
     bar = min(good, key=lambda one: abs(one.value - float(np.median(values))))
     bar.low, bar.value, bar.high = min(values), float(np.median(values)), max(values)
-    bar.num_samples = sum(one.num_samples for one in good)
+    bar.num_samples, bar.num_runs = sum(one.num_samples for one in good), len(good)
     listed = ", ".join(f"{value:.4g}" for value in values)
     bar.detail = f"median of {len(good)} runs with medians of {listed} ms, of which one: {bar.detail}"
     return bar
@@ -232,6 +233,23 @@ def _check_slot(slot: Slot, run: Run, bar: Bar, findings: list[Finding]) -> None
         )
 
 
+def _setting(run: Run | None, *path: str) -> object:
+    return run.setting(*path) if run else None
+
+
+def _batches(run: Run | None) -> str:
+    return str([_setting(run, "workload", f"{kind}_batch_size") for kind in ("global", "micro")])
+
+
+# code of the finding, what has to be alike in the bars of a group, how a run (None: one that says nothing) has it
+_ALIKE = (
+    ("mixed-devices", "devices", lambda run: clean(run.provenance.get("device") if run else None, 60)),
+    ("other-model", "models", lambda run: clean(_setting(run, "model"), 2000)),
+    ("other-batch", "batch sizes", _batches),
+    ("mixed-sources", "sources (measured and simulated)", lambda run: run.source if run else None),
+)
+
+
 def _check_group(
     members: list[Slot], runs: dict[Slot, list[Run]], bars: dict[Slot, Bar], cache: dict, findings: list[Finding]
 ) -> None:
@@ -239,7 +257,6 @@ def _check_group(
     figure = members[0].figure
     place = " ".join(filter(None, (figure, members[0].panel, members[0].group)))
     good = [s for s in members if bars[s].value is not None]
-    mine, drawn = [run for s in good for run in runs[s]], [bars[s] for s in good]
     digests: dict[str, list[tuple[Slot, Run]]] = {}
     for slot in good:
         for run in runs[slot]:
@@ -251,19 +268,17 @@ def _check_group(
             message = f"{place}: byte-identical step times under {names}: one run, shown as two"
             shown = [bars[slot] for slot in dict.fromkeys(slot for slot, _ in same)]
             _note(findings, "identical-logs", message, [run for _, run in same], shown, figure)
-    for code, what, values in (
-        ("mixed-devices", "devices", [clean(r.provenance.get("device"), 60) for r in mine]),
-        ("other-model", "models", [clean(r.setting("model"), 2000) for r in mine]),
-        (
-            "other-batch",
-            "batch sizes",
-            [str([r.setting("workload", f"{k}_batch_size") for k in ("global", "micro")]) for r in mine],
-        ),
-        ("mixed-sources", "sources (measured and simulated)", [r.source for r in mine]),
-    ):
-        if len(set(values)) > 1:
-            _note(findings, code, f"{place}: the bars of this group ran with different {what}", mine, drawn, figure)
     reference = next((s for s in members if s.series == REFERENCES[figure]), None)
+    for code, what, value_of in _ALIKE:
+        values = {slot: {value_of(run) for run in runs[slot]} for slot in good}
+        usual = values[reference] if reference in values else max(values.values(), key=[*values.values()].count, default=set())
+        odd = [slot for slot in good if values[slot] != usual or len(values[slot]) > 1]
+        if odd:
+            than = REFERENCES[figure] if reference in values else "the others"
+            message = f"{place}: {', '.join(slot.series for slot in odd)} ran with other {what} than {than}"
+            silent = [slot.series for slot in odd if values[slot] == {value_of(None)}]
+            message += f"; {', '.join(silent)} does not say with which" if silent else ""
+            _note(findings, code, message, [run for s in odd for run in runs[s]], [bars[s] for s in odd], figure)
     if reference is None or bars[reference].value is None:
         why = "was not run" if reference is None else f"is {bars[reference].status}"
         message = (

@@ -6,6 +6,7 @@ from logs are never parsed as mathtext or TeX.
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def shown(text: str, limit: int = 40) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def panel(name: str, group_of: str = "capacity", limit: int = 60) -> str:
+    """The name of a panel as its title: a group in it, "4/+inf", in words. `group_of`: what its second number is."""
+    name = shown(name, limit)
+    found = re.fullmatch(r"(.*?),? *(?<![\d/])(\d{1,6})[/-](\+?inf|[0-9.]{1,9})(?:, (.*))?", name)
+    if not found:
+        return name
+    place, ranks, value, more = found.groups()
+    words = [place, "" if re.search(rf"\b{ranks} (ranks?|GPUs?)\b", place) else f"{ranks} GPUs"]
+    words += ["no capacity" if "inf" in value else f"{group_of} {value}", more]
+    return ", ".join(filter(None, words))
+
+
 def in_width(parts: list[str], width: float) -> str:
     """A title of several parts: in one line where a figure of `width` inches has room for it, else in several."""
     parts = [part for part in parts if part]
@@ -125,10 +138,19 @@ def new_figure(width: float, height: float) -> Figure:
 
 def add_legend(figure: Figure, handles: list, labels: list[str]) -> None:
     """A legend above the axes, in as many columns as the width of the figure holds."""
-    entry_inch = 0.32 + 0.052 * max(map(len, labels))
-    num_columns = max(int(figure.get_figwidth() / entry_inch), 1)
-    num_columns = -(-len(labels) // -(-len(labels) // num_columns))  # even rows
+    widths = [0.32 + 0.052 * len(text) for text in labels]
+    for num_rows in range(1, len(labels) + 1):  # a column is as wide as its longest label
+        num_columns = -(-len(labels) // num_rows)
+        if sum(max(column) for column in _columns(widths, num_columns)) <= figure.get_figwidth():
+            break
     figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, borderaxespad=0.1, labelspacing=0.25)
+
+
+def _columns(entries: list, num: int) -> list[list]:
+    """`entries` as a legend fills `num` columns: downwards, the first ones longer."""
+    short, longer = divmod(len(entries), num)
+    sizes = [short + (column < longer) for column in range(num)]
+    return [entries[sum(sizes[:column]) : sum(sizes[: column + 1])] for column in range(num) if sizes[column]]
 
 
 def series_patch(series: str) -> Patch:

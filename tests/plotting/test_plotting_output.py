@@ -11,9 +11,9 @@ from datetime import datetime
 import pytest
 
 from plotting import __main__ as entry
-from plotting import bars, load, report, style
+from plotting import bars, fig13, load, report, style
 from plotting.files import clean, file_stem
-from plotting.model import Bar, BarFigure
+from plotting.model import Bar, BarFigure, Curve, CurvePanel, PanelFigure
 
 HOSTILE = "<script>alert(1)</script>\"'&$(touch x)`touch y`$x^2$\n\x1b[31m\u202e_{}"
 
@@ -293,3 +293,32 @@ def test_values_have_no_nan(run_set, tmp_path):
     (panel,) = report.values_of(load.load_directory(run_set.root).figures["fig11"])
     assert panel["r2"] is None and panel["mape_pct"] == 0
     assert draw("--logs", run_set.root, "--out", tmp_path / "o") == 0
+
+
+def test_panels_are_named_in_words():
+    assert style.panel("CPU, 4 ranks 4/+inf") == "CPU, 4 ranks, no capacity"
+    assert style.panel("CPU, 4 ranks 4/1.2, experts moved") == "CPU, 4 ranks, capacity 1.2, experts moved"
+    assert style.panel("8-4", "micro-batch") == "8 GPUs, micro-batch 4"
+    assert style.panel("inky 16/8", "micro-batch") == "inky, 16 GPUs, micro-batch 8"
+    assert style.panel("pinky, 64 GPUs") == "pinky, 64 GPUs" and style.panel("1/2/3") == "1/2/3"
+
+
+def test_a_legend_takes_as_few_lines_as_its_own_labels_need():
+    paper = ["FastMoE", "Alpa's plan", "SmartMoE (plan only)"]
+    for labels, num_rows in ((paper, 1), (["x" * 60] * 3, 3), (["x" * 40, "x" * 40, "y", "y"], 2)):
+        figure = style.new_figure(style.COLUMN_INCH, 2)
+        style.add_legend(figure, [style.series_patch(label) for label in labels], labels)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert len({round(text.get_window_extent().y0) for text in legend.get_texts()}) == num_rows, labels
+
+
+def test_long_curves_are_drawn_as_running_medians():
+    times = [1.0] * 500
+    times[250] = 2.5
+    curve = Curve("static", list(range(1, 501)), times, [], "measured", "f", 1.0)
+    figure = fig13.draw(PanelFigure("fig13", [CurvePanel("2 GPUs 2/+inf", [curve])]), "source")
+    axes = figure.axes[0]
+    faint, line = axes.lines[:2]
+    assert max(faint.get_ydata()) == 2.5 and max(line.get_ydata()) == 1 and len(line.get_ydata()) == 500
+    assert "running median" in figure._supxlabel.get_text() and axes.get_title() == "2 GPUs, no capacity  (measured)"

@@ -152,7 +152,29 @@ def test_different_models_and_batches_are_told(run_set):
     record["config"]["model"]["num_layers"] = 2
     record["config"]["workload"]["micro_batch_size"] = 1
     (path / "run.json").write_text(json.dumps(record))
-    assert codes(read(run_set)) == ["other-model", "other-batch"]
+    data = read(run_set)
+    assert codes(data) == ["other-model", "other-batch"]
+    assert group(data)["smartmoe"].notes == ["other-model", "other-batch"] and not group(data)["fastmoe"].notes
+    assert "smartmoe ran with other models than fastmoe" in data.findings[0].message
+
+
+def test_a_system_of_ones_own_that_does_not_say_its_model_is_marked_alone(run_set):
+    run_set.add("a", [run_set.bar("fastmoe")], ms=100)
+    path = run_set.add("b", [run_set.bar("mine")], ms=50)
+    record = json.loads((path / "run.json").read_text())
+    del record["config"]["model"]
+    (path / "run.json").write_text(json.dumps(record))
+    data = read(run_set)
+    assert "mine ran with other models than fastmoe; mine does not say with which" in data.findings[0].message
+    assert group(data)["mine"].notes == ["other-model"] and not group(data)["fastmoe"].notes
+
+
+def test_a_figure_names_the_devices_of_its_own_runs_and_repeats_where_there_are_some(run_set, tmp_path):
+    run_set.add("a", [run_set.bar("fastmoe")], ms=100)
+    run_set.add("b", [run_set.bar("fastmoe", figure="fig10")], ms=50, provenance={"num_ranks": 4, "device": "other"})
+    data = read(run_set)
+    assert "other" in data.title and "other" in data.sources["fig10"] and "other" not in data.sources["fig8"]
+    assert {bar.num_runs for bar in data.figures["fig8"].bars()} == {1}
 
 
 # -------------------------------------------------------------------------------------------------- figures 11, 12, 13
