@@ -18,7 +18,7 @@ from smartmoe.config import ModelConfig, OnlineConfig, RunConfig
 from smartmoe.layer import MoELayer
 from smartmoe.online import OnlinePlacement
 from smartmoe.own_loop import expert_state, reduce_gradients, send_copies
-from smartmoe.placement import Replicas
+from smartmoe.placement import Placement, Replicas
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ModelConfig(hidden_size=16, ffn_size=32, num_experts=8, top_k=2)
@@ -98,7 +98,61 @@ def ranks_cases(rank: int) -> dict:
     share_SEW[:, [0, 7]] = 0.5  # half of these two goes to the rank that does not own them
     replicas = Replicas((7, 0), share_SEW)
     set_by_hand = ("copies", "frozen")
+    move_factored_moments(rank)
     return {name: train(rank, 2, online, replicas if name in set_by_hand else None, name) for name, online in CASES.items()}
+
+
+def move_factored_moments(rank: int) -> None:
+    """What Adafactor keeps of experts' matrices, and AdamW of their biases, arrives where the experts do."""
+    group = dist.group.WORLD
+    layer = Model(RunConfig(model=SIZES), group).moe
+    optimizers = factored(layer)
+    online = OnlineConfig(policy="greedy")
+    groups = {"ep_group": group, "stage_group": group, "state_of": lambda layer: expert_state(layer, *optimizers)}
+    placement = OnlinePlacement([layer], online, **groups)
+    state = expert_state(layer, *optimizers)
+    assert len(state) == 4 + 2 * 2 + 2 * 2 and len({tensor.data_ptr() for tensor in state}) == len(state)
+    for tensor in state:
+        for slot, expert in enumerate(layer.placement.experts_of_rank(rank)):
+            tensor[slot].fill_(expert)
+    placement.move([(layer, Placement(2, (6, 1, 2, 5, 0, 3, 4, 7)))])
+    for tensor in state:
+        assert [tensor[slot].unique().item() for slot in range(4)] == [[6, 1, 2, 5], [0, 3, 4, 7]][rank], tensor.shape
+
+
+def factored(layer: MoELayer) -> list[torch.optim.Optimizer]:
+    """Adafactor for matrices, AdamW for biases, after a step."""
+    params = list(layer.experts.parameters())
+    kinds = {3: torch.optim.Adafactor, 2: torch.optim.AdamW}
+    optimizers = [kind(param for param in params if param.dim() == dim) for dim, kind in kinds.items()]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for optimizer in optimizers:
+        optimizer.step()
+    return optimizers
+
+
+def test_state_that_experts_share_is_refused():
+    layer = Model(RunConfig(model=SIZES), None).moe
+    matrices, biases = factored(layer)
+    everything = torch.optim.Adafactor(layer.experts.parameters())
+    everything.step()
+    with pytest.raises(ValueError, match=r"^layer 0: Adafactor's col_var of b1_LF has the shape \[1, 32\], .* \[8, 32\]: exp"):
+        expert_state(layer, everything)
+    state = biases.state[layer.experts.b2_LD]
+    for fine in (3, torch.ones(()), torch.ones(1), torch.ones(8, 3), [0.9, torch.ones(1)]):
+        state["more"] = fine
+        expert_state(layer, matrices, biases)
+    for bad in (torch.ones(16), torch.ones(2, 8), [torch.ones(8)], {"left": torch.ones(8, 8)}):
+        state["more"] = bad
+        with pytest.raises(ValueError, match="AdamW's more of b2_LD"):
+            expert_state(layer, matrices, biases)
+    del state["more"]
+    square = Model(RunConfig(model=ModelConfig(hidden_size=8, ffn_size=32, num_experts=8, top_k=2)), None).moe
+    optimizer = torch.optim.SGD(square.parameters())
+    optimizer.state[square.experts.b2_LD]["mean"] = torch.ones(8)  # over experts, or for each of them?
+    with pytest.raises(ValueError, match=r"SGD's mean of b2_LD has the shape \[8\], the parameter \[8, 8\]"):
+        expert_state(square, optimizer)
 
 
 @pytest.fixture(scope="module")

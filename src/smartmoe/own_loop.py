@@ -62,14 +62,42 @@ def reduce_gradients(model: nn.Module, stage_group, expert_dp_group=None) -> Non
                 _sum(bucket, group)
 
 
-def expert_state(layer: MoELayer, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Everything [L, ...] that belongs to the experts of `layer` and moves with them: weights, and what `optimizer` keeps of
-    their size, such as Adam's moments. For OnlinePlacement(state_of=...)."""
+def expert_state(layer: MoELayer, *optimizers: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Everything [L, ...] that belongs to the experts of `layer` and moves with them: weights, and what `optimizers` keep
+    with a row for each expert, such as Adam's moments or Adafactor's means over the rows and columns of each matrix. Numbers
+    that belong to a whole parameter (steps) stay. For OnlinePlacement(state_of=...).
+
+    Raises ValueError for what belongs to several experts at once and could not part with one, such as Adafactor's means over
+    all experts' biases, which are one matrix to it. What an optimizer works out from a whole parameter at each step
+    (Adafactor's norm of it) depends on which experts a rank has: then so do losses, a little.
+    """
     tensors = []
-    for param in layer.experts.parameters():
-        kept = optimizer.state.get(param, {}).values()
-        tensors += [param.data, *(value for value in kept if torch.is_tensor(value) and value.shape == param.shape)]
+    for name, param in layer.experts.named_parameters():
+        tensors.append(param.data)
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(param, {}).items():
+                what = f"layer {layer.layer_idx}: {type(optimizer).__name__}'s {key} of {name}"
+                tensors += _rows_of_experts(value, param, what)
     return tensors
+
+
+def _rows_of_experts(value: object, param: nn.Parameter, what: str) -> list[torch.Tensor]:
+    """`value` where it has a row for each expert of param [L, ...], nothing where it is no more than a number."""
+    if not torch.is_tensor(value):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if not any(torch.is_tensor(each) and each.numel() > 1 for each in inside):
+            return []
+        found = "holds several tensors"
+    elif value.numel() == 1 and value.shape != param.shape:
+        return []
+    elif value.shape == param.shape or (value.shape[0] == param.shape[0] and value.shape != param.shape[1:]):
+        return [value]
+    else:
+        found = f"has the shape {list(value.shape)}, the parameter {list(param.shape)}"
+    raise ValueError(
+        f"{what} {found}: experts could not take what is theirs along; give this parameter to an optimizer that keeps a row "
+        "for each expert, such as AdamW, and name both in expert_state(layer, first, second)"
+    )
 
 
 def _check_groups(layer: MoELayer, num_ranks: int, num_same: int) -> None:
