@@ -28,6 +28,7 @@ def _run(_world_rank, path, slow):
     args = profile_cluster.parse_args([*few, "--slow-links", str(SLOW), "--out", str(slow)])
     profile_cluster.run(args, world)
     _leave_out_what_is_too_large(world)
+    _end_where_others_wait(world)
 
 
 def _leave_out_what_is_too_large(world):
@@ -47,6 +48,40 @@ def _leave_out_what_is_too_large(world):
         sizes = {"ranks": 1 + rounds}  # alone, and together
         timer.run([profiler.Case(name, sizes, build, False, False) for name, build in builds.items()], rounds)
         assert list(timer.points) == ["launch"]
+
+
+def _end_where_others_wait(world):
+    """Too large for one rank when others are on their way into an exchange with it: that rank says so, and would leave."""
+    measure.PATIENCE_S = 1.0
+
+    def exchange(mark):
+        if world.ep_rank:
+            raise torch.OutOfMemoryError
+        torch.distributed.barrier()
+
+    timer = profiler.Profiler(world, "float32", 0.001)
+    cases = [profiler.Case("direct", {"ranks": 2}, lambda: exchange, True, False)]
+    if world.ep_rank:
+        says = "rank 1: out of memory in the first run of direct with {'ranks': 2}, .* others wait .* --tokens"
+        with pytest.raises(measure.LeftAloneError, match=says):
+            timer.run(cases, 0)
+        torch.distributed.barrier()  # here it lets the others go
+    else:
+        timer.run(cases, 0)
+    assert not timer.points
+
+
+def test_a_rank_that_is_left_alone_ends_its_process(monkeypatch, capsys):
+    """Others wait in an exchange, and only the launcher can end them, which it does when one process ends."""
+
+    def lost(*_):
+        raise measure.LeftAloneError("no memory")
+
+    ended = []
+    monkeypatch.setattr(profile_cluster, "run", lost)
+    monkeypatch.setattr(profile_cluster.os, "_exit", ended.append)
+    profile_cluster.run_or_leave(None, None)
+    assert ended == [1] and capsys.readouterr().err == "no memory\n"
 
 
 def test_two_ranks_profile_every_primitive(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from smartmoe import record
 from smartmoe.bench import profile_parts as parts
-from smartmoe.bench.measure import World, run_in_world, spread
+from smartmoe.bench.measure import LeftAloneError, World, run_in_world, spread
 from smartmoe.bench.profile_parts import Site
 from smartmoe.bench.profiler import DTYPES, Case, Profiler
 from smartmoe.config import ParallelPlan
@@ -324,8 +325,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def run_or_leave(args: argparse.Namespace, world: World) -> None:
+    """`run`; where ranks have lost each other, say why and end this process, so that its launcher ends those that wait."""
+    try:
+        run(args, world)
+    except LeftAloneError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return run_in_world(parse_args(argv), run)
+    return run_in_world(parse_args(argv), run_or_leave)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from smartmoe.bench.busy import WARM_MS, BusyWork, lead_ms
-from smartmoe.bench.measure import World, spread
+from smartmoe.bench.measure import LeftAloneError, World, spread
 from smartmoe.bench.profile_parts import Site
 from smartmoe.planner.primitives import Point
 
@@ -54,6 +54,10 @@ class _Ready:
     host_IP: np.ndarray | None
     runs: list[list] = field(default_factory=list)
     turns: list[int | None] = field(default_factory=list)  # the rank that was hot around each run
+
+
+class _OutAloneError(RuntimeError):
+    """This rank is out of memory and hears nothing of others."""
 
 
 class Profiler:
@@ -107,7 +111,8 @@ class Profiler:
             self._keep(ready)
 
     def _prepare(self, case: Case) -> _Ready | None:
-        """Build a case and find how long to be busy before it; None on all ranks when it is out of memory on any."""
+        """Build a case and find how long to be busy before it; None on all ranks when it is out of memory on any. Raises
+        LeftAloneError on a rank that is, in a piece in which it should have met others that now wait for it."""
         world = self.site.world
         built, is_alone = [], case.sizes.get("ranks", 1) == 1
 
@@ -120,8 +125,14 @@ class Profiler:
 
         # a piece in which ranks meet begins when all have built it
         for calls in ((build, first),) if is_alone else ((build,), (first,)):
-            if not self._fits(calls):
-                return None
+            try:
+                if not self._fits(calls):
+                    return None
+            except _OutAloneError as error:
+                raise LeftAloneError(
+                    f"rank {world.ep_rank}: out of memory in the first run of {case.name} with {case.sizes}, in which ranks "
+                    f"meet, and others wait for it there: profile fewer --tokens or smaller --shapes, or free its memory"
+                ) from error
         step, reset = built
         reset()
         step(lambda: None)
@@ -151,14 +162,19 @@ class Profiler:
 
     def _fits(self, calls: Iterable[Callable]) -> bool:
         """Call them in turn: whether there was memory for it on all ranks. A rank that went on alone would wait for those that
-        did not."""
+        did not. Raises _OutAloneError where there was not, and others say nothing: they wait in a piece for this rank."""
         try:
             for call in calls:
                 call()
             fits = True
         except torch.OutOfMemoryError:
             fits = False
-        return all(self.site.world.share(fits))
+        try:
+            return all(self.site.world.share(fits))
+        except LeftAloneError as error:
+            if fits:
+                raise
+            raise _OutAloneError from error
 
     def _run_once(self, order: list[_Ready], turn: int | None = None) -> None:
         """Each of them in turn, as often as it is named. turn: the hot rank of these."""
