@@ -38,14 +38,13 @@ class Placement:
     def __post_init__(self):
         experts = _int_tuple(self.expert_of_slot, "expert_of_slot")
         _check_slots(self.num_ranks, experts)
-        first: dict[int, int] = {}
-        for slot, expert in enumerate(experts):
-            if expert != EMPTY:
-                first.setdefault(expert, slot)
+        # backwards, as of equal keys the last one stays
+        first = dict(zip(reversed(experts), range(len(experts) - 1, -1, -1), strict=True))
+        first.pop(EMPTY, None)
         missing = sorted(set(range(max(first, default=-1) + 1)) - set(first))
         if missing or not first:
             raise ValueError(f"placement: no slot hosts experts {missing or 'of any number'}; all 0 .. E-1 need one")
-        default = tuple(first[expert] for expert in range(len(first)))
+        default = tuple(map(first.__getitem__, range(len(first))))
         primary = default if self.primary is None else _int_tuple(self.primary, "primary")
         if len(primary) != len(first):
             raise ValueError(f"placement: primary names {len(primary)} experts, the slots host {len(first)}")
@@ -92,6 +91,12 @@ class Placement:
     def rank_of_expert(self) -> np.ndarray:
         """[E] int64, read-only: the ep_rank of each expert's primary slot."""
         return self._owner_E
+
+    @cached_property
+    def _hosts(self) -> set[tuple[int, int]]:
+        """(ep_rank, expert) of each filled slot."""
+        slots, per_rank = enumerate(self.expert_of_slot), self.slots_per_rank
+        return {(slot // per_rank, expert) for slot, expert in slots if expert != EMPTY}
 
     @cached_property
     def _owner_E(self) -> np.ndarray:
@@ -365,6 +370,8 @@ def _check_slots(num_ranks, experts: tuple[int, ...]) -> None:
     if not experts or len(experts) % num_ranks:
         raise ValueError(f"placement: {len(experts)} slots do not divide over {num_ranks} ranks; pad with -1")
     slots_per_rank = len(experts) // num_ranks
+    if min(experts) >= EMPTY and max(experts) < len(experts) and _are_distinct(experts):
+        return
     hosted: set[tuple[int, int]] = set()
     for slot, expert in enumerate(experts):
         if not EMPTY <= expert < len(experts):
@@ -373,6 +380,12 @@ def _check_slots(num_ranks, experts: tuple[int, ...]) -> None:
         if expert != EMPTY and key in hosted:
             raise ValueError(f"placement: expert {expert} sits twice on rank {key[0]}; one slot a rank is enough")
         hosted.add(key)
+
+
+def _are_distinct(experts: tuple[int, ...]) -> bool:
+    """Whether no expert sits in two slots."""
+    num_empty = experts.count(EMPTY)
+    return len(set(experts)) == len(experts) - num_empty + (num_empty > 0)
 
 
 # ------------------------------------------------------------------------------------------------------- measures
@@ -398,8 +411,7 @@ def max_over_mean(load_E: Sequence[float] | np.ndarray, placement: Placement) ->
 def num_moves(old: Placement, new: Placement) -> int:
     """How many expert copies must cross ranks to turn `old` into `new`; moves inside a rank are not counted."""
     check_same_shape(old, new)
-    pairs = ((set(old.experts_of_rank(r)), set(new.experts_of_rank(r))) for r in range(old.num_ranks))
-    return sum(len(after - before - {EMPTY}) for before, after in pairs)
+    return len(new._hosts - old._hosts)
 
 
 def check_same_shape(old: Placement, new: Placement) -> None:

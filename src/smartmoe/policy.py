@@ -213,8 +213,14 @@ def predict_ms(
         count_SE: [W, E] token copies of each expert on each source rank.
         node_of_rank_W: [W] node of each rank; None: one node.
     """
-    count_SE = np.asarray(count_SE, np.float64)
-    ms = costs.compute_ms_per_copy * float(replicas.host_load(count_SE).max())
+    return _predict_parts(np.asarray(count_SE, np.float64), placement, replicas, costs, node_of_rank_W)[0]
+
+
+def _predict_parts(count_SE, placement: Placement, replicas: Replicas, costs: Costs, node_of_rank_W):
+    """(`predict_ms`, ms of it that an even load without replicas would save)."""
+    load_W = replicas.host_load(count_SE)
+    fullest = float(load_W.max())
+    ms = costs.compute_ms_per_copy * fullest
     if costs.exchange_ms_per_copy or costs.node_exchange_ms_per_copy:
         flow_SW = np.einsum("se,sew->sw", count_SE, replicas.share_SEW)
         rank_W = np.arange(placement.num_ranks)
@@ -222,16 +228,15 @@ def predict_ms(
         for per_copy, group_W in ((costs.exchange_ms_per_copy, rank_W), (costs.node_exchange_ms_per_copy, node_W)):
             off_SW = flow_SW * (group_W[:, None] != group_W)
             ms += per_copy * float(max(off_SW.sum(axis=0).max(), off_SW.sum(axis=1).max()))
-    return ms + costs.replica_ms_per_copy * _most_copies(placement, replicas)
+    copies_ms = costs.replica_ms_per_copy * most_copies(
+        replicas.expert_of_replica, placement.rank_of_expert(), placement.num_ranks
+    )
+    return ms + copies_ms, costs.compute_ms_per_copy * float(fullest - load_W.mean()) + copies_ms
 
 
 def expected_ms(count_SE: np.ndarray, state: LayerState, costs: Costs, rules: Rules) -> float:
     """`predict_ms` of what is in force, as `decide` sees it: with "exact" it counts on the copies of each micro-batch."""
     return _predict(np.asarray(count_SE, np.float64), _in_force(state), costs, rules).ms
-
-
-def _most_copies(placement: Placement, replicas: Replicas) -> int:
-    return most_copies(replicas.expert_of_replica, placement.rank_of_expert(), placement.num_ranks)
 
 
 def _busiest_with_moves(old: Placement, new: Placement) -> tuple[int, int]:
@@ -335,10 +340,7 @@ def _predict(count_SE, candidate: _Candidate, costs: Costs, rules: Rules) -> _Pr
     if rules.replicate == "exact":
         whole_SE, copy_cost = np.rint(count_SE).astype(np.int64), round(costs.copy_cost)
         replicas = solve_exact_step(whole_SE, candidate.placement, rules.num_replica_slots, copy_cost)
-    ms = predict_ms(count_SE, candidate.placement, replicas, costs, rules.node_of_rank_W)
-    load_W = replicas.host_load(count_SE)
-    uneven_ms = costs.compute_ms_per_copy * float(load_W.max() - load_W.mean())
-    uneven_ms += costs.replica_ms_per_copy * _most_copies(candidate.placement, replicas)
+    ms, uneven_ms = _predict_parts(count_SE, candidate.placement, replicas, costs, rules.node_of_rank_W)
     return _Prediction(ms, uneven_ms / ms if ms else 0.0)
 
 

@@ -80,7 +80,8 @@ def _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost):
     kept_E = load_E * BUCKETS  # units still on the owner; -1 when the expert is closed
     heavy_W = np.zeros(num_ranks, np.int64)  # what each rank weighs, -1 when it is closed
     np.add.at(heavy_W, owner_E, kept_E)
-    light_W = heavy_W.copy() if num_replica_slots else np.full(num_ranks, never)  # the same, `never` without a free slot
+    # The same, `never` where there is no free slot.
+    light_W = heavy_W.copy() if num_replica_slots else np.full(num_ranks, never)
     # Where single numbers are read and written, lists take a third of an array's time.
     load, weight, used, own = load_E.tolist(), heavy_W.tolist(), [0] * num_ranks, {}
     for _ in range(num_ranks * num_replica_slots + num_experts + num_ranks):

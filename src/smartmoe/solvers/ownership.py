@@ -20,7 +20,7 @@ TIE_ORDERS = ("stable", "legacy")
 
 def check_solvable(load_E, current: Placement) -> np.ndarray:
     """[E] float64, these loads; ValueError unless they and the placement are what the solvers of ownership take."""
-    if sum(expert != EMPTY for expert in current.expert_of_slot) != current.num_experts:
+    if current.num_slots - current.expert_of_slot.count(EMPTY) != current.num_experts:
         raise ValueError("placement: this solver places every expert once; the current placement holds replicas")
     return check_load(load_E, current)
 
@@ -166,10 +166,10 @@ def _relabel(target: Placement, current: Placement) -> Placement:
 def keep_slots(rank_of_expert_E: np.ndarray, current: Placement) -> Placement:
     """Placement with these ranks: an expert that stays keeps its slot, newcomers fill what is free, in order."""
     slots_per_rank, stays_E = current.slots_per_rank, rank_of_expert_E == current.rank_of_expert()
-    slots = [EMPTY] * current.num_slots
-    for expert in np.flatnonzero(stays_E).tolist():
-        slots[current.primary[expert]] = expert
-    for expert in np.flatnonzero(~stays_E).tolist():
+    slot_N = np.full(current.num_slots, EMPTY)
+    slot_N[current.primary_slot_E[stays_E]] = stays_E.nonzero()[0]
+    slots = slot_N.tolist()
+    for expert in (~stays_E).nonzero()[0].tolist():
         start = int(rank_of_expert_E[expert]) * slots_per_rank
         slots[slots.index(EMPTY, start, start + slots_per_rank)] = expert
     return Placement(current.num_ranks, tuple(slots))
