@@ -75,6 +75,13 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
     lines = Path("out/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:4] == first
+    capfd.readouterr()
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
+    assert "out: all 6 iterations are done" in capfd.readouterr().out
+    Path("run.toml").write_text(TINY)
+    assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 2
+    assert "iter_0000006 has 6 iterations, workload.iterations = 4: ask for more" in capfd.readouterr().err
+    assert record.read_run("out")["status"] == "ok"
     resume = ["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]
     Path("run.toml").write_text(TINY.replace("num_layers = 2", "num_layers = 3"))
     capfd.readouterr()

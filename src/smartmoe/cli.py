@@ -197,6 +197,12 @@ def _train(args: argparse.Namespace) -> int:
         found = checkpoint.newest_good(run_dir / "checkpoints", lambda text: None)  # which the ranks tell
         if found is not None:
             checkpoint.read_meta_of(found, config)
+            done, wanted = int(found.name.removeprefix("iter_")), config.workload.iterations
+            if done == wanted and record.read_run(run_dir)["status"] == "ok":
+                print(f"{run_dir}: all {wanted} iterations are done; more: workload.iterations in {args.config}")
+                return 0
+            if done > wanted:
+                raise ValueError(f"{found} has {done} iterations, workload.iterations = {wanted}: ask for more to go on")
     _check_inputs(config, str(args.config))
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
