@@ -14,6 +14,11 @@
 #   --resume    go on in DIR (default: the newest outputs_from_exec_*) with the cluster, figures .. asked for there, unless others
 #               are given now: runs done or in the queue stay, others are done again
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
+# For instance:
+#   ./RUNME-b.sh --cluster cpu --figures 8 --dry-run           what figure 8 would run here, and for how long
+#   ./RUNME-b.sh --cluster cpu --figures 8 --only fastmoe      its runs of FastMoE
+#   ./RUNME-b.sh --cluster slurm --max-jobs 4                  everything, as jobs of which at most four are in the queue
+#   ./RUNME-b.sh --resume                                      goes on with the last of these
 # PY=python3 ./RUNME-b.sh uses that Python as it is, with what it has: nothing is installed, no network is needed. On GPUs build the
 # CUDA extension first, then: python3 setup.py build_ext --inplace
 # Exit codes: 0 all runs ok; 1 some did not end well; 2 bad input; 130 or 143 interrupted (what it says goes on).
@@ -22,7 +27,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="$root/outputs_from_exec_$(date -u +%Y%m%dT%H%M%SZ)" dry="" args=()
 while (($#)); do
   case "$1" in
-    -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
+    -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$root/RUNME-b.sh"; exit 0 ;;
     --dry-run) dry=1 ;;&
     --resume)
       if [[ -n "${2:-}" && "$2" != --* ]]; then out="$2"; shift

@@ -310,16 +310,20 @@ def format_errors(profile: Profile, took_s: float) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m smartmoe.bench.profile_cluster", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m smartmoe.bench.profile_cluster", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where torch finds a GPU, else cpu")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument(
-        "--shapes", nargs="+", metavar="SIZES", help="models to measure for (default: small to 2560 wide)"
+        "--shapes", nargs="+", metavar="SIZES", help="models to measure for, as above (default: small to 2560 wide)"
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens of a rank in a micro-batch to measure at")
-    parser.add_argument("--seconds", type=float, default=0.05, help="time for each of some hundred cases")
+    parser.add_argument("--seconds", type=float, default=0.05, help="for each of some hundred cases; default: 0.05")
     parser.add_argument(
-        "--slow-links", type=float, default=0.0, metavar="GB/S", help="slow exchanges down to this rate"
+        "--slow-links", type=float, default=0.0, metavar="GB/S", help="slow exchanges down to this rate (default: as links are)"
     )
     parser.add_argument("--out", type=Path, required=True, help="the profile to write")
     return parser.parse_args(argv)

@@ -99,19 +99,22 @@ class Report:
 
 def add_options(parser: argparse.ArgumentParser, *, timing: bool = True) -> None:
     """The options that every benchmark has; `timing`: with those of `timing_of`."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where torch finds a GPU, else cpu")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--seed", type=at_least(0), default=1)
+    parser.add_argument("--seed", type=at_least(0), default=1, help="of weights and routing; default: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and where they come from to FILE")
     parser.add_argument("--note", default="", help="free text for the JSON file, such as the commit where git is absent")
     if not timing:
         return
     default = Timing()
-    parser.add_argument("--warmup", type=at_least(1), default=default.warmup, help="untimed iterations")
-    parser.add_argument("--iterations", type=at_least(1), default=default.iterations, help="timed iterations, at most")
+    parser.add_argument("--warmup", type=at_least(1), default=default.warmup, help="untimed iterations; default: %(default)s")
+    parser.add_argument("--iterations", type=at_least(1), default=default.iterations,
+                        help="timed iterations, at most; default: %(default)s")  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, default=default.seconds, help="fewer iterations (5 at least) where they take longer"
-    )
+        "--seconds", type=float, default=default.seconds,
+        help="fewer iterations (5 at least) where they take longer; default: %(default)s",
+    )  # fmt: skip
 
 
 def timing_of(args: argparse.Namespace) -> Timing:

@@ -25,11 +25,15 @@ MODES = ("newest", "history", "joint")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m smartmoe.bench.solvers", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m smartmoe.bench.solvers", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--trace", type=Path, help="an .npz trace; without it only times are taken")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16], help="ranks that the trace is regrouped to")
     parser.add_argument("--slots", type=int, nargs="+", default=[0, 1, 2, 4], help="replica slots per rank")
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=["newest", "history"])
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=["newest", "history"],
+                        help="copies by the newest loads, by the history, or by it with owners moved too")  # fmt: skip
     parser.add_argument("--every", type=int, default=1, help="judge every n-th recorded iteration only")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each solver")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and where they come from to FILE")
