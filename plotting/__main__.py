@@ -76,6 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"plotting: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    try:
+        return _write(datasets, out)
+    except OSError as error:  # a full disk, as a rule
+        print(f"plotting: {out}: {error.strerror or error}; what is there is not whole", file=sys.stderr)
+        return 2
+
+
+def _write(datasets: list[Dataset], out: Path) -> int:
+    """Figures, values.json and index.html; returns the exit code."""
     files, images = {}, {}
     for data in datasets:
         for figure in data.figures:

@@ -322,3 +322,13 @@ def test_long_curves_are_drawn_as_running_medians():
     faint, line = axes.lines[:2]
     assert max(faint.get_ydata()) == 2.5 and max(line.get_ydata()) == 1 and len(line.get_ydata()) == 500
     assert "running median" in figure._supxlabel.get_text() and axes.get_title() == "2 GPUs, no capacity  (measured)"
+
+
+def test_a_full_disk_is_said_in_a_line(run_set, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    fill(run_set)
+    monkeypatch.setattr(style, "save", full)
+    assert draw("--logs", run_set.root, "--out", tmp_path / "out") == 2
+    assert "out: No space left on device; what is there is not whole" in capsys.readouterr().err
