@@ -103,6 +103,18 @@ class FMoE(nn.Module):
             warnings.warn("fmoe: FMOE_FASTER_SHADOW_ENABLE has no effect; results are the same without", stacklevel=2)
         self._kept_dispatcher = None
 
+    def __getstate__(self):
+        """For copies and pickles: each makes a dispatcher of its own, which has a process group; marks are attributes of
+        parameters, which torch does not copy."""
+        marks = {name: param.dp_comm for name, param in self.named_parameters() if hasattr(param, "dp_comm")}
+        return {**self.__dict__, "_kept_dispatcher": None, "_marks": marks}
+
+    def __setstate__(self, state):
+        marks = state.pop("_marks", {})
+        super().__setstate__(state)
+        for name, mark in marks.items():
+            self.get_parameter(name).dp_comm = mark
+
     def mark_parallel_comm(self, expert_dp_comm: str = "none") -> None:
         """Mark the experts' parameters with `expert_dp_comm` and the gate's with "gate"."""
         if self.experts is not None:

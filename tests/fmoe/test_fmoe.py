@@ -36,6 +36,7 @@ def _world(rank, world_size):
     _switch(rank, world_size)
     _shared_capacity(rank, world_size)
     _swipe(rank, world_size)
+    _copies(rank, world_size)
     _refusals(world_size)
 
 
@@ -226,6 +227,19 @@ def _swipe(rank, world_size):
     assert expert_idx_TK.tolist() == tables[rank]
     assert tables != [logits_TE.topk(2).indices.tolist()] * world_size
     torch.testing.assert_close(score_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1))
+
+
+def _copies(rank, world_size):
+    """After a forward pass a layer can be copied and saved whole; it is the same layer, with the same marks."""
+    torch.manual_seed(13)
+    moe = layer_cases.build(Case("copies", dispatcher="overlapped"), world_size)
+    x_TD = torch.randn(4, 8)
+    y_TD, buffer = moe(x_TD), io.BytesIO()
+    torch.save(moe, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(moe), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x_TD), y_TD)
+        assert all(param.dp_comm == ("gate" if "gate" in name else "none") for name, param in other.named_parameters())
 
 
 def _refusals(world_size):
