@@ -55,7 +55,8 @@ class FMoE(nn.Module):
     each expert; its modules are called with (rows, their number [1] int64), or with the rows alone where they take no more.
     Without one a subclass sets self.experts to a module for all of them, which is called with (rows [R, D] sorted by expert,
     rows of each [L] int64). gate_hook: called with (experts, scores, None). mask: [T] integers, 0 = an ordinary token;
-    mask_dict: by other value, what stands for the experts' output there.
+    mask_dict: by other value, what stands for the experts' output there. gate_bias: False is for NaiveGate and what derives
+    from it; gates of other classes are not told.
 
     dispatcher is not FastMoE's: how tokens travel, "basic" (default, FastMoE's exchange) or "overlapped" (FasterMoE's; default
     with FMOE_FASTER_SCHEDULE_ENABLE). Both give the same result.
@@ -93,7 +94,9 @@ class FMoE(nn.Module):
             makers = expert if isinstance(expert, list) else [expert] * num_expert
             self.experts, num_expert = nn.ModuleList(make(d_model) for make in makers), len(makers)
         self.num_expert = num_expert
-        self.gate = gate(d_model, num_expert, world_size, top_k, **({} if gate_bias else {"gate_bias": False}))
+        has_bias = not isinstance(gate, type) or issubclass(gate, NaiveGate)
+        options = {"gate_bias": False} if has_bias and not gate_bias else {}
+        self.gate = gate(d_model, num_expert, world_size, top_k, **options)
         self.gate_hook, self.mask, self.mask_dict = gate_hook, mask, mask_dict
         self.dispatcher = dispatcher or ("overlapped" if switch_from_env("FMOE_FASTER_SCHEDULE_ENABLE") else "basic")
         if self.dispatcher not in self.dispatchers:

@@ -1,10 +1,12 @@
 """FastMoE's gates against their definitions, written out token by token."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from fmoe import FMoE
 from fmoe.gates import BaseGate, FasterGate, GShardGate, NaiveGate, NoisyGate, ZeroGate, gen_faster_gate
 from fmoe.gates.base_gate import BaseGate as ByItsFile
 
@@ -35,6 +37,13 @@ def test_naive(x_TD, bias):
         assert chosen == sorted(range(E), key=lambda e: -logits[e])[:3]
         torch.testing.assert_close(scores, logits[chosen].exp() / logits[chosen].exp().sum())
     assert gate.get_loss() == 0
+
+
+def test_gate_bias_is_for_gates_that_have_one(x_TD):
+    """As in FastMoE: a class that is no NaiveGate is not told."""
+    assert FMoE(L, D, gate=NaiveGate, gate_bias=False).gate.gate.bias is None
+    assert FMoE(L, D, gate=partial(GShardGate, random_routing=False), gate_bias=False).gate.gate.bias is None
+    assert isinstance(FMoE(L, D, gate=NoisyGate, gate_bias=False).gate, NoisyGate)
 
 
 def test_zero(x_TD):
