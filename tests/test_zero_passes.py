@@ -42,6 +42,7 @@ def run_all(world_rank):
         "without gradients": [train(trainer_of(zero, gate=GateConfig(kind="zero")))[0] for zero in (0, 3)],
         "overflow": [train(trainer_of(zero, workload=HALF), 3) for zero in (0, 3)],
         "at once": at_once(),
+        "left": left_whole(trainers[3]),
     }
 
 
@@ -73,6 +74,18 @@ def at_once():
 def _loss_of(trainer):
     tokens, token_id, targets = trainer.batch(0)
     return trainer.chunks[0](tokens, token_id_BT=token_id, target_BT=targets)[0].item()
+
+
+def left_whole(trainer):
+    """Whether parts of the model are whole behind a pass with gradients and no backward pass, and when passes are recorded."""
+    tokens, token_id, targets = trainer.batch(0)
+    trainer.chunks[0](tokens, token_id_BT=token_id, target_BT=targets)
+    found, units = [], [unit for unit in trainer.optimizer.buffers._units if unit.away]
+    trainer.graphs.reason = ""
+    for step in (lambda: None, trainer.graphs.prepare):
+        step()
+        found.append(any(unit.is_here for unit in units))
+    return found
 
 
 def too_late(trainer):
@@ -115,6 +128,10 @@ def test_weights_are_whole_where_they_are_used_and_no_longer(runs):
         # the second block, the head; again and backward the first block, then nothing, as embeddings' gradients need no weights
         assert [num_coming for _, num_coming in in_passes] == [1, 1, 1, 1, 0, 0] * 2
         assert before != after  # of weights as they are now
+
+
+def test_what_an_evaluation_leaves_whole_is_not_recorded(runs):
+    assert [run["left"] for run in runs] == [[True, False]] * 2
 
 
 def test_a_gradient_behind_its_block_is_an_error(runs):

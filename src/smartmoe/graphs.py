@@ -229,6 +229,7 @@ class PassGraphs:
             return
         for replication in self._history():
             replication.wait_weights()  # no pass that is replayed does
+        self._buffers.let_go()  # else a recording would count on what an evaluation has left, at another place on each rank
         if self._plays and self._is_stale():
             self.drop(num_plain=WARM_UP)  # kernels are there
         if self._plays:

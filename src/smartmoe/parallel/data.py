@@ -135,6 +135,9 @@ class GradientBuffers:
         """Whether this parameter's values are on this rank only while passes use them, and its share alone at other times."""
         return False
 
+    def let_go(self) -> None:
+        """Let go of whole values that a pass without its backward pass has left here."""
+
     def filled(self) -> list[int]:
         """The refs, by index, that have a gradient since `zero`."""
         return [ref_idx for ref_idx in range(len(self.refs)) if ref_idx not in self._empty]

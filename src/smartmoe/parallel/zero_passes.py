@@ -194,13 +194,13 @@ class PassShardedBuffers(ShardedBuffers):
                 ref.param.grad = None
         for chunk in self._chunks:
             chunk.is_open = False
-        self._send_all_away()
+        self.let_go()
 
     # -------------------------------------------------------------------------------------------------------- weights
 
     def adopt(self, masters: Sequence[torch.Tensor]) -> None:
         self._masters = list(masters)
-        self._send_all_away()
+        self.let_go()
 
     def is_away(self, ref_idx: int) -> bool:
         bucket = self._buckets_of_ref.get(ref_idx)
@@ -208,7 +208,7 @@ class PassShardedBuffers(ShardedBuffers):
 
     def publish(self, masters: Sequence[torch.Tensor], only_cut: bool = False) -> None:
         super().publish(masters, only_cut)
-        self._send_all_away()  # what a pass without backward has left here is old now
+        self.let_go()  # it is old now
 
     @torch.no_grad()
     def ask(self, unit: Unit) -> None:
@@ -237,7 +237,7 @@ class PassShardedBuffers(ShardedBuffers):
                 _resize(self.refs[cut.ref_idx].param, 0)
         unit.coming, unit.is_here, unit.is_in_backward = [], not unit.away, False
 
-    def _send_all_away(self) -> None:
+    def let_go(self) -> None:
         for unit in self._units:
             self.send_away(unit)
 
