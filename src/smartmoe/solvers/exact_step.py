@@ -111,9 +111,7 @@ def _pass(load_E, owner_E, num_ranks, num_replica_slots, target, copy_cost):
         kept_E[expert] -= moved
         weight[source] -= moved
         weight[host] += moved
-        heavy_W[source] = weight[source]
-        if heavy_W[host] >= 0:
-            heavy_W[host] = weight[host]
+        heavy_W[source], heavy_W[host] = weight[source], weight[host]  # a rank with room is not a closed one
         light_W[host] = weight[host] if used[host] < num_replica_slots else never
         if used[source] < num_replica_slots:
             light_W[source] = weight[source]
