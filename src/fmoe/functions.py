@@ -30,6 +30,13 @@ def get_moe_group():
     return _moe_group
 
 
+def group_of(world_size: int):
+    """The group that functions of world_size workers talk over: the last of `ensure_comm`, all processes before, None alone."""
+    if world_size == 1:
+        return None
+    return get_torch_default_comm() if _moe_group is None else _moe_group
+
+
 def count_by_gate(gate, num_expert: int, world_size: int, require_pos: bool = True):
     """How many copies go where: (pos, local_expert_count, global_expert_count).
 
@@ -39,7 +46,7 @@ def count_by_gate(gate, num_expert: int, world_size: int, require_pos: bool = Tr
     """
     gate_SK = gate.reshape(-1, 1).long()
     lec_E = count_slots(gate_SK, world_size * num_expert)
-    gec_WL = exchange_counts(lec_E.view(world_size, num_expert), _group(world_size))
+    gec_WL = exchange_counts(lec_E.view(world_size, num_expert), group_of(world_size))
     pos = make_plan(gate_SK, world_size * num_expert, int(lec_E.sum())).copy_of_row_R if require_pos else None
     return pos, lec_E, gec_WL.flatten()
 
@@ -61,7 +68,7 @@ class MOEScatter:
         """inp: [T, D]; pos: [S] int64, the row of `inp` that each copy is; the rest from `prepare_forward`. Returns
         [fwd_batch_size, D], sorted by expert, of one expert by worker. Differentiable."""
         order, send, receive = _journey(local_expert_count, global_expert_count, world_size, inp.device)
-        return reorder(exchange_rows(inp.index_select(0, pos), send, receive, _group(world_size)), order)
+        return reorder(exchange_rows(inp.index_select(0, pos), send, receive, group_of(world_size)), order)
 
 
 class MOEGather:
@@ -72,7 +79,7 @@ class MOEGather:
         """rows: [R, D] in the order of MOEScatter; pos: [S] int64, where each copy belongs; the rest from `prepare_forward`.
         Returns [local_batch_size, D], zero where no copy belongs. Differentiable."""
         order, send, receive = _journey(local_expert_count, global_expert_count, world_size, rows.device)
-        rows = exchange_rows(restore(rows, order), receive, send, _group(world_size))
+        rows = exchange_rows(restore(rows, order), receive, send, group_of(world_size))
         return rows.new_zeros(local_batch_size, rows.shape[1]).index_copy(0, pos, rows)
 
 
@@ -81,9 +88,10 @@ class AllGather(Function):
 
     @staticmethod
     def forward(ctx, inp, rank: int, world_size: int, group):
-        """inp: [B, ..], the same shape on every worker. Returns [world_size * B, ..]. Collective over `group`."""
+        """inp: [B, ..], the same shape on every worker. Returns [world_size * B, ..]. Collective over `group`, None = all
+        processes."""
         ctx.part = rank * inp.shape[0], inp.shape[0]
-        return gather_all(inp, group)
+        return gather_all(inp, _all_for_none(group, world_size))
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -101,7 +109,7 @@ class Slice(Function):
                 f"fmoe: a batch of {inp.shape[0]} tokens cannot be cut into equal slices for the {world_size} workers of "
                 "slice_group (mp_group): pad the batch, or leave the group out"
             )
-        ctx.group, size = group, inp.shape[0] // world_size
+        ctx.group, size = _all_for_none(group, world_size), inp.shape[0] // world_size
         return inp.narrow(0, rank * size, size).clone()
 
     @staticmethod
@@ -109,10 +117,8 @@ class Slice(Function):
         return gather_all(grad_out.contiguous(), ctx.group), None, None, None
 
 
-def _group(world_size: int):
-    if world_size == 1:
-        return None
-    return get_torch_default_comm() if _moe_group is None else _moe_group
+def _all_for_none(group, world_size: int):
+    return get_torch_default_comm() if group is None and world_size > 1 else group
 
 
 def _journey(lec_E, gec_E, world_size: int, device) -> tuple[RowOrder, list[int], list[int]]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fmoe
-from fmoe.functions import AllGather, MOEGather, MOEScatter, ensure_comm, get_moe_group, prepare_forward
+from fmoe.functions import AllGather, MOEGather, MOEScatter, Slice, ensure_comm, get_moe_group, prepare_forward
 from fmoe.gates import DCGate, GShardGate, NaiveGate, SwipeGate, SwitchGate
 from fmoe.layers import _fmoe_general_global_forward
 from tests.dist import gpu_backend, gpu_of, spawn
@@ -33,9 +33,11 @@ def _world(rank, world_size):
     _slices(rank, world_size)
     _functions(rank, world_size)
     _data_parallel(rank, world_size)
-    _switch(rank, world_size)
-    _shared_capacity(rank, world_size)
-    _swipe(rank, world_size)
+    for group in (None, dist.group.WORLD):  # gates that were called before any layer, and after
+        with mock.patch("fmoe.functions._moe_group", group):
+            _switch(rank, world_size)
+            _shared_capacity(rank, world_size)
+            _swipe(rank, world_size)
     _copies(rank, world_size)
     _refusals(world_size)
 
@@ -112,11 +114,12 @@ def _functions(rank, world_size):
     assert rows.shape == (num_rows, 1)
     back = MOEGather.apply(rows, pos, sent, received, 12, world_size)
     assert torch.equal(back[pos], x_TD[pos // 2]) and int((back == 0).sum()) == 2
-    part = torch.full((2, 1), float(rank), requires_grad=True)
-    whole = AllGather.apply(part, rank, world_size, dist.group.WORLD)
+    whole = AllGather.apply(part := torch.full((2, 1), float(rank), requires_grad=True), rank, world_size, None)
     (whole * torch.arange(2.0 * world_size).unsqueeze(1)).sum().backward()
     assert whole[:, 0].tolist() == [r for r in range(world_size) for _ in range(2)]
     assert part.grad[:, 0].tolist() == [2.0 * rank, 2.0 * rank + 1]
+    Slice.apply(whole := torch.ones(2 * world_size, 1, requires_grad=True), rank, world_size, None).mul(rank).sum().backward()
+    assert whole.grad[:, 0].tolist() == [r for r in range(world_size) for _ in range(2)]
 
 
 def _data_parallel(rank, world_size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fmoe.functions import get_moe_group
+from fmoe.functions import group_of
 from fmoe.gates.naive_gate import NaiveGate
 from smartmoe.ops.all_to_all import gather_all, group_rank
 from smartmoe.ops.capacity import order_copies, rebalance
@@ -26,7 +26,7 @@ class SwipeGate(NaiveGate):
 
     @torch.no_grad()
     def _level(self, expert_idx_TK):
-        group = get_moe_group() if self.world_size > 1 else None
+        group = group_of(self.world_size)
         num_tokens, device = expert_idx_TK.shape[0], expert_idx_TK.device
         num_tokens_W = gather_all(torch.tensor([num_tokens], device=device), group).tolist()
         first = sum(num_tokens_W[: group_rank(group)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fmoe.functions import count_by_gate, get_moe_group
+from fmoe.functions import count_by_gate, group_of
 from smartmoe.ops.all_to_all import exchange_counts
 from smartmoe.ops.plan import make_plan
 
@@ -19,7 +19,7 @@ def limit_by_capacity(topk_idx: torch.Tensor, num_expert: int, world_size: int, 
     _, _, gec_E = count_by_gate(topk_idx, num_expert, world_size, require_pos=False)
     gec_WL = gec_E.view(world_size, num_expert)
     taken_WL = torch.minimum(gec_WL, (capacity - (gec_WL.cumsum(0) - gec_WL)).clamp(min=0))
-    limit_E = exchange_counts(taken_WL, get_moe_group() if world_size > 1 else None).flatten()
+    limit_E = exchange_counts(taken_WL, group_of(world_size)).flatten()
     return limit_E, taken_WL.flatten(), prune_gate_by_capacity(topk_idx, limit_E, num_expert, world_size)
 
 
