@@ -120,14 +120,15 @@ class FMoE(nn.Module):
 
     def mark_parallel_comm(self, expert_dp_comm: str = "none") -> None:
         """Mark the experts' parameters with `expert_dp_comm` and the gate's with "gate"."""
-        if self.experts is not None:
-            mark_module_parallel_comm(self.experts, expert_dp_comm)
+        for experts in self.experts if isinstance(self.experts, list) else [self.experts]:
+            if experts is not None:
+                mark_module_parallel_comm(experts, expert_dp_comm)
         mark_module_parallel_comm(self.gate, "gate")
 
     def expert_fn(self, inp, fwd_expert_count: torch.Tensor):
         """The experts' output for rows sorted by expert. inp: [R, D] or a structure of such; fwd_expert_count: [L] int64.
-        Subclasses may replace it."""
-        if not isinstance(self.experts, nn.ModuleList):
+        Subclasses may replace it; with experts_fused = False self.experts may be a list of modules, one for each expert."""
+        if self.experts_fused and not isinstance(self.experts, nn.ModuleList):
             return self.experts(inp, fwd_expert_count)
         leaves, spec = tree_flatten(inp)
         counts = fwd_expert_count.tolist()

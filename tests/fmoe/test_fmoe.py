@@ -304,6 +304,18 @@ def test_experts_of_data_parallel_workers_are_marked_and_all_have_gradients():
     assert all(param.grad is not None for param in moe.parameters()), "DistributedDataParallel wants all"
 
 
+def test_experts_may_be_a_list_that_the_layer_does_not_own():
+    torch.manual_seed(0)
+    moe, x_TD = fmoe.FMoE(3, 8), torch.randn(6, 8)
+    moe.experts, moe.experts_fused = [nn.Linear(8, 8) for _ in range(3)], False
+    moe.mark_parallel_comm("dp")
+    assert {param.dp_comm for expert in moe.experts for param in expert.parameters()} == {"dp"}
+    expert_idx_TK, score_TK = moe.gate(x_TD)
+    chosen = zip(x_TD, expert_idx_TK.tolist(), score_TK, strict=True)
+    want_TD = [sum(p * moe.experts[e](x) for e, p in zip(experts, scores, strict=True)) for x, experts, scores in chosen]
+    torch.testing.assert_close(moe(x_TD), torch.stack(want_TD))
+
+
 def test_masked_tokens_are_weighted_by_their_scores():
     torch.manual_seed(0)
     mask = torch.tensor([0, 1, 2, 1])
