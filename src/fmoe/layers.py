@@ -20,6 +20,7 @@ from fmoe.utils import get_torch_default_comm
 from smartmoe.config import LayerConfig
 from smartmoe.dispatch import build_dispatcher
 from smartmoe.dispatch.basic import BasicDispatcher
+from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.gates import Routing
 
 # Programs that put a layer's steps together themselves ask for it: their steps are the plain ones. FMoE asks the environment.
@@ -63,7 +64,7 @@ class FMoE(nn.Module):
     """
 
     dispatchers = ("basic", "overlapped")
-    counts_on_host = True
+    counts_on_host, leaves_other_rows_alone = True, False
 
     def __init__(
         self,
@@ -200,12 +201,24 @@ class FMoE(nn.Module):
             return self.expert_fn(tree_unflatten(rows, spec), count_L.cpu() if self.counts_on_host else count_L)
 
         if self.dispatcher != "basic" and len(leaves) == 1:
-            routing = Routing(slot_TK, weight_TK, weight_TK.new_zeros(()))
-            return self._dispatcher_for(group)(leaves[0], routing, slot_TK, lambda rows, count_L: experts([rows], count_L))
+            return self._in_one_call(leaves[0], group, slot_TK, weight_TK, experts)
         exchange = BasicDispatcher(group, self.num_expert)
         rows, handles = zip(*(exchange.dispatch(leaf, slot_TK) for leaf in leaves), strict=True)
         outs = experts(list(rows), handles[0].count_L)
         return tree_map(lambda out: exchange.combine(out, handles[0], weight_TK), outs)
+
+    def _in_one_call(self, x_TD, group, slot_TK, weight_TK, experts):
+        dispatcher, dtype = self._dispatcher_for(group), None
+        is_direct = isinstance(dispatcher, DirectDispatcher)
+
+        def run(rows, count_L):
+            nonlocal dtype
+            out = experts([rows], count_L)
+            dtype = out.dtype
+            return out.to(rows.dtype) if is_direct else out  # its buffers have the type of the rows, under autocast, too
+
+        run.impl = None if self.leaves_other_rows_alone else "loop"  # direct asks: "loop" gets the rows that count
+        return dispatcher(x_TD, Routing(slot_TK, weight_TK, weight_TK.new_zeros(())), slot_TK, run).to(dtype)
 
     def _dispatcher_for(self, group):
         """Kept, as "direct" has buffers; made at the first call, when the groups are there."""

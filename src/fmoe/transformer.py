@@ -29,19 +29,33 @@ class _Expert(nn.Module):
 class FMoETransformerMLP(FMoE):
     """An MLP of a transformer block with experts: FMoE for inputs of any shape [.., d_model].
 
-    activation: any callable that treats rows separately; expert_dp_comm: the mark of the experts' parameters; expert_rank: kept
-    for programs that read it; the rest are FMoE's arguments.
+    activation: any callable that treats rows separately, a module if it has parameters; expert_dp_comm: the mark of the
+    experts' parameters; expert_rank: kept for programs that read it; the rest are FMoE's arguments.
 
     dispatcher is not FastMoE's: beside FMoE's also "direct" and "auto" (direct where the GPUs of moe_group are linked by
     NVLink, else basic). Direct wants no later batch larger than the first, and raises ValueError after a routing that needed
-    far more rows than any before (smartmoe.dispatch.direct).
+    far more rows than any before (smartmoe.dispatch.direct). With experts in place of this module's own, or an activation that
+    has parameters, its host waits for the number of rows in every pass.
 
     Both layouts of FastMoE's checkpoints load: "experts.htoh4.weight" [num_expert, ..], which is this module's own, and
     "experts.0.htoh4.weight" [1, ..] of one expert after the other.
     """
 
     dispatchers = ("basic", "overlapped", "direct", "auto")
-    counts_on_host = False
+
+    @property
+    def counts_on_host(self) -> bool:
+        """Whether its experts were replaced: others may read their counts as FastMoE gives them."""
+        return type(self.experts) is not _Expert or getattr(self.expert_fn, "__func__", None) is not FMoE.expert_fn
+
+    @property
+    def leaves_other_rows_alone(self) -> bool:
+        """Whether rows behind the counted ones, which may hold anything, are in no gradient: an activation with parameters
+        would sum over them."""
+        if self.counts_on_host:
+            return False
+        activation = self.experts.activation
+        return not isinstance(activation, nn.Module) or next(activation.parameters(), None) is None
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ import fmoe
 from fmoe.functions import AllGather, MOEGather, MOEScatter, Slice, ensure_comm, get_moe_group, prepare_forward
 from fmoe.gates import DCGate, GShardGate, NaiveGate, SwipeGate, SwitchGate
 from fmoe.layers import _fmoe_general_global_forward
+from smartmoe.dispatch.direct import DirectDispatcher
 from tests.dist import gpu_backend, gpu_of, spawn
 from tests.fmoe import layer_cases
 from tests.fmoe.layer_cases import CASES, Case, close, compare
@@ -334,6 +335,43 @@ def test_under_autocast_experts_compute_in_its_type():
     y_TD.sum().backward()
     assert y_TD.dtype == torch.bfloat16 and x_TD.grad.dtype == torch.float32
     torch.testing.assert_close(y_TD.float(), moe(x_TD), atol=2e-2, rtol=2e-2)
+
+
+class Recorder(DirectDispatcher):
+    """What the direct exchange of GPUs relies on: it cannot be seen on a CPU, where no rows lie behind the others."""
+
+    def __call__(self, x_TD, routing, slot_TK, experts):
+        def recorded(rows_RD, count_L):
+            out = experts(rows_RD, count_L)
+            self.seen = getattr(experts, "impl", None), out.dtype == rows_RD.dtype
+            return out
+
+        return super().__call__(x_TD, routing, slot_TK, recorded)
+
+
+class OwnExperts(nn.Module):
+    def forward(self, inp, fwd_expert_count):
+        return inp * 2
+
+
+@pytest.mark.parametrize("how, asks_for", [("plain", None), ("learns", "loop"), ("own", "loop"), ("own function", "loop")])
+def test_a_direct_exchange_gets_what_it_needs(how, asks_for):
+    """Experts that could see rows which hold anything ask for the others only; results have the type of its buffers."""
+    torch.manual_seed(0)
+    activation = nn.PReLU() if how == "learns" else nn.GELU()
+    moe = fmoe.FMoETransformerMLP(2, 8, 16, activation=activation, dispatcher="direct")
+    if how == "own":
+        moe.experts = OwnExperts()
+    if how == "own function":
+        moe.expert_fn = lambda rows_RD, count_L: rows_RD * 2
+    moe._kept_dispatcher = Recorder(None, 2)
+    x_TD = torch.randn(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_TD = moe(x_TD)
+        moe.dispatcher = "basic"
+        want_TD = moe(x_TD)
+    assert moe._kept_dispatcher.seen == (asks_for, True) and y_TD.dtype == want_TD.dtype
+    torch.testing.assert_close(y_TD, want_TD)
 
 
 def test_the_environment_switches_fastermoes_schedule(monkeypatch):
