@@ -206,9 +206,9 @@ class DirectDispatcher:
     def _raise_overflow(self, needed):
         raise ValueError(
             f"direct dispatcher: a routing needed {needed} rows on one rank, more than there was room for with "
-            f"layer.row_factor = {self.row_factor}; that output is NaN. End the run, since other ranks may hear of it in another "
-            f"call. A loop that drops steps whose gradients are not finite may set waits_to_be_asked and go on, as the next "
-            f"call has room. Or raise layer.row_factor (up to {self.num_ranks}, which has room for anything), or take "
+            f"layer.row_factor = {self.row_factor}; that output is NaN. End the run, since other ranks may hear of it in "
+            f"another call. A loop that drops steps whose gradients are not finite may set waits_to_be_asked and go on, as the "
+            f"next call has room. Or raise layer.row_factor (up to {self.num_ranks}, which has room for anything), or take "
             f'layer.dispatcher = "basic"'
         )
 
