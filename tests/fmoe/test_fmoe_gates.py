@@ -78,6 +78,14 @@ def test_gshard_drops_second_choices_at_random(x_TD):
     assert abs((expert_idx_TK[:, 1] >= 0).float().mean() - (2 * score_TK[:, 1]).mean()) < 0.06  # 4 standard deviations
 
 
+def test_noisy_starts_with_drawn_weights():
+    """At zero all tokens of an evaluation go to the same experts."""
+    torch.manual_seed(0)
+    gate = NoisyGate(100, L, W)
+    for weight in (gate.w_gate, gate.w_noise):
+        assert 0.95 < weight.abs().max() * math.sqrt(E) <= 1 and abs(weight.mean()) < 0.1
+
+
 def test_noisy_without_noise_is_naive(x_TD):
     gate = NoisyGate(D, L, W, top_k=2)
     torch.nn.init.normal_(gate.w_gate)

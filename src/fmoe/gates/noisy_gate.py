@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,9 +19,15 @@ class NoisyGate(BaseGate):
 
     def __init__(self, d_model: int, num_expert: int, world_size: int, top_k: int = 2):
         super().__init__(num_expert, world_size)
-        self.w_gate = nn.Parameter(torch.zeros(d_model, self.tot_expert))
-        self.w_noise = nn.Parameter(torch.zeros(d_model, self.tot_expert))
+        self.w_gate = nn.Parameter(torch.empty(d_model, self.tot_expert))
+        self.w_noise = nn.Parameter(torch.empty(d_model, self.tot_expert))
         self.top_k, self.noise_epsilon = top_k, 1e-2
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, uniform within 1 / sqrt(tot_expert), with torch's generator, as FastMoE does."""
+        for weight in (self.w_gate, self.w_noise):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, inp: torch.Tensor):
         """inp: [T, D]. Returns (experts [T, K], scores [T, K])."""
