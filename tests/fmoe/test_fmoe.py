@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import importlib
 import io
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fmoe
 from fmoe.functions import AllGather, MOEGather, MOEScatter, Slice, ensure_comm, get_moe_group, prepare_forward
@@ -40,6 +42,7 @@ def _world(rank, world_size):
             _shared_capacity(rank, world_size)
             _swipe(rank, world_size)
     _copies(rank, world_size)
+    _recomputes(rank, world_size)
     _refusals(world_size)
 
 
@@ -244,6 +247,22 @@ def _copies(rank, world_size):
     for other in (copy.deepcopy(moe), torch.load(buffer, weights_only=False)):
         assert torch.equal(other(x_TD), y_TD)
         assert all(param.dp_comm == ("gate" if "gate" in name else "none") for name, param in other.named_parameters())
+
+
+def _recomputes(rank, world_size):
+    """Activations that are computed again: the same random routing, the same bits; a rank may be without tokens."""
+    kinds = [(GShardGate, 2, "basic"), (SwitchGate, 1, "overlapped")]
+    for (gate, top_k, dispatcher), again in itertools.product(kinds, ("reentrant", "not reentrant")):
+        results = []
+        for checkpointed in (False, True):
+            torch.manual_seed(14 + rank)
+            moe = layer_cases.build(Case("again", gate=gate, top_k=top_k, dispatcher=dispatcher), world_size)
+            nn.init.normal_(moe.experts.h4toh.weight)
+            x_TD = torch.randn(20 * (rank + 1 < world_size), 8, requires_grad=True)
+            y_TD = checkpoint(moe, x_TD, use_reentrant=again == "reentrant") if checkpointed else moe(x_TD)
+            y_TD.square().sum().backward()
+            results.append([y_TD.detach(), x_TD.grad, *(param.grad for param in moe.parameters())])
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), f"{gate.__name__}, {again}"
 
 
 def _refusals(world_size):
