@@ -55,9 +55,9 @@ class FMoE(nn.Module):
     copy, -1 = dropped; score of each copy). expert: called as expert(d_model) num_expert times, or a list of such, one for
     each expert; its modules are called with (rows, their number [1] int64), or with the rows alone where they take no more.
     Without one a subclass sets self.experts to a module for all of them, which is called with (rows [R, D] sorted by expert,
-    rows of each [L] int64). gate_hook: called with (experts, scores, None). mask: [T] integers, 0 = an ordinary token;
-    mask_dict: by other value, what stands for the experts' output there. gate_bias: False is for NaiveGate and what derives
-    from it; gates of other classes are not told.
+    rows of each [L] int64). gate_hook: called with (experts, scores, None). mask: [T] integers, on any device, 0 = an ordinary
+    token; mask_dict: by other value, what stands for the experts' output there. gate_bias: False is for NaiveGate and what
+    derives from it; gates of other classes are not told.
 
     dispatcher is not FastMoE's: how tokens travel, "basic" (default, FastMoE's exchange) or "overlapped" (FasterMoE's; default
     with FMOE_FASTER_SCHEDULE_ENABLE). Both give the same result.
@@ -153,7 +153,7 @@ class FMoE(nn.Module):
         if self.slice_size > 1:
             leaves = [Slice.apply(leaf, self.slice_rank, self.slice_size, self.slice_group) for leaf in leaves]
         expert_idx_TK, score_TK = self._route(tree_unflatten(leaves, spec), leaves[0].shape[0])
-        mask_T = None if self.mask is None or self.mask_dict is None else self.mask.reshape(-1)
+        mask_T = None if self.mask is None or self.mask_dict is None else self.mask.reshape(-1).to(expert_idx_TK.device)
         slot_TK = expert_idx_TK if mask_T is None else expert_idx_TK.masked_fill((mask_T != 0).unsqueeze(1), -1)
         outs = self._through_experts(leaves, spec, group, slot_TK, score_TK)
         if mask_T is not None:

@@ -345,6 +345,13 @@ def test_masked_tokens_are_weighted_by_their_scores():
     assert torch.equal(y_TD[mask == 1], score_TK[mask == 1] * torch.arange(8.0)) and not y_TD[2].any() and y_TD[0].any()
 
 
+def test_a_mask_may_lie_on_another_device(monkeypatch):
+    """Modules do not move it, and FastMoE takes it from where it is."""
+    monkeypatch.setattr(fmoe.FMoE, "_through_experts", lambda moe, leaves, *routing: leaves[0])
+    moe = fmoe.FMoE(2, 8, mask=torch.tensor([0, 1, 0]), mask_dict={}).to("meta")
+    assert moe(torch.empty(3, 8, device="meta")).is_meta
+
+
 def test_under_autocast_experts_compute_in_its_type():
     torch.manual_seed(0)
     moe = fmoe.FMoETransformerMLP(2, 8, 16)
