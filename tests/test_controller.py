@@ -218,6 +218,14 @@ def test_what_a_checkpoint_keeps_serves_another_number_of_ranks():
         other.restore(30, [[1.0] * 3] * 2)
 
 
+def test_the_first_times_of_a_resumed_run_are_not_believed_either():
+    world = World(num_layers=1)
+    world.controller.restore(30, [skewed().sum(axis=0)])
+    world.run(31, 39)
+    timed = [count_WE.sum() for count_WE in world.controller._counts_Y[0]]
+    assert len(timed) == 39 - 1 - 32, "those of 31 and 32 are of a process that warms up, those of 39 are to come"
+
+
 def test_layers_of_each_size_are_judged_among_themselves():
     home, online = Placement.identity(E, W), OnlineConfig(policy="auto", interval=10)
     small, large = Sizes(state_bytes=1_000_000, gbytes_per_s=100), Sizes(state_bytes=4_000_000, gbytes_per_s=100)

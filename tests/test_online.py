@@ -316,6 +316,16 @@ def test_passes_that_are_repeated_are_neither_counted_nor_timed():
     assert counts_LWE.tolist() == [[[3, 0, 3, 0]]] and ms == 2.0, "counts of an iteration, times of the one before"
 
 
+def test_loads_are_of_the_placement_that_a_checkpoint_has_brought():
+    layer, groups = FakeLayer(0, 4, 2, 0), {"ep_group": None, "stage_group": None, "state_of": lambda layer: layer.state}
+    placer = on.OnlinePlacement([layer], OnlineConfig(policy="auto"), timer=FakeTimer(lambda: {0: 1.0}), **groups)
+    layer.set_placement(Placement(2, (0, 2, 1, 3)))  # as Trainer.resume, behind the beginning and before a decision is due
+    for iteration in (5, 6):
+        layer.see(torch.tensor([[0, 1]] * 3), ids(0, (3, 1)))
+        placer.after_step(iteration)
+    assert placer.load_max_over_mean() == 1.0, "experts 0 and 1 share a rank in plain order only"
+
+
 class Oracle:
     """Decides as policy "auto" should, from the whole truth but late: after iteration i it knows the counts of i - 1 and the
     times of i - 2."""

@@ -17,7 +17,7 @@ from smartmoe.config import OnlineConfig
 from smartmoe.placement import Placement, Replicas
 
 MIN_GAIN = 0.02
-WARMUP_ITERATIONS = 2  # whose times are not believed
+WARMUP_ITERATIONS = 2  # of a process, whose times are not believed
 REVIEW_ITERATIONS = 3  # measured after a change before it is judged, the first one left out
 _WINDOW = 50
 _JUDGED = 8  # iterations on either side of a change that a review compares, at most
@@ -102,6 +102,7 @@ class Controller:
         )
         self.history_YWE: np.ndarray | None = None
         self._history_iteration = 0
+        self._first_iteration: int | None = None  # of those taken in here
         self._fullest_and_ms: deque[tuple[float, float]] = deque(maxlen=_WINDOW * max(1, len(placements)))
         self._ms_Y: list[deque[float]] = [deque(maxlen=_WINDOW) for _ in placements]
         self._counts_Y: list[deque[np.ndarray]] = [deque(maxlen=_WINDOW) for _ in placements]
@@ -120,14 +121,17 @@ class Controller:
         waited = max(1, iteration - self._history_iteration)
         self.history_YWE = policy.blend(self.history_YWE, count_YWE, iteration, waited)
         self._history_iteration = iteration
+        if self._first_iteration is None:
+            self._first_iteration = iteration
         loads = [self._replicas_in(layer, iteration).host_load(each) for layer, each in enumerate(count_YWE)]
         self.max_over_mean = float(np.mean([max_over_mean(load_W) for load_W in loads]))
 
     def take_times(self, iteration: int, count_YWE: np.ndarray, ms_Y: Sequence[float]) -> None:
         """Each layer's time on the slowest rank in an iteration, forward and backward, and the copies that it had there.
 
-        Iterations come in order, each once at most, and as late as they like: decisions taken since then are known."""
-        if iteration <= WARMUP_ITERATIONS:
+        Iterations come in order, each once at most, after their counts and as late as they like: decisions taken since then are
+        known."""
+        if iteration < self._first_iteration + WARMUP_ITERATIONS:
             return
         for layer, (count_WE, ms) in enumerate(zip(count_YWE, ms_Y, strict=True)):
             if layer in self._changed and iteration <= self._changed[layer][0] + 1:
@@ -138,6 +142,14 @@ class Controller:
             # with "exact", copies of each micro-batch even the load out
             fullest = load_W.mean() if self._rules.replicate == "exact" else load_W.max()
             self._fullest_and_ms.append((float(fullest), float(ms)))
+
+    def follow(self, in_force: Sequence[tuple[Placement, Replicas]]) -> None:
+        """Take placement and replicas of each layer as they are, where somebody else has changed them: a checkpoint."""
+        for layer, (placement, replicas) in enumerate(in_force):
+            if (placement, replicas) != (self._states[layer].placement, self._states[layer].replicas):
+                self._states[layer] = replace(self._fresh(placement), replicas=replicas)
+                self._changed.pop(layer, None)
+                self._forget(layer)
 
     def _replicas_in(self, layer: int, iteration: int) -> Replicas:
         """What this iteration ran with: its counts come when what was decided after it is in force."""
@@ -176,11 +188,7 @@ class Controller:
         in_force: placement and replicas of each layer, which somebody else may have changed. no_room: why no expert can
         move now ("" when it can), for the reason in the log.
         """
-        for layer, (placement, replicas) in enumerate(in_force):
-            if (placement, replicas) != (self._states[layer].placement, self._states[layer].replicas):
-                self._states[layer] = replace(self._fresh(placement), replicas=replicas)
-                self._changed.pop(layer, None)
-                self._forget(layer)
+        self.follow(in_force)
         costs = self.costs()
         if costs is None or self.history_YWE is None:
             return [self._keep(layer, "no layer has been timed yet") for layer in range(len(self._states))]
@@ -313,6 +321,10 @@ class ControllersBySize:
         """As of a Controller, for experts of an average size."""
         for (_, part), share in zip(self._parts, self._bytes_of_part, strict=True):
             part.moved(ms * share, num_experts)
+
+    def follow(self, in_force: Sequence[tuple[Placement, Replicas]]) -> None:
+        for layers, part in self._parts:
+            part.follow([in_force[layer] for layer in layers])
 
     def decide(self, iteration: int, in_force: Sequence[tuple[Placement, Replicas]], no_room: str = "") -> list[Change]:
         decided = [part.decide(iteration, [in_force[layer] for layer in layers], no_room) for layers, part in self._parts]

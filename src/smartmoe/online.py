@@ -19,7 +19,7 @@ from smartmoe.controller import Change, Sizes, build_controller
 from smartmoe.migrate import STAGING_BYTES, Staging, migrate
 from smartmoe.observe import LoadRecorder, StageView
 from smartmoe.ops.all_to_all import group_rank, group_size
-from smartmoe.placement import Placement, max_over_mean, num_moves, rank_load
+from smartmoe.placement import Placement, Replicas, max_over_mean, num_moves, rank_load
 from smartmoe.replicas import SymmetricHistory
 from smartmoe.solvers import solve_greedy, solve_least_move
 from smartmoe.timing import LayerTimer
@@ -341,7 +341,8 @@ class _Auto:
 
     def _read(self) -> str:
         """Give the controller what has arrived; returns why no expert can move now."""
-        if self._sent is None:
+        if self._sent is None:  # the first iteration here, with the experts where a checkpoint may have put them
+            self.controller.follow(self._in_force())
             return ""
         counts_LWE, values = self._sent.view.read()
         *ms_L, move_ms, least_free = values.tolist()
@@ -354,8 +355,10 @@ class _Auto:
         return "" if self._has_room else lack_of_room(-least_free)
 
     def _choose(self, iteration: int, no_room: str) -> list[Change]:
-        in_force = [(layer.placement, layer.replicas) for layer in self._layers]
-        return self.controller.decide(iteration, in_force, no_room)
+        return self.controller.decide(iteration, self._in_force(), no_room)
+
+    def _in_force(self) -> list[tuple[Placement, Replicas]]:
+        return [(layer.placement, layer.replicas) for layer in self._layers]
 
     def _carry_out(self, iteration: int, changes: list[Change]) -> list[dict]:
         moving = [
