@@ -255,3 +255,9 @@ def test_layers_of_each_size_are_judged_among_themselves():
     again = build_controller([home] * 3, online, sizes_Y)
     again.restore(9, whole.saved())
     assert again.saved() == whole.saved()
+    turned = Placement(W, tuple(np.roll(range(E), 2).tolist()))
+    again.follow([(turned, Replicas.none(turned, 0)), *in_force[1:]])
+    again.take_in(10, count_YWE)
+    owners = [turned.rank_of_expert(), home.rank_of_expert(), home.rank_of_expert()]
+    loads = [np.bincount(owner_E, each.sum(0)) for owner_E, each in zip(owners, count_YWE, strict=True)]
+    assert again.max_over_mean == pytest.approx(np.mean([load_W.max() / load_W.mean() for load_W in loads]))
