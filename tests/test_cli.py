@@ -101,7 +101,10 @@ import signal, sys, time
 from pathlib import Path
 from smartmoe import cli
 child = "import os, pathlib, signal, sys, time\\n" \
-    "def end(*_):\\n    print('Traceback of torchrun', file=sys.stderr, flush=True)\\n    sys.exit(1)\\n" \
+    "asked = []\\n" \
+    "def end(*_):\\n    asked.append(1)\\n    pathlib.Path('asked').touch()\\n" \
+    "    while not os.path.exists('go'): time.sleep(0.02)\\n" \
+    "    print('Traceback of torchrun', file=sys.stderr, flush=True)\\n    sys.exit(len(asked))\\n" \
     "signal.signal(signal.SIGTERM, end)\\nprint('a warning', file=sys.stderr, flush=True)\\n" \
     "pathlib.Path('part').write_text(str(os.getpid()))\\nos.rename('part', 'child.pid')\\ntime.sleep(300)"
 with cli._take(Path("out")) as lock:
@@ -135,14 +138,25 @@ def test_a_run_is_alone_in_its_folder_and_does_not_outlive_its_command(folder):
         cli._take(Path("out"))
     run.kill()
     run.wait()
+    wait_until(Path("asked").exists)
+    with pytest.raises(ValueError, match="out: a run is at work there, or just ending"):
+        cli._take(Path("out"))
+    Path("go").touch()
     wait_until(lambda: not is_running(pid))
     run.communicate()
     cli._take(Path("out")).close()
-    os.unlink("child.pid")
+    for name in ("child.pid", "asked", "go"):
+        os.unlink(name)
     run, pid = started_run()
+    os.kill(pid, signal.SIGUSR1)
+    run.send_signal(signal.SIGUSR1)
+    wait_until(Path("asked").exists)
     run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    Path("go").touch()
     out, err = run.communicate(timeout=30)
-    assert out == "(1, True)\n" and err == "a warning\n", "how torchrun ends is no news"
+    assert out == "(1, True)\n", "asked once to end, by the first of three signals"
+    assert err == "a warning\n", "how torchrun ends is no news"
     assert not is_running(pid)
 
 

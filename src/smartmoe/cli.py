@@ -285,17 +285,19 @@ def _check_gpus(what: str, needed: int) -> None:
 
 
 def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
-    """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C or SIGTERM). It inherits the files `keep`, and
-    ends when this process is killed. What it says on stderr while it is being stopped, torchrun's goodbye, is left out."""
+    """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C, SIGTERM or SIGUSR1, Slurm's word before the time
+    limit). It inherits the files `keep`, and ends when this process is killed. What it says on stderr while it is being
+    stopped, torchrun's goodbye, is left out."""
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     child = subprocess.Popen(
-        command, env=env, start_new_session=True, pass_fds=keep, preexec_fn=_end_with_parent, stderr=subprocess.PIPE
+        command, env=env, start_new_session=True, pass_fds=keep, preexec_fn=_as_part_of_this, stderr=subprocess.PIPE
     )
     stops: list[int] = []
 
     def stop(number, _frame):
         stops.append(number)
-        child.terminate()
+        if len(stops) == 1:  # a second one would end torchrun while its ranks still save a checkpoint
+            child.terminate()
 
     def hand_on():
         while chunk := child.stderr.read1(65536):
@@ -303,7 +305,7 @@ def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
                 with contextlib.suppress(OSError):  # nobody listens
                     os.write(2, chunk)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     listener = threading.Thread(target=hand_on, daemon=True)
     listener.start()
     try:
@@ -315,8 +317,10 @@ def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
-    """Between fork and exec: SIGTERM when the process that started this one dies, even by kill -9."""
+def _as_part_of_this() -> None:
+    """Between fork and exec: SIGTERM when the process that started this one dies, even by kill -9. SIGUSR1, which may go to
+    all processes at once, is for the ranks, which handle it; torchrun would die of it and leave them."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # no Linux
         _LIBC.prctl(1, signal.SIGTERM)
 
