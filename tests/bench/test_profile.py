@@ -7,7 +7,7 @@ import torch
 
 from smartmoe.bench import measure, profile_cluster, profiler
 from smartmoe.bench import profile_parts as parts
-from smartmoe.bench.busy import speedup_of_waiting
+from smartmoe.bench.busy import BusyWork, speedup_of_waiting
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, slowed
 from smartmoe.ops import expert_ffn
 from smartmoe.ops.activation import activate_rows_backward
@@ -192,6 +192,43 @@ def test_waiting_between_turns_of_work_tells_the_speedup():
     alone, waiting = np.array([[3.0, 0.0], [3.0, 0.0], [9.0, 0.0]]), np.array([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]])
     assert speedup_of_waiting(alone * np.exp(0.05), waiting) == pytest.approx(0.2)
     assert speedup_of_waiting(alone * np.exp(-0.05), waiting) == 0.0
+
+
+class _Event:
+    """An event of a GPU whose clock is `now`, in ms."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = self.now
+
+    def elapsed_time(self, then):
+        return then.at - self.at
+
+
+def test_turns_of_work_with_waits_and_without_tell_the_speedup(monkeypatch):
+    """Played on a GPU that is not there: its power is limited from 250 ms on, and waiting leaves 0.2."""
+    busy, waits = BusyWork(measure.World(torch.device("cpu")), torch.float32), []
+    assert busy.wait_speedup() == 0.0
+    busy.unit_ms = 0.4
+
+    def unit():
+        hot = np.exp(0.2 * (1.0 - 0.5 * bool(waits)))  # waits are as long as the work: half of the time
+        _Event.now += 0.4 * (hot if _Event.now > 250 else 1.0)
+
+    def sleep(cycles):
+        waits.append(cycles)
+        _Event.now += waited
+
+    waited = 6 * 0.4 * np.exp(0.1)  # 2 ms of work are six units
+    for name, value in (("Event", _Event), ("_sleep", sleep), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(busy, "_unit", unit)
+    assert busy.wait_speedup() == pytest.approx(0.2, rel=1e-6)
+    assert all(isinstance(cycles, int) for cycles in waits) and len(waits) > 100 and _Event.now < 1500
 
 
 def test_the_hosts_time_is_what_a_further_piece_adds(monkeypatch):

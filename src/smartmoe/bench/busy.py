@@ -20,7 +20,7 @@ _TIMES_OF_STEP = 2.0  # this work's time over that of the step behind it, which 
 _WIDTH = 4096
 _PASSES = 4  # over memory for each product: products take two thirds of the time, as in a step
 _TURN_MS = 2.0  # of work, and of waiting, where it is seen how much faster a chip is that waits
-_TURNS = 150  # in all some half a second: the limit of power counts in tenths of a second
+_TURNS = 150  # in all about a second, of which the latter halves count: the limit of power takes tenths of a second
 _WAIT_CYCLES = int(_TURN_MS * 1.9e6)
 
 
