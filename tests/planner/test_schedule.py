@@ -118,6 +118,14 @@ def test_equal_stages_idle_as_the_textbook_says(pp, vpp):
     assert late == pytest.approx(1.0) if vpp == 1 or pp == 2 else 1.05 < late < 1.3
 
 
+@pytest.mark.parametrize("pp, few, many", [(2, 0.0, 0.0), (4, 0.394, 0.124), (8, 0.797, 0.258)])
+def test_one_queue_of_messages_costs_most_with_few_micro_batches(pp, few, many):
+    work = *map(_alone, (np.full((1, 1, 2 * pp), ms) for ms in (1.0, 2.0))), np.zeros(2 * pp - 1)
+    for n, wanted in ((pp, few), (4 * pp, many)):
+        late = makespan(pp, 2, n, *work)[0] / makespan(pp, 2, n, *work, queued=False)[0] - 1
+        assert late == pytest.approx(wanted, abs=1e-3), n
+
+
 @pytest.mark.parametrize("pp, vpp, n", [(2, 1, 61), (4, 1, 50), (4, 2, 64), (3, 2, 60)])
 def test_long_schedules_are_continued_from_their_period(pp, vpp, n):
     rng = np.random.default_rng(n)
