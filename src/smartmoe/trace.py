@@ -130,8 +130,8 @@ class ExpertTrace:
                             rows.append([int(row[place]) for place in places])
                     except (ValueError, IndexError):
                         raise ValueError(f"line {reader.line_num}: needs whole numbers for {', '.join(names)}") from None
-                    if row and min(rows[-1]) < 0:
-                        raise ValueError(f"line {reader.line_num}: a negative number")
+                    if row and not 0 <= min(rows[-1]) <= max(rows[-1]) < 2**53:
+                        raise ValueError(f"line {reader.line_num}: a number outside 0 .. 2^53")
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: cannot read this trace: {error}") from None
         except ValueError as error:
