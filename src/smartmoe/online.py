@@ -232,7 +232,7 @@ class OnlinePlacement:
         return lack_of_room(float(least))
 
     def forget_passes(self) -> None:
-        """Those since the last `after_step` will be repeated: neither count nor time them."""
+        """Those since the last `after_step` will be repeated, or were an evaluation's: neither count nor time them."""
         self._recorder.turn()
         if self._auto is not None:
             self._auto.forget_times()

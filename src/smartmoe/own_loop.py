@@ -1,7 +1,8 @@
 """The MoE layer in a model and a training loop of one's own: what `smartmoe.trainer` would do around the passes.
 
 Layer 4. Letters: L owned experts of this rank. A step is: send_copies, forward and backward passes of a loss whose sum over
-the ranks is the loss that is meant, reduce_gradients, the optimizer's step, OnlinePlacement.after_step.
+the ranks is the loss that is meant, reduce_gradients, the optimizer's step, OnlinePlacement.after_step. After passes that are
+no part of a step, such as an evaluation's: OnlinePlacement.forget_passes.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_the_run_directory_is_complete(runs):
 
 
 def test_megatrons_own_datasets_and_evaluation(runs):
-    """Passes outside training are no load for the placement."""
+    """Passes outside training are no load for the placement, nor are they timed: see `turn_of_whole_passes`."""
     assert len(losses(runs, "mock-ours")) == 3 and record.read_run(runs / "mock-ours")["status"] == "ok"
 
 

@@ -98,6 +98,8 @@ class Session:
             self._is_stepping = True
             config.finalize_model_grads_func = self._copies.return_before(config.finalize_model_grads_func)
             self._open(iteration)
+        if self.online:
+            self.online.forget_passes()  # an evaluation's, whose tokens do not count, are not timed
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
