@@ -62,7 +62,7 @@ def _end_where_others_wait(world):
     timer = profiler.Profiler(world, "float32", 0.001)
     cases = [profiler.Case("direct", {"ranks": 2}, lambda: exchange, True, False)]
     if world.ep_rank:
-        says = "rank 1: out of memory in the first run of direct with {'ranks': 2}, .* others wait .* --tokens"
+        says = "rank 1: out of memory in a first run of direct with {'ranks': 2}, .* others wait .* --tokens"
         with pytest.raises(measure.LeftAloneError, match=says):
             timer.run(cases, 0)
         torch.distributed.barrier()  # here it lets the others go
@@ -161,6 +161,15 @@ def test_a_piece_that_does_not_fit_twice_is_left_out():
     world = SimpleNamespace(device=torch.device("cuda"), synchronize=lambda: None, share=lambda word: [word], largest=float)
     timer.site, timer.seconds, timer._has_host = SimpleNamespace(world=world), 0.001, set()
     assert timer._prepare(profiler.Case("experts", {}, lambda: step, True, False)) is None
+
+    def wait(fits):
+        if not fits:
+            raise measure.LeftAloneError("another rank is stuck")
+        return [fits]
+
+    world.share, world.ep_rank = wait, 1
+    with pytest.raises(measure.LeftAloneError, match="rank 1: out of memory .* direct with {'ranks': 2}"):
+        timer._prepare(profiler.Case("direct", {"ranks": 2}, lambda: step, True, False))
 
 
 def test_a_chip_that_waits_is_faster():

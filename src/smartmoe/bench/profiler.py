@@ -56,10 +56,6 @@ class _Ready:
     turns: list[int | None] = field(default_factory=list)  # the rank that was hot around each run
 
 
-class _OutAloneError(RuntimeError):
-    """This rank is out of memory and hears nothing of others."""
-
-
 class Profiler:
     """Runs cases and keeps their points. Collective: all ranks have the same cases."""
 
@@ -125,14 +121,8 @@ class Profiler:
 
         # a piece in which ranks meet begins when all have built it
         for calls in ((build, first),) if is_alone else ((build,), (first,)):
-            try:
-                if not self._fits(calls):
-                    return None
-            except _OutAloneError as error:
-                raise LeftAloneError(
-                    f"rank {world.ep_rank}: out of memory in the first run of {case.name} with {case.sizes}, in which ranks "
-                    f"meet, and others wait for it there: profile fewer --tokens or smaller --shapes, or free its memory"
-                ) from error
+            if not self._fits(case, calls):
+                return None
         step, reset = built
         reset()
         step(lambda: None)
@@ -153,16 +143,16 @@ class Profiler:
             lead, host_IP = lead_ms(1e3 * launched, 1e3 * took), None
             if took < _MOST_FOR_HOST or case.name not in self._has_host:
                 if case.has_backward:  # _launch_ms runs it twice at once
-                    if not self._fits((lambda: step(lambda: None, copies=2),)):
+                    if not self._fits(case, (lambda: step(lambda: None, copies=2),)):
                         return None
                     reset()
                 host_IP = self._launch_ms(step, reset, case.has_backward, int(np.clip(_HOST_SECONDS / took, *_HOST_RUNS)))
                 self._has_host |= set() if case.is_held_out else {case.name}
         return _Ready(case, step, reset, lead, num, host_IP)
 
-    def _fits(self, calls: Iterable[Callable]) -> bool:
+    def _fits(self, case: Case, calls: Iterable[Callable]) -> bool:
         """Call them in turn: whether there was memory for it on all ranks. A rank that went on alone would wait for those that
-        did not. Raises _OutAloneError where there was not, and others say nothing: they wait in a piece for this rank."""
+        did not. Raises LeftAloneError where there was not, and others say nothing: they wait in the piece for this rank."""
         try:
             for call in calls:
                 call()
@@ -174,7 +164,10 @@ class Profiler:
         except LeftAloneError as error:
             if fits:
                 raise
-            raise _OutAloneError from error
+            raise LeftAloneError(
+                f"rank {self.site.world.ep_rank}: out of memory in a first run of {case.name} with {case.sizes}, in which "
+                f"ranks meet, and others wait for it there: profile fewer --tokens or smaller --shapes, or free its memory"
+            ) from error
 
     def _run_once(self, order: list[_Ready], turn: int | None = None) -> None:
         """Each of them in turn, as often as it is named. turn: the hot rank of these."""
