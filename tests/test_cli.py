@@ -178,6 +178,14 @@ def test_what_goes_on_with_a_run_is_said(folder, monkeypatch, capsys):
     assert cli.main([*train, "--resume"]) == 2 and "not a run of schema 1" in capsys.readouterr().err
 
 
+def test_what_torchrun_says_of_a_killed_rank_is_kept(folder, capfd):
+    says = "import sys; print('x' * 300_000, file=sys.stderr); print('  exitcode  : -9 (pid: 1)', file=sys.stderr); sys.exit(1)"
+    with Path("console.log").open("wb", buffering=0) as console:
+        code, interrupted = cli._run([sys.executable, "-c", says], (), console)
+    assert (code, interrupted) == (1, False) and "exitcode  : -9" in capfd.readouterr().err
+    assert record.outcome(".", code) == ("failed", "a rank was killed by signal 9 (SIGKILL); see console.log")
+
+
 def test_data_of_the_command_line_wins(folder):
     Path("other.txt").write_text("while True: pass\n" * 900)
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--data", "other.txt"]) == 0
@@ -207,6 +215,8 @@ def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypat
     monkeypatch.setattr(cli, "_run", lambda command, *_: started.append(command) or (0, False))
     assert cli.main(train) == 0 and started[0][-2:] == [host.module, "out"] and "2" in started[0]
     assert record.read_run("out")["provenance"]["entry"] == "deepspeed"
+    monkeypatch.setattr(cli, "_run", lambda command, *_: (1, False))
+    assert cli.main([*train[:-1], "other"]) == 1 and "start it with another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

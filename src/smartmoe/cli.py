@@ -220,12 +220,12 @@ def _train(args: argparse.Namespace) -> int:
     where = f"{world_size} processes on the {'GPUs' if config.cluster.device == 'cuda' else 'CPU'}"
     print(f"{config.plan.describe()}, {where}, {config.workload.iterations} iterations, writing to {run_dir}", flush=True)
     record.set_status(run_dir, "running")
-    with lock:
-        code, interrupted = _run(command, (lock.fileno(),))
+    with lock, (run_dir / "console.log").open("wb", buffering=0) as console:
+        code, interrupted = _run(command, (lock.fileno(),), console)
         status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
         record.set_status(run_dir, status, message)
     if status != "ok":
-        print(f"smartmoe: the run {status}: {message}; {_how_to_go_on(args, run_dir)}", file=sys.stderr)
+        print(f"smartmoe: the run {status}: {message}; {_how_to_go_on(args, run_dir, bool(host))}", file=sys.stderr)
     return 130 if interrupted else 0 if status == "ok" else 1
 
 
@@ -244,8 +244,10 @@ def _take(run_dir: Path) -> IO:
     return lock
 
 
-def _how_to_go_on(args: argparse.Namespace, run_dir: Path) -> str:
-    """After a run that did not come to its end."""
+def _how_to_go_on(args: argparse.Namespace, run_dir: Path, has_host: bool) -> str:
+    """After a run that did not come to its end. has_host: another system's program ran it, which writes no checkpoints."""
+    if has_host:
+        return "this system writes no checkpoints: start it with another --out"
     names = sorted(path.parent.name for path in (run_dir / "checkpoints").glob("iter_*/meta.json"))
     if not names:
         return "it has no checkpoint (workload.checkpoint_interval): with --resume it begins anew"
@@ -284,10 +286,10 @@ def _check_gpus(what: str, needed: int) -> None:
         )
 
 
-def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
+def _run(command: list[str], keep: tuple[int, ...] = (), console: IO | None = None) -> tuple[int, bool]:
     """Run `command` to its end: (exit code, whether it was stopped by Ctrl-C, SIGTERM or SIGUSR1, Slurm's word before the time
-    limit). It inherits the files `keep`, and ends when this process is killed. What it says on stderr while it is being
-    stopped, torchrun's goodbye, is left out."""
+    limit). It inherits the files `keep`, and ends when this process is killed. What it says on stderr goes to `console`, too;
+    while it is being stopped that, torchrun's goodbye, is left out."""
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     child = subprocess.Popen(
         command, env=env, start_new_session=True, pass_fds=keep, preexec_fn=_as_part_of_this, stderr=subprocess.PIPE
@@ -304,6 +306,9 @@ def _run(command: list[str], keep: tuple[int, ...] = ()) -> tuple[int, bool]:
             if not stops:
                 with contextlib.suppress(OSError):  # nobody listens
                     os.write(2, chunk)
+                if console:
+                    with contextlib.suppress(OSError, ValueError):  # a full disk; closed, and the run has left processes
+                        console.write(chunk)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     listener = threading.Thread(target=hand_on, daemon=True)
