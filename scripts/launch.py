@@ -302,6 +302,8 @@ def launch(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{args.out}: another launcher is at work here") from None
+        except OSError:
+            pass  # a file system without locks
         record.write_json(args.out / ASKED, {"arguments": ["--cluster", args.cluster, *chosen(args)]})
         launcher = Launcher(
             root=root.resolve(),

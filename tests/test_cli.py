@@ -160,6 +160,14 @@ def test_a_run_is_alone_in_its_folder_and_does_not_outlive_its_command(folder):
     assert not is_running(pid)
 
 
+def test_a_file_system_without_locks_is_used_without(folder, monkeypatch):
+    def no_lock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(cli.fcntl, "flock", no_lock)
+    cli._take(Path("out")).close()
+
+
 def test_what_goes_on_with_a_run_is_said(folder, monkeypatch, capsys):
     def interrupted(command, *_):
         Path("out here/checkpoints/iter_0000002").mkdir(parents=True, exist_ok=True)

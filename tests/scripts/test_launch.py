@@ -214,6 +214,15 @@ def test_two_launchers_do_not_share_a_run_set(setup, tmp_path):
     child.communicate(timeout=30)
 
 
+def test_a_file_system_without_locks_is_used_without(setup, monkeypatch):
+    def no_lock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(launch.fcntl, "flock", no_lock)
+    monkeypatch.setattr(launch, "interruptible", lambda work, words: 0)
+    assert launch.main(setup(grid(4))) == 0
+
+
 TRACED = """
 [[grid]]
 cluster = "cpu"
