@@ -11,8 +11,8 @@
 #   --data      text files or .bin/.idx prefixes to train on (default: Python's library); figure 9: a folder of images, or synthetic
 #   --slow-links GB/S   slow every exchange between ranks down to this rate, to stand in for a slow network; panels say so
 #   --dry-run   check everything and print the runs with their plans and minutes; start nothing
-#   --resume    go on in DIR (default: the newest outputs_from_exec_*) with the cluster, figures .. asked for there, unless others
-#               are given now: runs done or in the queue stay, others are done again
+#   --resume    go on in DIR (default: the newest outputs_from_exec_*): runs done or in the queue stay, others are done again. Alone
+#               with the cluster, figures, runs and data asked for there last; where one of these is given, with what is given only
 #   --max-jobs  on Slurm: at most N runs in the queue at a time
 # For instance:
 #   ./RUNME-b.sh --cluster cpu --figures 8 --dry-run           what figure 8 would run here, and for how long

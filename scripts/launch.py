@@ -345,7 +345,7 @@ def asked(out: Path) -> list[str]:
         return []
     try:
         words = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        if not all(isinstance(word, str) for word in words):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise TypeError("not words")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not what a launcher wrote ({error}): say what to run, for instance --figures 8") from None

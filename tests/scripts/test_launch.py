@@ -200,8 +200,9 @@ def test_resume_alone_goes_on_with_what_was_asked_for(setup, tmp_path, capsys):
     assert list(runs_of(tmp_path)) == [1], "more than was asked for"
     assert launch.main([*alone, "--only", "padded", "--configs", arguments[1], "--dry-run", "--cluster", "cpu"]) == 0
     assert "fig8/padded" in capsys.readouterr().out, "what is asked for now counts"
-    (tmp_path / "out" / launch.ASKED).write_text('{"arguments": [8]}')
-    assert launch.main(alone) == 2 and "asked.json: not what a launcher wrote" in capsys.readouterr().err
+    for damaged in ('{"arguments": [8]}', '{"arguments": "8"}', '{"arguments": ["--fig', "[]"):
+        (tmp_path / "out" / launch.ASKED).write_text(damaged)
+        assert launch.main(alone) == 2 and "asked.json: not what a launcher wrote" in capsys.readouterr().err
 
 
 def test_two_launchers_do_not_share_a_run_set(setup, tmp_path):
