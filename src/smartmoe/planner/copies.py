@@ -26,6 +26,7 @@ from smartmoe.solvers import solve_replicas_layers
 
 SLOTS = (1, 2, 4)  # numbers of replica slots that are tried
 MOST_SHARES = 3e7  # numbers in the shares of all samples: beyond, copies are not tried
+KEPT_SHARES = 3e6  # up to so many they are kept, since many plans have the same
 PART = "copies of experts"  # its name among an estimate's parts
 
 
@@ -72,14 +73,20 @@ def _model(cost: CostModel, estimate: Estimate, mode: str, slots: int) -> tuple[
     costs = CopyCosts.of(config, cost.cluster, cost.primitives, cost.loads, estimate.num_micro_batches)
     load_SMLE = cost.loads.share.mean(2)
     load_SMLE = load_SMLE if exact else load_SMLE.mean(1, keepdims=True)
-    owners = _owners(cost, plan.ep, load_SMLE.shape)
-    share, copies = replicate(load_SMLE.reshape(-1, *load_SMLE.shape[2:]), owners, slots, costs.tokens_per_copy(exact))
-    share = share.reshape(*load_SMLE.shape, plan.ep)
-    model = CostModel(config, cost.cluster, cost.primitives, cost.loads, cost.placement, host_share=share)
-    return model, costs.of_stages(copies.reshape(load_SMLE.shape[:3]), exact).max(1)
+    per_copy = costs.tokens_per_copy(exact)
+
+    def find():
+        owners = _owners(cost, plan.ep, load_SMLE.shape)
+        share, copies = replicate(load_SMLE.reshape(-1, *load_SMLE.shape[2:]), owners, slots, per_copy)
+        return share.reshape(*load_SMLE.shape, plan.ep), copies.reshape(load_SMLE.shape[:3])
+
+    is_small = load_SMLE.size * plan.ep <= KEPT_SHARES
+    share, copies = cost.once(("copies", plan.ep, slots, exact, per_copy), find) if is_small else find()
+    model = cost.with_copies(config, share)
+    return model, costs.of_stages(copies, exact).max(1)
 
 
-def _owners(cost: CostModel, ep: int, shape) -> list[Placement]:
+def _owners(cost: CostModel, ep: int, shape: tuple[int, ...]) -> list[Placement]:
     """Who owns the experts, for each sample, micro-batch and layer."""
     order = cost.order(ep)
     if order is None:

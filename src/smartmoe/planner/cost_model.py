@@ -113,6 +113,12 @@ class CostModel:
         self._parameters: dict[tuple, list[Parameters]] = {}
         self._known: dict[tuple, object] = {}  # what several plans share
 
+    def with_copies(self, config: RunConfig, host_share: np.ndarray) -> CostModel:
+        """The same loads for a run whose experts have copies that compute these shares."""
+        model = CostModel(config, self.cluster, self.primitives, self.loads, self.placement, host_share=host_share)
+        model._orders = self._orders  # of the same loads: greedy is slow
+        return model
+
     # ------------------------------------------------------------------------------------------------------- one step
 
     def memory(self, plan: ParallelPlan, micro_batch: int) -> Memory:
@@ -194,7 +200,7 @@ class CostModel:
     def layer_times(self, plan: ParallelPlan, micro_batch: int) -> LayerTimes:
         """The MoE layer's parts, each [S, M, L] or less. Needs primitives of the layer only."""
         setting = self.setting(plan, micro_batch)
-        return self._once(
+        return self.once(
             ("layer", setting.tokens, plan.ep, plan.stage_size),
             lambda: layer_times(self.primitives, setting, self._copies(setting), self.order(plan.ep), self._host_share),
         )
@@ -265,14 +271,15 @@ class CostModel:
             share = share[:, :, :, np.arange(setting.ep) % share.shape[3]]
         return share * setting.copies
 
-    def _once(self, key: tuple, make):
+    def once(self, key: tuple, make):
+        """What `make` returns, made once for this key: several plans share it."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
     def _rows(self, setting: LayerSetting) -> np.ndarray:
         """[S, L, W] rows of each rank; of the micro-batch with most rows in a sample."""
-        return self._once(("rows", setting.tokens, setting.ep), lambda: self._count_rows(setting))
+        return self.once(("rows", setting.tokens, setting.ep), lambda: self._count_rows(setting))
 
     def _count_rows(self, setting):
         copies, order = self._copies(setting), self.order(setting.ep)
@@ -385,7 +392,7 @@ class CostModel:
         """(forward, backward) [S, M, layers] of every block of the model; backward with recomputation where the plan says."""
         setting = self.setting(plan, micro_batch)
         key = ("blocks", setting.tokens, plan.ep, plan.tp, plan.stage_size, micro_batch, plan.recompute)
-        return self._once(key, lambda: self._make_blocks(plan, micro_batch))
+        return self.once(key, lambda: self._make_blocks(plan, micro_batch))
 
     def _make_blocks(self, plan, micro_batch):
         model, layer = self.config.model, self._layer(plan, micro_batch)
@@ -454,11 +461,11 @@ class CostModel:
             held = [p.without_experts() for p in held]
         numel, tensors = (np.array([getattr(p, key) for p in held]) for key in ("total", "tensors"))
         key = ("accumulate", len(held), plan.tp, plan.ep)
-        summed = self._once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
+        summed = self.once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
         if self.config.workload.zero < 2:
             return summed
         key = ("sharded", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
-        return summed.then(self._once(key, lambda: self._make_sharded(plan)))
+        return summed.then(self.once(key, lambda: self._make_sharded(plan)))
 
     def _make_sharded(self, plan: ParallelPlan) -> Work:
         """[C] what ZeRO-2 and 3 exchange for each micro-batch, beside what a chunk computes: it takes as long as it takes."""
@@ -468,7 +475,7 @@ class CostModel:
     def _ends(self, plan: ParallelPlan, micro_batch: int) -> tuple[tuple[Work, Work], tuple[Work, Work]]:
         """(forward, backward) of the embedding, and of head and loss."""
         tokens = self.setting(plan, micro_batch).tokens
-        return self._once(("ends", tokens), lambda: self._make_ends(tokens))
+        return self.once(("ends", tokens), lambda: self._make_ends(tokens))
 
     def _make_ends(self, tokens):
         model = self.config.model
@@ -509,7 +516,7 @@ class CostModel:
     def _after(self, plan: ParallelPlan) -> tuple[float, dict[str, float]]:
         """What comes after the pipeline: gradient reduction, optimizer, and the step's own small collectives."""
         key = ("after", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
-        return self._once(key, lambda: self._make_after(plan))
+        return self.once(key, lambda: self._make_after(plan))
 
     def _make_after(self, plan):
         worst, zero = None, self.config.workload.zero

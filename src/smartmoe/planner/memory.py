@@ -10,7 +10,7 @@ micro-batch that can be in flight in a chunk has memory of its own for all that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,17 +41,18 @@ class Memory:
     @property
     def allocated(self) -> float:
         """Peak of torch's allocator."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("outside", "pp_stage"))
+        parts = (self.weights, self.masters, self.moments, self.gradients, self.activations, self.buffers, self.transient)
+        return sum(parts)
 
     @property
     def total(self) -> float:
         return self.allocated + self.outside
 
 
-def _units(model: ModelConfig, plan: ParallelPlan, chunks: list[int]) -> list[Parameters]:
-    """What a rank with these chunks gathers or reduces at once: a block, embeddings, the head."""
+def _units(model: ModelConfig, plan: ParallelPlan, is_end: bool) -> list[Parameters]:
+    """What a rank gathers or reduces at once: a block, and at an end of the pipeline embeddings or the head."""
     units = [block_parameters(model, plan, kind) for kind in {has_experts(model, layer) for layer in range(model.num_layers)}]
-    if chunks[0] == 0 or chunks[-1] == plan.pp * plan.vpp - 1:
+    if is_end:
         table = model.vocab_size * model.hidden_size
         units.append(Parameters(dense=table, largest=table, tensors=1))
     return units
@@ -87,6 +88,10 @@ def estimate(
     fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
     loss_saved, loss_moment = _head(setting)
     replicate = "never" if not setting.replica_slots else "exact" if setting.is_exact else "history"
+    in_passes = {
+        is_end: max(pass_bytes(unit, plan, bytes_, zero, replicate) for unit in _units(model, plan, is_end))
+        for is_end in (False, True)
+    }
     worst_rows = {}
     best = None
     for pp_stage in range(plan.pp):
@@ -146,7 +151,7 @@ def estimate(
         # ZeRO stages the largest parameter's gradient, or its weights, when the activations are gone
         staged = 4 * max(mine.largest, mine.largest_expert) if zero and plan.stage_size > 1 else 0.0
         transient = max(transient, staged - activations)
-        transient += max(pass_bytes(unit, plan, bytes_, zero, replicate) for unit in _units(model, plan, chunks))
+        transient += in_passes[chunks[0] == 0 or chunks[-1] == num_chunks - 1]
         memory = Memory(
             weights=weights,
             masters=masters,

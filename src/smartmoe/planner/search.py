@@ -138,7 +138,7 @@ def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
     names = [words_of(e) for e in (one, other)]
     width = max(len(name) for name in names) + 2
     lines = [f"{'ms of a step':24s}" + "".join(f"{name:>{width}s}" for name in names) + f"{'difference':>12s}"]
-    for part in sorted({*one.parts, *other.parts}, key=lambda p: -abs(one.parts.get(p, 0) - other.parts.get(p, 0))):
+    for part in sorted({*one.parts, *other.parts}, key=lambda p: (-abs(one.parts.get(p, 0) - other.parts.get(p, 0)), p)):
         pair = [e.parts.get(part, 0.0) for e in (one, other)]
         lines.append(f"{part:24s}" + "".join(f"{ms:{width}.1f}" for ms in pair) + f"{pair[1] - pair[0]:+12.1f}")
     totals = [e.mean_ms for e in (one, other)]
