@@ -197,6 +197,9 @@ def stop(*children: subprocess.Popen) -> None:
                 os.kill(pid, signal.SIGKILL)
     for child in children:
         child.wait()
+    end = time.monotonic() + GRACE_S  # one that lets go of a GPU takes a while to be gone, and the next run wants that GPU
+    while time.monotonic() < end and any(_alive(*one) for one in family):
+        time.sleep(0.01)
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:
