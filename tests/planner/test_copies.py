@@ -175,3 +175,21 @@ def test_kernels_return_gradients_of_copies_in_every_pass_and_collectives_once(d
 
     assert found.copy_ms(np.array(1.0), False) == pytest.approx(ms(2 * size) + (returns - 1) * ms(size), rel=1e-9)
     assert found.copy_ms(np.array(1.0), True) == pytest.approx(ms(3 * size), rel=1e-9)
+
+
+def test_plans_that_share_a_cost_model_are_judged_as_each_would_be_alone():
+    share_SMTLE = np.random.default_rng(0).dirichlet(np.full(8, 0.4), (3, 2, 1, 4))
+    one = dataclasses.replace(_cost(HOT).loads, share=share_SMTLE)
+
+    def fresh():
+        cost = _cost(HOT)
+        return CostModel(cost.config, cost.cluster, cost.primitives, one, "balanced")
+
+    shared, copied = fresh(), set()
+    for plan, micro_batch in ((PLAN, 16), (PLAN, 1), (ParallelPlan(dp=4, ep=2), 4)):
+        for mode, slots in (("history", 1), ("history", 4), ("exact", 4)):
+            made = [copies._model(cost, cost.estimate(plan, micro_batch), mode, slots) for cost in (shared, fresh())]
+            assert np.array_equal(made[0][0]._host_share, made[1][0]._host_share)
+            assert np.array_equal(made[0][1], made[1][1])
+            copied.add((made[0][0]._host_share > 0).sum())
+    assert len(copied) > 4, "the cases differ"

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,9 +18,10 @@ from smartmoe.config import (
 from smartmoe.gpt import GPT
 from smartmoe.layer import MoELayer
 from smartmoe.ops import expert_ffn
-from smartmoe.planner import loads
+from smartmoe.planner import loads, memory
 from smartmoe.planner.cost_model import CostModel
-from smartmoe.planner.sharding import kept_bytes
+from smartmoe.planner.parameters import Parameters
+from smartmoe.planner.sharding import kept_bytes, pass_bytes
 
 SIZES = dict(num_layers=4, hidden_size=64, ffn_size=128, num_heads=4, seq_len=128, vocab_size=300, num_experts=8)
 
@@ -161,3 +163,21 @@ def test_captured_passes_of_a_pipeline_have_rooms_of_their_own():
     assert captured.pp_stage == plain.pp_stage == 0  # which holds two micro-batches of the four
     assert captured.activations == pytest.approx(plain.activations + 2 * plain.transient) and captured.transient == 0
     assert captured.buffers - plain.buffers == 3 * 4 * SIZES["seq_len"] * SIZES["hidden_size"] * 2
+
+
+@pytest.mark.parametrize("pp_stage", [0, 2])
+def test_both_ends_of_a_pipeline_need_room_for_their_table(pp_stage):
+    """ZeRO-2, three stages of which the first or the last is the fullest: what a pass takes of its largest unit."""
+    model = ModelConfig(num_layers=6, hidden_size=64, ffn_size=64, num_heads=2, seq_len=64, vocab_size=400_000, num_experts=4)
+    plan, held = ParallelPlan(pp=3, dp=2, ep=2), [Parameters()] * 3
+    held[pp_stage] = Parameters(dense=1e9)
+    setting = CostModel(RunConfig(model=model), ClusterSpec(), None, loads.uniform(model)).setting(plan, 1)
+    found = memory.estimate(plan, setting, 1, 6, np.ones((1, 6, 2)), held, zero=2)
+    table = 400_000 * 64
+    assert found.pp_stage == pp_stage
+    assert found.transient >= pass_bytes(Parameters(dense=table, largest=table, tensors=1), plan, setting.dtype_bytes, 2)
+
+
+def test_parameters_add_up_but_for_the_largest():
+    assert Parameters(1, 2, 3, 4, 5, 6, 7, 8) + Parameters(8, 7, 6, 5, 4, 3, 2, 1) == Parameters(9, 9, 9, 9, 5, 6, 9, 9)
+    assert Parameters() + Parameters(1, 2, 3, 4, 5, 6, 7, 8) == Parameters(1, 2, 3, 4, 5, 6, 7, 8)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import launch
@@ -189,6 +190,18 @@ def test_an_interrupt_stops_the_run_and_leaves_it_for_resume(setup, tmp_path, nu
     found = runs_of(tmp_path)
     assert (found[7]["status"], found[7]["message"], found[1]["status"]) == ("failed", "interrupted", "pending")
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_stop_waits_until_what_it_killed_is_gone(monkeypatch):
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    parent = "import subprocess as s, sys; child = s.Popen([sys.executable, '-c', sys.argv[1]]); print(child.pid); child.wait()"
+    child = subprocess.Popen([sys.executable, "-uc", parent, code], stdout=subprocess.PIPE, text=True)
+    pid = int(sorted(child.stdout.readline() for _ in range(2))[0])
+    kill = os.kill
+    monkeypatch.setattr(runner.os, "kill", lambda *one: threading.Timer(0.3, kill, one).start())  # one that ends slowly
+    monkeypatch.setattr(runner, "GRACE_S", 0.5)
+    runner.stop(child)
+    assert not is_alive(pid)
 
 
 def test_resume_alone_goes_on_with_what_was_asked_for(setup, tmp_path, capsys):
