@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from smartmoe.config import GateConfig, LayerConfig, ModelConfig, OnlineConfig, RunConfig
+from smartmoe.dispatch import symmetric
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.symmetric_replicas import COPY_COST, SymmetricReplication
 from smartmoe.layer import MoELayer
@@ -465,3 +466,11 @@ def test_a_slot_that_kernels_cannot_copy_is_refused():
 def _gpus(num_ranks):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     return gpu_backend(num_ranks, may_share=True)
+
+
+def test_memory_that_others_do_not_reach_is_refused(monkeypatch):
+    """Also where no device is given: then a layer is built on the CPU."""
+    monkeypatch.setattr(symmetric, "group_size", lambda group: 2)
+    for device in (None, "cpu"):
+        with pytest.raises(ValueError, match='asked for on cpu, and only GPUs have it.*device="cuda"'):
+            SymmetricReplication(None, 1).allocate((2, 8), dtype=torch.bfloat16, device=device)

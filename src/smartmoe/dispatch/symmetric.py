@@ -267,6 +267,11 @@ def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
     if group_size(group) == 1:
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         return buffer, [buffer.data_ptr()]
+    if device.type != "cuda":
+        raise ValueError(
+            f"memory that all ranks reach: it is asked for on {device}, and only GPUs have it: build the layer where it shall "
+            'run, MoELayer(.., device="cuda")'
+        )
     import torch.distributed._symmetric_memory as symmetric_memory
 
     buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)

@@ -69,15 +69,16 @@ class SymmetricReplication:
     def allocate(self, shape: tuple[int, ...], *, dtype: torch.dtype, device) -> torch.Tensor:
         """Zeroed memory [L + G, ...] that all ranks of the group reach. Collective.
 
-        Raises ValueError when a slot is not a multiple of 16 bytes.
+        Raises ValueError when a slot is not a multiple of 16 bytes, and, with several ranks, when the device is no GPU.
         """
+        device = torch.get_default_device() if device is None else torch.device(device)
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if num_bytes // shape[0] % _COPY_ALIGNMENT:
             raise ValueError(
                 f"exact replication: {num_bytes // shape[0]} bytes of a weight {list(shape[1:])} are no multiple of "
                 f"{_COPY_ALIGNMENT}: change hidden_size or ffn_size"
             )
-        buffer, addresses = _allocate(num_bytes, torch.device(device), self.group)
+        buffer, addresses = _allocate(num_bytes, device, self.group)
         storage = buffer[:num_bytes].view(dtype).view(shape)
         self._addresses[storage.data_ptr()] = addresses
         return storage
