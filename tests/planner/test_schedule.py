@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from torch.distributed.pipelining import schedules
@@ -6,7 +8,14 @@ from smartmoe import gpt
 from smartmoe.config import ModelConfig
 from smartmoe.parallel import pipeline
 from smartmoe.planner import parameters
-from smartmoe.planner.schedule import makespan, message_for, most_in_flight, num_in_flight, order_of_rank
+from smartmoe.planner.schedule import (
+    least_makespan,
+    makespan,
+    message_for,
+    most_in_flight,
+    num_in_flight,
+    order_of_rank,
+)
 from smartmoe.planner.timeline import Work
 
 SHAPES = [(2, 1, 2), (2, 1, 7), (4, 1, 9), (2, 2, 4), (3, 2, 9), (4, 3, 12)]
@@ -133,6 +142,32 @@ def test_long_schedules_are_continued_from_their_period(pp, vpp, n):
     hop = rng.random(pp * vpp - 1) * 0.05
     exact = makespan(pp, vpp, n, *(_alone(np.repeat(x, n, 1)) for x in (forward, backward)), hop)
     assert makespan(pp, vpp, n, _alone(forward), _alone(backward), hop) == pytest.approx(exact, rel=2e-3)
+
+
+def test_no_makespan_is_below_the_least():
+    """What a search relies on, with stages of unequal times, with hosts that are behind or wait, slow messages, and long
+    schedules: continued from a period that is another stage's than the busiest one's."""
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1, 5), (2, 1, 3), (4, 1, 9), (4, 1, 90), (4, 1, 41), (3, 2, 9), (2, 3, 30), (5, 1, 400)]
+    for (pp, vpp, n), num_micro, host in itertools.product(shapes, (1, 3), (0.0, 3.0)):
+        shape = 4, num_micro, pp * vpp
+        ways = []
+        for mean in (1.0, 2.0):
+            half = [Work.piece(rng.uniform(0.1, mean, shape), rng.uniform(0, host + 1e-9, shape)) for _ in range(2)]
+            ways.append(half[0].then(Work.wait(0.1)).then(half[1]) if host else half[0].then(half[1]))
+        hop = rng.uniform(0, rng.choice([0.1, 3.0]), pp * vpp - 1)
+        clocks = (np.stack([getattr(way, clock) for way in ways]) for clock in ("device", "host"))
+        least = least_makespan(pp, vpp, n, *clocks, hop) * (1 - 1e-9)
+        for held, queued in ((False, True), (False, False), (True, True)):
+            assert (makespan(pp, vpp, n, *ways, hop, held=held, queued=queued) >= least).all(), (pp, vpp, n, num_micro)
+    # a period of the last stage, whose first micro-batch comes late, though the first stage is busier
+    level = np.ones((2, 1, 1, 4))
+    uneven = level * [1.03, 1.0, 1.0, 1.0]
+    found = makespan(4, 1, 400, *(_alone(way) for way in uneven), np.zeros(3))
+    assert least_makespan(4, 1, 400, uneven, None, np.zeros(3)) <= found < 400 * uneven[..., 0].sum()
+    # nothing is lost where nobody waits: equal stages with messages that take no time
+    exact = makespan(4, 1, 12, *(_alone(way) for way in level), np.zeros(3))
+    assert least_makespan(4, 1, 12, level, None, np.zeros(3)) == pytest.approx(exact)
 
 
 def test_one_stage_is_a_plain_loop():

@@ -23,7 +23,7 @@ from smartmoe.planner.loads import Loads
 from smartmoe.planner.memory import Memory
 from smartmoe.planner.parameters import Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
-from smartmoe.planner.schedule import makespan
+from smartmoe.planner.schedule import least_makespan, makespan
 from smartmoe.planner.sharding import pass_traffic, step_traffic
 from smartmoe.planner.timeline import Work, fold, join
 from smartmoe.solvers import solve_greedy
@@ -33,6 +33,7 @@ PLACEMENTS = ("identity", "balanced")
 _PLAYED = (6, 5)
 GATHERING = "gather and scatter"  # of tensor parallelism, among an estimate's parts
 _PRODUCTS = ("attention", "experts", "embedding and loss", "recomputation")  # parts that a chip's limit of power slows down
+_ROUNDING = 1e-9  # relative, of sums in another order
 _WAITING = ("exchange", GATHERING, "launches and waits", "gradient reduction", "step", "pipeline idle")
 
 
@@ -131,22 +132,28 @@ class CostModel:
         )  # fmt: skip
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
-        """Mean step time without the pipeline's idle time and with one clock at a time: no schedule can be shorter."""
-        blocks, accumulate = self._blocks(plan, micro_batch), self._accumulate(plan)
-        chunks, ends = self._chunk_layers(plan), self._ends(plan, micro_batch)
-        least = []
-        for clock in ("device",) if self.is_captured(plan, micro_batch) else ("device", "host"):
-            busy = sum(getattr(way, clock).mean((0, 1)) for way in blocks)
-            before = np.concatenate([[0.0], busy.cumsum()])
-            each = np.array([before[part[-1] + 1] - before[part[0]] for part in chunks])
-            each = each + getattr(accumulate, clock)
-            for chunk, pair in ((0, ends[0]), (-1, ends[1])):
-                each[chunk] += sum(float(getattr(way, clock)) for way in pair)
-            least.append(each.reshape(plan.vpp, plan.pp).sum(0).max())
+        """Mean step time with one clock at a time, and without most of the pipeline's idle time: no estimate is shorter."""
+        ways, accumulate = self._blocks(plan, micro_batch), self._accumulate(plan)
+        layers, ends = self._chunk_layers(plan), self._ends(plan, micro_batch)
+        starts = [*(part[0] for part in layers), layers[-1][-1] + 1]
+
+        def of_chunks(clock):
+            blocks = np.stack([getattr(way, clock) for way in ways])
+            before = np.concatenate([np.zeros((*blocks.shape[:-1], 1)), blocks.cumsum(-1)], -1)
+            each = np.diff(before[..., starts])
+            each[1] += getattr(accumulate, clock)
+            for chunk, end in ((0, ends[0]), (-1, ends[1])):
+                each[..., chunk] += np.array([float(getattr(way, clock)) for way in end])[:, None, None]
+            return each
+
+        least = least_makespan(
+            plan.pp, plan.vpp, self.num_micro_batches(plan, micro_batch), of_chunks("device"),
+            None if self.is_captured(plan, micro_batch) else of_chunks("host"), self._hops(plan, micro_batch),
+        )  # fmt: skip
         after, _ = self._after(plan)
         products = np.linspace(0, 1)  # their part of the step; the rest at most is waiting
         least_of_step = (1 - products * (1 - np.exp(-self._wait_speedup * (1 - products)))).min()
-        return least_of_step * (float(max(least)) * self.num_micro_batches(plan, micro_batch) + after)
+        return least_of_step * (float(least.mean()) + after) * (1 - _ROUNDING)
 
     def estimate(self, plan: ParallelPlan, micro_batch: int, known: Memory | None = None) -> Estimate:
         """The whole prediction. `known`: its memory where that has been computed."""

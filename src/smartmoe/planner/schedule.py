@@ -188,12 +188,47 @@ def makespan(
         if num_micro == 1:
             return both.times(n).total[:, 0]
         return join([both.map(lambda x, m=m: x[:, m % num_micro]) for m in range(n)]).total
-    settled = _SETTLED_ROUNDS * pp
-    if num_micro > 1 or n <= settled + 2 * pp:
-        return _longest(build(pp, vpp, n), forward, backward, hop, held, queued)
-    first = settled + (n - settled) % pp
-    short, longer = (_longest(build(pp, vpp, m), forward, backward, hop, held, queued) for m in (first, first + pp))
+    played = num_played(pp, n, num_micro)
+    longer = _longest(build(pp, vpp, played), forward, backward, hop, held, queued)
+    if played == n:
+        return longer
+    first = played - pp
+    short = _longest(build(pp, vpp, first), forward, backward, hop, held, queued)
     return short + (longer - short) * ((n - first) // pp)
+
+
+def num_played(pp: int, num_micro_batches: int, num_micro: int) -> int:
+    """How many micro-batches of a step are played, where the loads have num_micro of them: all, or so many that the rest of
+    equal ones follows from their period."""
+    settled = _SETTLED_ROUNDS * pp
+    if pp == 1 or num_micro > 1 or num_micro_batches <= settled + 2 * pp:
+        return num_micro_batches
+    return settled + (num_micro_batches - settled) % pp + pp
+
+
+def least_makespan(
+    pp: int, vpp: int, num_micro_batches: int, device: np.ndarray, host: np.ndarray | None, hop: np.ndarray
+) -> np.ndarray:
+    """A time [S] that `makespan` does not fall below. device, host: [2, S, M, C] of forward and backward passes, as there;
+    host: None where it keeps nobody waiting. hop: as there.
+
+    A stage has all micro-batches to do. Before its first pass the stages before it have theirs of one micro-batch, and behind
+    its last pass they have theirs of another, with the messages between. Where a schedule is continued from its period, each
+    further micro-batch takes as long as it takes the calmest stage at least: whose the period is is not known.
+    """
+    n, (_, num_samples, num_micro, _) = num_micro_batches, device.shape
+    played = num_played(pp, n, num_micro)
+    share_M = np.bincount(np.arange(played) % num_micro, minlength=num_micro) / played
+
+    def of_stage(ms):
+        return (share_M @ ms.sum(0)).reshape(num_samples, vpp, pp).sum(1)
+
+    busy, passed = of_stage(device), np.zeros((num_samples, pp))
+    passed[:, 1:] = (device.min(2).sum(0)[:, : pp - 1] + 2 * hop[: pp - 1]).cumsum(1)
+    least = (passed + played * busy).max(1)
+    if host is not None:
+        least = np.maximum(least, played * of_stage(host).max(1))
+    return least + (n - played) * busy.min(1)
 
 
 def _longest(schedule: Schedule, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool):
