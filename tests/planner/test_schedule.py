@@ -160,12 +160,12 @@ def test_no_makespan_is_below_the_least():
         least = least_makespan(pp, vpp, n, *clocks, hop) * (1 - 1e-9)
         for held, queued in ((False, True), (False, False), (True, True)):
             assert (makespan(pp, vpp, n, *ways, hop, held=held, queued=queued) >= least).all(), (pp, vpp, n, num_micro)
-    # a period of the last stage, whose first micro-batch comes late, though the first stage is busier
-    level = np.ones((2, 1, 1, 4))
-    uneven = level * [1.03, 1.0, 1.0, 1.0]
-    found = makespan(4, 1, 400, *(_alone(way) for way in uneven), np.zeros(3))
-    assert least_makespan(4, 1, 400, uneven, None, np.zeros(3)) <= found < 400 * uneven[..., 0].sum()
+    # where a schedule of two chunks is continued, its period may still be the calmer stage's
+    uneven = np.array([[[[1.0, 1.0, 1.5, 1.05]]], [[[0.9, 1.0, 0.9, 1.05]]]])
+    found = makespan(2, 2, 400, *(_alone(way) for way in uneven), np.zeros(3), queued=False)
+    assert least_makespan(2, 2, 400, uneven, None, np.zeros(3)) <= found < 0.97 * 400 * uneven[..., ::2].sum()
     # nothing is lost where nobody waits: equal stages with messages that take no time
+    level = np.ones((2, 1, 1, 4))
     exact = makespan(4, 1, 12, *(_alone(way) for way in level), np.zeros(3))
     assert least_makespan(4, 1, 12, level, None, np.zeros(3)) == pytest.approx(exact)
 
