@@ -1,6 +1,8 @@
 """The direct dispatcher: its arithmetic on gloo worlds through the plain transport, its kernels on GPUs."""
 
 import logging
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -535,6 +537,30 @@ def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
     assert all(spawn(_captured, num_ranks, num_ranks, backend=backend, timeout_s=120))
+
+
+def _stay_away(world_rank):
+    from smartmoe.dispatch import direct_kernels
+
+    direct_kernels.MOST_POLLS = type(direct_kernels.MOST_POLLS)(1 << 20)  # half a second instead of ten minutes
+    device = gpu_of(world_rank)
+    dispatcher = DirectDispatcher(dist.group.WORLD, SLOTS, row_factor=2)
+    batch = _routed(2, 0, device)
+    _exchange(dispatcher, *batch, world_rank)
+    torch.cuda.synchronize()
+    if world_rank == 1:
+        time.sleep(20)
+        os._exit(0)
+    _exchange(dispatcher, *batch, world_rank)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_who_waits_for_a_rank_that_stays_away_gets_an_error(capfd):
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    with pytest.raises(AssertionError, match=r"rank 0 of 2:(.|\n)*CUDA error"):
+        spawn(_stay_away, 2, backend=gpu_backend(2), timeout_s=60)
+    assert "a peer did not come" in capfd.readouterr().out
 
 
 def _gpus(num_ranks):

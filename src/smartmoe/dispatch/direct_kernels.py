@@ -11,12 +11,28 @@ what came. Blocks take pieces by a counter, in an order in which the pushes are 
 from the first to the last moment, what arrives is used while the rest is on its way, and a block that waits for a peer never
 keeps a push of this rank from being done: whatever number of blocks runs, no two ranks can wait for each other.
 state: [3] int32, blocks done in this call, number of calls, pieces taken.
+
+A rank that has died or left its loop answers nothing any more. Who waits for it polls MOST_POLLS times, about ten minutes (as
+long as NCCL's collectives wait), says so and ends its context by a trap: its process gets a CUDA error instead of standing for
+ever.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+MOST_POLLS = tl.constexpr(1 << 30)  # of about half a microsecond
+
+
+@triton.jit
+def _count_poll(polls, me):
+    """One poll more; the last one ends the context. Returns their number."""
+    polls += 1
+    if polls > MOST_POLLS + tl.program_id(0) * 4096:  # so that one block says it: each of its threads does
+        tl.device_print("direct exchange: a peer did not come; this rank", me)
+        polls = tl.inline_asm_elementwise("trap; mov.b32 $0, $1;", "=r,r", [polls], dtype=tl.int32, is_pure=False, pack=1)
+    return polls
 
 
 @triton.jit
@@ -49,7 +65,9 @@ def _wait(peers_W, state, flag_offset, me, W: tl.constexpr):
     flags = _peer(peers_W, me, flag_offset, tl.int32)
     for peer in tl.static_range(W):
         seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
+        polls = 0
         while seen - call < 0:
+            polls = _count_poll(polls, me)
             seen = tl.atomic_add(flags + peer, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
 
@@ -65,11 +83,13 @@ def _raise(peers_W, rank, flag_offset, at, call, W: tl.constexpr, W_PAD: tl.cons
 
 
 @triton.jit
-def _await(flags, awaited, call):
+def _await(flags, awaited, me, call):
     """Wait until those flags of this rank that are `awaited` are raised. What is polled is read without order, so that many
     blocks can wait."""
     least = tl.min(tl.load(flags, mask=awaited, other=call, volatile=True) - call, 0)
+    polls = 0
     while least < 0:
+        polls = _count_poll(polls, me)
         least = tl.min(tl.load(flags, mask=awaited, other=call, volatile=True) - call, 0)
     seen = tl.atomic_add(flags, 0, mask=awaited, sem="acquire", scope="sys")
     least = tl.min(tl.where(awaited, seen - call, 0), 0)
@@ -85,7 +105,7 @@ def _await_all(peers_W, flag_offset, at, other, num_flags, me, call, W: tl.const
     i = tl.arange(0, 2 * W_PAD)
     w = i // 2
     flags = _peer(peers_W, me, flag_offset, tl.int32) + w * num_flags + tl.where(i % 2 == 0, at, other)
-    _await(flags, (w < W) & (w != me), call)
+    _await(flags, (w < W) & (w != me), me, call)
 
 
 @triton.jit
@@ -147,7 +167,9 @@ def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state
         if step > 0:
             came = _peer(peers_W, me, copy_offset, tl.int64) + source * room + i
             word = tl.load(came, mask=inside, other=call & 1, volatile=True)
+            polls = 0
             while tl.max((word ^ call) & 1, 0) > 0:
+                polls = _count_poll(polls, me)
                 word = tl.load(came, mask=inside, other=call & 1, volatile=True)
             slot = (word & 0xFFFFFFFF).to(tl.int32) // 2 - 1
             weight = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -281,7 +303,7 @@ def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, wanted_L, 
             if part > 0:
                 w = tl.arange(0, W_PAD)
                 flags = _peer(peers_W, me, flag_offset, tl.int32) + w * num_turns + turn
-                _await(flags, w == source, call)
+                _await(flags, w == source, me, call)
             tokens_TD = _tokens_of(own_TD, peers_W, source, me, capacity, D, token_offset, W)
             first = source.to(tl.int64) * capacity * K
             t = turn * BLOCK_T

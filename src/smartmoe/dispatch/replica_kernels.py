@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from smartmoe.dispatch.direct_kernels import _peer, _signal, _wait
+from smartmoe.dispatch.direct_kernels import _count_poll, _peer, _signal, _wait
 
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
@@ -206,9 +206,11 @@ def _add(owned_grad, like, replica_N, primary_E, peers_W, stage_offset, size, me
 
 
 @triton.jit
-def _await(flag, call):
+def _await(flag, me, call):
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    polls = 0
     while seen - call < 0:
+        polls = _count_poll(polls, me)
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
 
 
@@ -226,7 +228,7 @@ def _await_staged(peers_W, staged_offset, me, call, is_from_N, n, G, PART: tl.co
     for peer in tl.static_range(W):
         if tl.sum((is_from_N & (n // G == peer)).to(tl.int32), 0) > 0:
             flags = _peer(peers_W, me, staged_offset, tl.int32) + (PART * W + peer) * tl.num_programs(0)
-            _await(flags + tl.program_id(0), call)
+            _await(flags + tl.program_id(0), me, call)
     tl.debug_barrier()
 
 
