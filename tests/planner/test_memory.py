@@ -172,7 +172,8 @@ def test_both_ends_of_a_pipeline_need_room_for_their_table(pp_stage):
     plan, held = ParallelPlan(pp=3, dp=2, ep=2), [Parameters()] * 3
     held[pp_stage] = Parameters(dense=1e9)
     setting = CostModel(RunConfig(model=model), ClusterSpec(), None, loads.uniform(model)).setting(plan, 1)
-    found = memory.estimate(plan, setting, 1, 6, np.ones((1, 6, 2)), held, zero=2)
+    rows = memory.most_rows(setting, np.ones((1, 6, 2)), 3)
+    found = memory.estimate(plan, setting, 1, 6, rows, memory.held(plan, setting, held, zero=2))
     table = 400_000 * 64
     assert found.pp_stage == pp_stage
     assert found.transient >= pass_bytes(Parameters(dense=table, largest=table, tensors=1), plan, setting.dtype_bytes, 2)

@@ -124,12 +124,17 @@ class CostModel:
 
     def memory(self, plan: ParallelPlan, micro_batch: int) -> Memory:
         """Memory of the fullest stage of a plan."""
-        setting = self.setting(plan, micro_batch)
-        rows_SLW = self._rows(setting)
-        return memory.estimate(
-            plan, setting, micro_batch, self.num_micro_batches(plan, micro_batch), rows_SLW, self.parameters(plan),
-            self.config.workload.zero, self.is_captured(plan, micro_batch),
-        )  # fmt: skip
+        setting, num_chunks = self.setting(plan, micro_batch), plan.pp * plan.vpp
+        rows = self.once(
+            ("most rows", setting.tokens, plan.ep, num_chunks),
+            lambda: memory.most_rows(setting, self._rows(setting), num_chunks),
+        )
+        held = self.once(
+            ("held", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep),
+            lambda: memory.held(plan, setting, self.parameters(plan), self.config.workload.zero),
+        )
+        num_micro, is_captured = self.num_micro_batches(plan, micro_batch), self.is_captured(plan, micro_batch)
+        return memory.estimate(plan, setting, micro_batch, num_micro, rows, held, is_captured)
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
         """Mean step time with one clock at a time, and without most of the pipeline's idle time: no estimate is shorter."""

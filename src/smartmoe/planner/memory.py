@@ -10,6 +10,7 @@ micro-batch that can be in flight in a chunk has memory of its own for all that 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,114 +59,143 @@ def _units(model: ModelConfig, plan: ParallelPlan, is_end: bool) -> list[Paramet
     return units
 
 
-def estimate(
-    plan: ParallelPlan,
-    setting: LayerSetting,
-    micro_batch: int,
-    num_micro_batches: int,
-    rows_SLW: np.ndarray,
-    parameters: list[Parameters],
-    zero: int = 0,
-    is_captured: bool = False,
-) -> Memory:
-    """Memory of the fullest stage.
+@dataclass(frozen=True)
+class Held:
+    """What the stages of a plan hold or stage whatever the micro-batch and the loads are, each [stages]: state; the largest
+    gradient that a product hands over; what ZeRO stages when the activations are gone; what passes exchange; replica slots
+    of all layers, and of one."""
 
-    rows_SLW: rows that each rank of an expert group computes in a micro-batch, by sample and MoE layer; the worst sample
-    counts. parameters: of each chunk. zero: as workload.zero. is_captured: whether passes are CUDA graphs.
-    """
-    model, width = setting.model, setting.model.hidden_size
-    bytes_ = setting.dtype_bytes
-    num_chunks = plan.pp * plan.vpp
-    layers = chunk_layers(model.num_layers, num_chunks)
-    token_bytes = bytes_ * setting.tokens * width  # one activation [B, T, D]
-    fixed, per_row = _saved_by_block(setting, plan, micro_batch)
-    dense_fixed = _saved_by_dense_block(setting, plan, micro_batch)
-    if setting.layer.dispatcher == "direct" and rows_SLW.size:  # every rank has room for more than the fullest needs
-        room_SL1 = setting.layer.row_factor * rows_SLW.max(-1, keepdims=True)
-        rows_SLW = np.minimum(room_SL1, setting.ep * setting.copies)
-    moe_before = np.cumsum([0, *(has_experts(model, layer) for layer in range(model.num_layers))])
-    rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
-    fullest_row = float(rows_SLW.max()) if rows_SLW.size else 0.0
-    loss_saved, loss_moment = _head(setting)
+    weights: np.ndarray
+    masters: np.ndarray
+    moments: np.ndarray
+    gradients: np.ndarray
+    handed_over: np.ndarray
+    staged: np.ndarray
+    in_passes: np.ndarray
+    copied: np.ndarray
+    copied_in_layer: np.ndarray
+
+
+def held(plan: ParallelPlan, setting: LayerSetting, parameters: list[Parameters], zero: int = 0) -> Held:
+    """What stages hold. parameters: of each chunk. zero: as workload.zero. Of `setting` nothing that loads or tokens change."""
+    model, bytes_ = setting.model, setting.dtype_bytes
     replicate = "never" if not setting.replica_slots else "exact" if setting.is_exact else "history"
     in_passes = {
         is_end: max(pass_bytes(unit, plan, bytes_, zero, replicate) for unit in _units(model, plan, is_end))
         for is_end in (False, True)
     }
-    worst_rows = {}
-    best = None
+    stages = []
     for pp_stage in range(plan.pp):
-        chunks = [pp_stage + turn * plan.pp for turn in range(plan.vpp)]
-        mine = sum((parameters[chunk] for chunk in chunks), Parameters())
-        has_rooms = is_captured and plan.pp > 1
-        flights_of = most_in_flight if has_rooms else num_in_flight
-        held = flights_of(pp_stage, plan.pp, plan.vpp, num_micro_batches)
+        mine = sum(parameters[pp_stage :: plan.pp], Parameters())
         # products of experts add gradients to their sums themselves, all others hand them over
         largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
-        # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
-        rows_wide = hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * width
-        transient = bytes_ * fullest_row * rows_wide + bytes_ * largest
-        if plan.recompute:
-            transient += max(fixed + fullest_row * per_row, dense_fixed if model.moe_every > 1 else 0)
-        transient_at_head = max(transient - loss_saved, loss_moment)  # the logits are gone when the blocks' turn comes
-        activations, buffers = 0.0, 0.0
-        for chunk, flights in zip(chunks, held, strict=True):
-            first, last = layers[chunk][0], layers[chunk][-1] + 1
-            num_moe = moe_before[last] - moe_before[first]
-            num_dense = last - first - num_moe
-            if plan.recompute:
-                saved = (last - first) * token_bytes
-            else:
-                key = (moe_before[first], moe_before[last])
-                if key not in worst_rows:
-                    worst_rows[key] = (rows_before[:, key[1]] - rows_before[:, key[0]]).max()
-                rows = worst_rows[key]
-                saved = num_moe * fixed + num_dense * dense_fixed + rows * per_row
-            if last == model.num_layers:
-                saved += loss_saved
-            if plan.pp > 1:
-                is_last = chunk == num_chunks - 1
-                saved += 0 if is_last else token_bytes  # the output stays until its backward
-                saved -= 0 if chunk == 0 else token_bytes  # the input is a receive buffer
-                buffers += num_micro_batches * token_bytes * ((chunk > 0) + (not is_last))
-            if has_rooms:  # and places for what comes in, of the first micro-batch too
-                saved += transient_at_head if is_last else transient
-                buffers += min(flights + 1, num_micro_batches) * token_bytes * ((chunk > 0) + (not is_last))
-            activations += flights * saved
         # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes): too
         # much where kernels carry these (replicas.SymmetricHistory), which stage those of one layer in the training dtype
         copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
-        copied_in_layer = setting.replica_slots * expert_numel(model) if copied else 0.0
-        buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
-        if has_rooms:
-            transient = 0.0
-        elif num_chunks - 1 in chunks:
-            transient = transient_at_head
-        if setting.is_exact:  # a collective exchange stages both directions, layer by layer
-            transient += bytes_ * copied_in_layer * (plan.ep + 1)
-        else:  # or all layers', when the activations are gone
-            staged = 4 * (max(2 * copied, plan.ep * copied_in_layer) + copied)
-            transient = max(transient, staged - activations)
-        masters, moments = optimizer_bytes(mine, plan, bytes_, zero)
         weights, gradients = kept_bytes(mine, plan, bytes_, zero, replicate)
-        # ZeRO stages the largest parameter's gradient, or its weights, when the activations are gone
-        staged = 4 * max(mine.largest, mine.largest_expert) if zero and plan.stage_size > 1 else 0.0
-        transient = max(transient, staged - activations)
-        transient += in_passes[chunks[0] == 0 or chunks[-1] == num_chunks - 1]
-        memory = Memory(
-            weights=weights,
-            masters=masters,
-            moments=moments,
-            gradients=gradients,
-            activations=activations,
-            buffers=buffers,
-            transient=transient,
-            outside=OUTSIDE_BYTES + _symmetric(setting),
-            pp_stage=pp_stage,
-        )
-        if best is None or memory.total > best.total:
-            best = memory
-    return best
+        stages.append((
+            weights, *optimizer_bytes(mine, plan, bytes_, zero), gradients, bytes_ * largest,
+            4 * max(mine.largest, mine.largest_expert) if zero and plan.stage_size > 1 else 0.0,
+            in_passes[pp_stage in (0, plan.pp - 1)], copied, setting.replica_slots * expert_numel(model) if copied else 0.0,
+        ))  # fmt: skip
+    return Held(*np.array(stages, float).T)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The most rows that a rank computes, or has room for, in a sample: in one layer, and in all layers of each chunk [C]."""
+
+    fullest: float
+    of_chunks: np.ndarray
+
+
+def most_rows(setting: LayerSetting, rows_SLW: np.ndarray, num_chunks: int) -> Rows:
+    """rows_SLW: rows that each rank of an expert group computes in a micro-batch, by sample and MoE layer; the worst sample
+    counts."""
+    if setting.layer.dispatcher == "direct" and rows_SLW.size:  # every rank has room for more than the fullest needs
+        room_SL1 = setting.layer.row_factor * rows_SLW.max(-1, keepdims=True)
+        rows_SLW = np.minimum(room_SL1, setting.ep * setting.copies)
+    num_moe, _ = _blocks_of_chunks(setting.model, num_chunks)
+    rows_before = np.concatenate([np.zeros((len(rows_SLW), 1, rows_SLW.shape[2])), rows_SLW.cumsum(1)], 1)
+    last_C = num_moe.cumsum()
+    of_chunks = (rows_before[:, last_C] - rows_before[:, last_C - num_moe]).max((0, 2))
+    return Rows(float(rows_SLW.max()) if rows_SLW.size else 0.0, of_chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _blocks_of_chunks(model: ModelConfig, num_chunks: int) -> tuple[np.ndarray, np.ndarray]:
+    """[C] blocks with experts of each chunk, and without."""
+    layers = chunk_layers(model.num_layers, num_chunks)
+    num_moe = np.array([sum(has_experts(model, layer) for layer in part) for part in layers])
+    return num_moe, np.array([len(part) for part in layers]) - num_moe
+
+
+@functools.lru_cache(maxsize=4096)
+def _flights(pp: int, vpp: int, num_micro_batches: int, has_rooms: bool) -> np.ndarray:
+    """[C] micro-batches in flight in each chunk when its stage has most of them, or room for."""
+    of_stage = most_in_flight if has_rooms else num_in_flight
+    return np.array([of_stage(pp_stage, pp, vpp, num_micro_batches) for pp_stage in range(pp)]).T.ravel()
+
+
+def estimate(
+    plan: ParallelPlan,
+    setting: LayerSetting,
+    micro_batch: int,
+    num_micro_batches: int,
+    rows: Rows,
+    held: Held,
+    is_captured: bool = False,
+) -> Memory:
+    """Memory of the fullest stage. is_captured: whether passes are CUDA graphs. Arrays here are [chunks], then [stages]."""
+    model, bytes_, num_chunks = setting.model, setting.dtype_bytes, plan.pp * plan.vpp
+    token_bytes = bytes_ * setting.tokens * model.hidden_size  # one activation [B, T, D]
+    num_moe, num_dense = _blocks_of_chunks(model, num_chunks)
+    fixed, per_row = _saved_by_block(setting, plan, micro_batch)
+    dense_fixed = _saved_by_dense_block(setting, plan, micro_batch)
+    loss_saved, loss_moment = _head(setting)
+    has_rooms = is_captured and plan.pp > 1
+    flights = _flights(plan.pp, plan.vpp, num_micro_batches, has_rooms)
+    # in backward the activation once more and the rows' gradient; grouped products put the others where activations were
+    rows_wide = hidden_width(model) * (1 if setting.layer.experts == "grouped" else 3) + 2 * model.hidden_size
+    transient = bytes_ * rows.fullest * rows_wide + held.handed_over
+    if plan.recompute:
+        transient += max(fixed + rows.fullest * per_row, dense_fixed if model.moe_every > 1 else 0)
+        saved = (num_moe + num_dense) * float(token_bytes)
+    else:
+        saved = num_moe * fixed + num_dense * dense_fixed + rows.of_chunks * per_row
+    transient_at_head = max(transient[-1] - loss_saved, loss_moment)  # the logits are gone when the blocks' turn comes
+    saved[-1] += loss_saved
+    neighbours, buffers = np.full(num_chunks, 2), np.zeros(num_chunks)
+    neighbours[0] -= 1
+    neighbours[-1] -= 1
+    if plan.pp > 1:
+        saved[:-1] += token_bytes  # the output stays until its backward
+        saved[1:] -= token_bytes  # the input is a receive buffer
+        buffers += num_micro_batches * float(token_bytes) * neighbours
+    if has_rooms:  # and places for what comes in, of the first micro-batch too
+        saved[:-1] += np.tile(transient, plan.vpp)[:-1]
+        saved[-1] += transient_at_head
+        buffers += np.minimum(flights + 1, num_micro_batches) * float(token_bytes) * neighbours
+    activations, buffers = ((x.reshape(plan.vpp, plan.pp)).sum(0) for x in (flights * saved, buffers))
+    buffers += held.copied * (bytes_ if setting.is_exact else bytes_ + 4)
+    if has_rooms:
+        transient[:] = 0.0
+    else:
+        transient[-1] = transient_at_head
+    if setting.is_exact:  # a collective exchange stages both directions, layer by layer
+        transient += bytes_ * held.copied_in_layer * (plan.ep + 1)
+    else:  # or all layers', when the activations are gone
+        staged = 4 * (np.maximum(2 * held.copied, plan.ep * held.copied_in_layer) + held.copied)
+        transient = np.maximum(transient, staged - activations)
+    # ZeRO stages the largest parameter's gradient, or its weights, when the activations are gone
+    transient = np.maximum(transient, held.staged - activations) + held.in_passes
+    parts = dict(
+        weights=held.weights, masters=held.masters, moments=held.moments, gradients=held.gradients, activations=activations,
+        buffers=buffers, transient=transient,
+    )  # fmt: skip
+    outside = OUTSIDE_BYTES + _symmetric(setting)
+    pp_stage = int((sum(parts.values()) + outside).argmax())
+    return Memory(**{name: float(part[pp_stage]) for name, part in parts.items()}, outside=outside, pp_stage=pp_stage)
 
 
 def optimizer_bytes(mine: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int) -> tuple[float, float]:
