@@ -189,11 +189,11 @@ def makespan(
             return both.times(n).total[:, 0]
         return join([both.map(lambda x, m=m: x[:, m % num_micro]) for m in range(n)]).total
     played = num_played(pp, n, num_micro)
-    longer = _longest(build(pp, vpp, played), forward, backward, hop, held, queued)
+    longer = _longest(pp, vpp, played, forward, backward, hop, held, queued)
     if played == n:
         return longer
     first = played - pp
-    short = _longest(build(pp, vpp, first), forward, backward, hop, held, queued)
+    short = _longest(pp, vpp, first, forward, backward, hop, held, queued)
     return short + (longer - short) * ((n - first) // pp)
 
 
@@ -231,28 +231,35 @@ def least_makespan(
     return least + (n - played) * busy.min(1)
 
 
-def _longest(schedule: Schedule, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool):
-    micro = schedule.micro % forward.device.shape[1]
+def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool) -> np.ndarray:
+    schedule = build(pp, vpp, n)
+    num_samples, num_micro, num_chunks = forward.device.shape
+    which = (schedule.is_backward * num_micro + schedule.micro % num_micro) * num_chunks + schedule.chunk
 
-    def of_work(there, back):
-        return np.where(schedule.is_backward, back[:, micro, schedule.chunk], there[:, micro, schedule.chunk]).T
+    def of_passes(*clocks):  # [N, 2, S]: of each pass, what it adds for the device and for the host
+        each = np.array([[getattr(way, clock) for clock in clocks] for way in (forward, backward)])
+        return each.transpose(0, 3, 4, 1, 2).reshape(-1, 2, num_samples)[which]
 
-    work = Work(*map(of_work, vars(forward).values(), vars(backward).values()))
-    num_samples, hop_M1 = work.device.shape[1], hop[schedule.edge][:, None]
+    from_device, from_host = of_passes("device", "waited"), of_passes("launched", "host")
+    clocks = np.zeros((len(schedule.chunk) + 1, 2, num_samples))  # of device and host after each pass
+    passed = np.zeros((len(schedule.edge) + 1, num_samples))
+    hop_M1, queued = hop[schedule.edge][:, None], queued and vpp > 1
     passing, holding = (0.0 * hop_M1, hop_M1) if held else (hop_M1, 0.0 * hop_M1)
-    device, host = np.zeros((2, len(schedule.chunk) + 1, num_samples))
-    passed, arrived = np.zeros((2, len(schedule.edge) + 1, num_samples))
+    in_turn = not held and vpp == 1  # each message over a link passes behind the one before it, with as long a way to go
+    arrived = passed if in_turn else np.zeros_like(passed)
     for sent, done in schedule.levels:
-        begin = device[schedule.ends[:, sent]].max(0)
+        at_sender, at_receiver = clocks.take(schedule.ends[:, sent], 0)[:, :, 0]
+        begin = np.maximum(at_sender, at_receiver)
         if queued:
-            begin = np.maximum(begin, passed[schedule.queue[:, sent]].max(0))
-        passed[sent] = begin + passing[sent]
-        arrived[sent] = np.maximum(passed[sent], arrived[schedule.link[sent]]) + holding[sent]
-        before = schedule.before[done]
-        free, launched = np.maximum(device[before], arrived[schedule.comes[done]]), host[before]
-        device[done] = np.maximum(free + work.device[done], launched + work.launched[done])
-        host[done] = np.maximum(free + work.waited[done], launched + work.host[done])
-    return np.maximum(device, host).max(0)
+            at_sender, at_receiver = passed.take(schedule.queue[:, sent], 0)
+            begin = np.maximum(begin, np.maximum(at_sender, at_receiver))
+        np.add(begin, passing[sent], out=passed[sent])
+        if not in_turn:
+            arrived[sent] = np.maximum(passed[sent], arrived.take(schedule.link[sent], 0)) + holding[sent]
+        last = clocks.take(schedule.before[done], 0)
+        free = np.maximum(last[:, 0], arrived.take(schedule.comes[done], 0))[:, None]
+        np.maximum(free + from_device[done], last[:, 1:] + from_host[done], out=clocks[done])
+    return clocks.max((0, 1))
 
 
 @functools.lru_cache(maxsize=65536)
