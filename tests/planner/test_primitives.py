@@ -136,11 +136,34 @@ def test_sizes_of_experts_are_those_of_their_rows():
     points = [
         Point({"rows": 1024.0, "padded_rows": 1024.0, "active": 4.0, "slots": 4.0, "width": 512.0, "ffn": 1024.0,
                "deep_rows": float(n)}, {"median": 0.5 + n * 1e-3}, {"median": 0.0})
-        for n in (256, 300, 500, 800)
+        for n in (1256, 1300, 1500, 1800)
     ]  # fmt: skip
     known = {key: value for key, value in points[0].sizes.items() if key != "deep_rows"}
     primitives = Primitives.fit(Profile({"experts_backward": points}, "bfloat16", {}))
-    assert float(primitives.ms("experts_backward", **known, deep_rows=650)) == pytest.approx(1.15, rel=0.01)
+    assert float(primitives.ms("experts_backward", **known, deep_rows=1650)) == pytest.approx(2.15, rel=0.01)
+
+
+@pytest.mark.parametrize("write_rows", [0, 400])
+def test_a_hot_experts_last_tiles_are_waited_for_where_they_take_longer_than_what_others_write(write_rows):
+    width, ffn, processors = 1536, 6144, 132
+    draw, hot, even = np.random.default_rng(0), (0.65, 0.8, 0.96), (1 / 16, 1 / 8, 0.3)
+    counts = np.array(
+        [draw.multinomial(total, [share, *[(1 - share) / (num - 1)] * (num - 1), *[0.0] * (16 - num)])
+         for total in (33000, 47000, 65000) for num in (16, 12, 7) for share in (hot if num != 12 else even)]
+    )  # fmt: skip
+    both = expert_sizes(counts, width, ffn, processors) | dict(slots=16, width=width, ffn=ffn)
+    waits = np.maximum(both["deep_rows"], both["rows"] + write_rows * both["active"])
+    real = 0.1 + 2.7e-5 * both["rows"] + 2.7e-5 * waits
+    sizes = [{key: float(np.broadcast_to(value, len(real))[n]) for key, value in both.items()} for n in range(len(real))]
+    known = [Point(s, {"median": ms}, {"median": 0.0}) for s, ms in zip(sizes[::2], real[::2], strict=True)]
+    primitives = Primitives.fit(Profile({"experts_backward": known}, "bfloat16", {}))
+    others = {key: np.array([s[key] for s in sizes[1::2]]) for key in sizes[0]}
+    assert primitives.ms("experts_backward", **others) == pytest.approx(real[1::2], rel=1e-3)
+    # of five ranks, the first: its experts are many, those of the others have deeper tiles
+    ranks = dict(rows=47000, padded_rows=47000, slots=16, width=width, ffn=ffn)
+    ranks |= dict(active=np.array([16, 2, 2, 2, 2]), deep_rows=np.array([47000, *[51000] * 4]))
+    slowest = primitives.slowest_ms("experts_backward", **ranks)
+    assert slowest == primitives.ms("experts_backward", **ranks)[0 if write_rows else 1]
 
 
 def _longest_turn(count_L, tiles, processors):

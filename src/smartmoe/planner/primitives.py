@@ -15,7 +15,9 @@ Every primitive has two times: what the device takes, and what the host takes to
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -34,11 +36,13 @@ _GIGA, _MEGA = 1e-9, 1e-6
 
 @dataclass(frozen=True)
 class Kind:
-    """A primitive: what its sizes are called, what its device time is linear in, and what its host time is linear in."""
+    """A primitive: what its sizes are called, what its device time is linear in, and what its host time is linear in.
+    write_rows: a further argument of `amounts`, 0 or one of these, which the points of a profile choose."""
 
     sizes: tuple[str, ...]
     amounts: Callable[..., tuple]
     host_amounts: Callable[..., tuple] = lambda **sizes: (1.0,)
+    write_rows: tuple[float, ...] = ()
 
 
 def _linear(tokens, inner, outer):
@@ -49,8 +53,12 @@ def _attention(samples, heads, tokens, head_dim):
     return 1.0, samples * heads * tokens**2 * head_dim * _GIGA, samples * heads * tokens * head_dim * _MEGA
 
 
-def _experts(rows, padded_rows, active, slots, width, ffn, deep_rows):
+def _experts(rows, padded_rows, active, slots, width, ffn, deep_rows, write_rows=0.0):
+    """write_rows: while a processor adds a finished tile of a weight gradient to the sum in memory, it could multiply so many
+    rows. Every expert with rows costs that: those processors that have none of a hot expert's last tiles do it meanwhile, and
+    its depth counts only where it takes longer."""
     matrix = width * ffn
+    deep_rows = np.maximum(deep_rows, rows + write_rows * active)
     return (
         1.0, active, rows * matrix * _GIGA, padded_rows * matrix * _GIGA, rows * (2 * width + ffn) * _MEGA,
         active * matrix * _MEGA, slots * matrix * _MEGA, deep_rows * matrix * _GIGA,
@@ -132,6 +140,7 @@ _PARTS = {
 # What each part is: the forms in which it is measured. "_forward" and "_backward" of the parts of a model; the rest once.
 KINDS: dict[str, Kind] = {f"{name}_{way}": kind for name, kind in _PARTS.items() for way in ("forward", "backward")}
 KINDS |= {
+    "experts_backward": Kind(_EXPERTS, _experts, _experts_host, tuple(range(100, 1700, 100))),
     "accumulate": Kind(("numel", "tensors"), _update, _update_host),
     "by_sample": Kind(("numel",), lambda numel: (1.0, numel * _MEGA)),
     "optimizer": Kind(("numel",), lambda numel: (1.0, numel * _MEGA)),
@@ -154,12 +163,14 @@ EXCHANGES = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "point_
 class Curve:
     """Time in ms: coefficients [A] of the amounts, and the corrections at measured points.
 
-    log_sizes: [P, Q] log(1 + size); log_ratio: [P] log of measured over base. No points: base alone.
+    log_sizes: [P, Q] log(1 + size); log_ratio: [P] log of measured over base. No points: base alone. write_rows: that of the
+    amounts (see Kind).
     """
 
     coefficients: np.ndarray
     log_sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     log_ratio: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    write_rows: float = 0.0
 
     @classmethod
     def fit(cls, amounts_PA: np.ndarray, sizes_PQ: np.ndarray, times_P: np.ndarray) -> Curve:
@@ -275,7 +286,7 @@ class Primitives:
             if kept:
                 kind = KINDS[name]
                 sizes_PQ = np.array([[p.sizes[key] for key in kind.sizes] for p in kept], float)
-                device[name] = Curve.fit(*_tables(kind.amounts, kind, sizes_PQ), _medians(kept, "device_ms"))
+                device[name] = _fit_device(kind, sizes_PQ, _medians(kept, "device_ms"))
                 is_known = np.array([bool(p.host_ms) for p in kept])
                 host_P = np.maximum(_medians([p for p in kept if p.host_ms], "host_ms"), 1e-6)
                 host[name] = Curve(_fit_host(_tables(kind.host_amounts, kind, sizes_PQ[is_known])[0], host_P))
@@ -289,11 +300,11 @@ class Primitives:
 
         Raises ValueError when the profile lacks it.
         """
-        return self._evaluate(self._device, name, KINDS[name].amounts, sizes)
+        return self._evaluate(self._device, name, _amounts, sizes)
 
     def host_ms(self, name: str, **sizes) -> np.ndarray:
         """What the host takes to launch it, in ms; 0 where the host is the device (CPUs)."""
-        return self._evaluate(self._host, name, KINDS[name].host_amounts, sizes)
+        return self._evaluate(self._host, name, lambda kind, _: kind.host_amounts, sizes)
 
     def slowest_ms(self, name: str, pace=1.0, **sizes) -> np.ndarray:
         """`ms` times `pace` of the slowest entry along the last axis of the sizes; pace: a number, or one for each entry. Which
@@ -306,13 +317,14 @@ class Primitives:
             return (self.ms(name, **columns) * pace).max(-1)
         if name not in self._device:
             return self.ms(name, **columns)  # says what is missing
-        amounts = np.stack(np.broadcast_arrays(*kind.amounts(**columns)), -1)
-        base = amounts @ self._device[name].coefficients
+        curve = self._device[name]
+        amounts = np.stack(np.broadcast_arrays(*_amounts(kind, curve.write_rows)(**columns)), -1)
+        base = amounts @ curve.coefficients
         worst = (base * pace).argmax(-1)[..., None]
         pace_of_worst = np.take_along_axis(np.broadcast_to(pace, base.shape), worst, -1)[..., 0]
         return pace_of_worst * self.ms(name, **{key: np.take_along_axis(c, worst, -1)[..., 0] for key, c in columns.items()})
 
-    def _evaluate(self, curves, name, amounts, sizes):
+    def _evaluate(self, curves, name, amounts_of, sizes):
         if name not in curves:
             raise ValueError(
                 f'this profile has no "{name}"; it has {", ".join(sorted(curves))}: profile the cluster again'
@@ -321,6 +333,7 @@ class Primitives:
         columns = np.broadcast_arrays(*(np.asarray(sizes[key], float) for key in kind.sizes)) if kind.sizes else []
         shape = columns[0].shape if columns else ()
         sizes_NQ = np.stack([c.reshape(-1) for c in columns], 1) if columns else np.zeros((1, 0))
+        amounts = amounts_of(kind, curves[name].write_rows)
         return curves[name].at(*_tables(amounts, kind, sizes_NQ)).reshape(shape)
 
     def with_links(self, inter_ms_per_mbyte: float, inter_latency_ms: float) -> Primitives:
@@ -334,6 +347,22 @@ class Primitives:
                 device[name] = Curve(per, old.log_sizes, old.log_ratio)
         facts = {**self.facts, "inter_latency_ms": inter_latency_ms}
         return Primitives(device, self._host, self.source, facts)
+
+
+def _amounts(kind: Kind, write_rows: float) -> Callable[..., tuple]:
+    return functools.partial(kind.amounts, write_rows=write_rows) if write_rows else kind.amounts
+
+
+def _fit_device(kind: Kind, sizes_PQ: np.ndarray, times_P: np.ndarray) -> Curve:
+    """The curve of the points: more write_rows are tried as long as they bring base nearer to them."""
+    best, least = None, np.inf
+    for write_rows in (0.0, *kind.write_rows):
+        curve = Curve.fit(*_tables(_amounts(kind, write_rows), kind, sizes_PQ), times_P)
+        error = float(np.square(curve.log_ratio).sum())
+        if error >= least * (1 - 1e-6):
+            break
+        best, least = dataclasses.replace(curve, write_rows=write_rows), error
+    return best
 
 
 def _tables(amounts, kind: Kind, sizes_NQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
