@@ -13,7 +13,7 @@ from plotting.runset import to_dataset
 from smartmoe import config, record
 from smartmoe.bench import layer_accuracy, measure, plan_accuracy, profile_layer
 from smartmoe.bench.plan_accuracy import Row
-from smartmoe.planner.primitives import Profile
+from smartmoe.planner.primitives import Profile, expert_sizes
 from smartmoe.trace import ExpertTrace
 from tests.dist import spawn
 
@@ -141,11 +141,15 @@ def test_sizes_of_the_layer_profile_follow_from_the_number_of_ranks():
     assert shares[0] == (1.0, False) and shares[-2] == (4.0, False) and shares[-1][1]
     assert profile_layer.hot_shares(1) == [(1.0, False)]
     for share, _ in shares:  # every copy is computed somewhere, up to rounding
-        rows = [profile_layer._rows_of_slots(100, 4, share, skew, 4, rank) for skew in (0.0, 1.2) for rank in range(4)]
+        rows = [profile_layer._rows_of_slots(100, 4, share, (a, 1.0), 4, rank) for a in (0.0, 1.2) for rank in range(4)]
         assert all(380 <= sum(r.sum() for r in part) <= 404 for part in (rows[:4], rows[4:]))
         assert rows[0].sum() == max(r.sum() for r in rows)
-    assert (profile_layer._rows_of_slots(100, 4, 1.0, 5.0, 4, 0) > 0).sum() < 4  # some idle
-    assert (profile_layer._rows_of_slots(4096, 4, 1.0, 0.0, 4, 0) % 128).any()  # as routing does, not in whole tiles
+    assert (profile_layer._rows_of_slots(4096, 4, 1.0, (0.0, 1.0), 4, 0) % 128).any()  # as routing does, not in whole tiles
+    assert (profile_layer._rows_of_slots(100, 4, 1.0, (1.2, 0.5), 1, 0) == 100).all()
+    rows = np.array([profile_layer._rows_of_slots(32768, 2, 1.3, law, 16, 0) for law in profile_layer.EXPERT_LAWS])
+    sizes = expert_sizes(rows, 1536, 6144, 132)
+    few, hot = sizes["active"] <= 8, sizes["deep_rows"] > 1.1 * sizes["rows"]
+    assert [(few & hot).any(), (few & ~hot).any(), (hot & ~few).any(), (~hot & ~few).any()] == [True] * 4
 
 
 def test_statistics_by_hand():

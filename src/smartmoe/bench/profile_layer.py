@@ -30,8 +30,9 @@ from smartmoe.config import RunConfig
 from smartmoe.planner.primitives import Profile
 
 ROUNDS = {"cpu": 3, "cuda": 10}  # of each hot rank
-# Exponents of the Zipf law of a rank's rows over its experts; the last leaves some idle.
-EXPERT_SKEWS = (0.0, 0.6, 1.2, 2.0, 5.0)
+# Of a rank's rows over its experts: the exponent of their Zipf law, and the part of the experts that have any. Few may have
+# all of them without one that is hot: what each of them costs is then told from the depth of the hot one's tiles.
+EXPERT_LAWS = ((0.0, 1.0), (1.2, 1.0), (1.2, 0.5), (2.0, 1.0), (5.0, 1.0))
 MOST_CHOICES = 16  # experts of a token in the piece that puts rows in order
 
 
@@ -73,7 +74,7 @@ def layer_cases(site: Site, config: RunConfig, tokens: int) -> list[Case]:
         cases.append(both_ways("route", moved, False, functools.partial(parts.route, site, **moved)))
     experts = _Experts(site, config, copies)
     for place, (share, held) in enumerate(hot_shares(world.num_ranks)):
-        cases += [case for skew in EXPERT_SKEWS for case in experts.cases(share, skew, held, place)]
+        cases += [case for law in EXPERT_LAWS for case in experts.cases(share, law, held, place)]
         if world.group is not None and not is_direct:
             cases.append(all_to_all_case(site, copies, width, share, held))
     if world.group is not None:  # counts: of gates with a capacity, and of rows before these are sent
@@ -101,30 +102,33 @@ class _Experts:
         weights = parts.expert_weights(self._site, self._slots, model.hidden_size, model.ffn_size, model.activation)
         return rows, grad, weights
 
-    def cases(self, share: float, skew: float, held: bool, place: int) -> list[Case]:
+    def cases(self, share: float, law: tuple[float, float], held: bool, place: int) -> list[Case]:
         """The sizes of the hot rank stand for the case, whose time is that of the slowest rank."""
         num_ranks, model = self._site.world.num_ranks, self._config.model
-        rows_L = _rows_of_slots(self._copies, num_ranks, share, skew, self._slots, 0)
+        rows_L = _rows_of_slots(self._copies, num_ranks, share, law, self._slots, 0)
         inner = model.ffn_size * (3 if model.activation == "swiglu" else 2)
         sizes = expert_case_sizes(self._site, rows_L, model.hidden_size, inner)
         name = "experts" if self._config.layer.experts == "grouped" else "experts_loop"
         hot = (None,) if share == 1.0 else sorted({place % num_ranks, (place + num_ranks // 2) % num_ranks})
-        return [both_ways(name, sizes, held, functools.partial(self._build, share, skew, rank), rank) for rank in hot]
+        return [both_ways(name, sizes, held, functools.partial(self._build, share, law, rank), rank) for rank in hot]
 
-    def _build(self, share: float, skew: float, hot: int | None):
+    def _build(self, share: float, law: tuple[float, float], hot: int | None):
         world, (rows, grad, weights) = self._site.world, self._tensors
         place = (world.ep_rank - (hot or 0)) % world.num_ranks
-        rows_L = _rows_of_slots(self._copies, world.num_ranks, share, skew, self._slots, place).tolist()
+        rows_L = _rows_of_slots(self._copies, world.num_ranks, share, law, self._slots, place).tolist()
         num, layer = sum(rows_L), self._config.layer
         return parts.experts(rows[:num], grad[:num], rows_L, weights, self._config.model.activation, layer.experts)
 
 
-def _rows_of_slots(copies: int, num_ranks: int, share: float, skew: float, slots: int, place: int) -> np.ndarray:
-    """[slots] rows that a rank computes where each of the ranks sends `copies`; at least one. place: 0 = the hot one. Drawn, as
-    routing does: numbers that fill whole tiles would be faster."""
+def _rows_of_slots(
+    copies: int, num_ranks: int, share: float, law: tuple[float, float], slots: int, place: int
+) -> np.ndarray:
+    """[slots] rows that a rank computes where each of the ranks sends `copies`; at least one. law: see EXPERT_LAWS; place: 0 =
+    the hot one. Drawn, as routing does: numbers that fill whole tiles would be faster."""
     to_W = parts.share_rows(copies, num_ranks, share) if num_ranks > 1 else np.array([copies])
-    law = np.arange(1, slots + 1) ** -skew
-    draw = np.random.default_rng([int(1000 * share), int(10 * skew)])
-    rows_L = draw.multinomial(num_ranks * to_W[place], law / law.sum())
+    exponent, part = law
+    weight = np.arange(1, slots + 1) ** -exponent * (np.arange(slots) < max(1, round(part * slots)))
+    draw = np.random.default_rng([int(1000 * share), int(10 * exponent)])
+    rows_L = draw.multinomial(num_ranks * to_W[place], weight / weight.sum())
     rows_L[0] = max(rows_L[0], 1)
     return rows_L
