@@ -76,7 +76,7 @@ def _model(cost: CostModel, estimate: Estimate, mode: str, slots: int) -> tuple[
     per_copy = costs.tokens_per_copy(exact)
 
     def find():
-        owners = _owners(cost, plan.ep, load_SMLE.shape)
+        owners = cost.once(("owners", plan.ep, exact), lambda: _owners(cost, plan.ep, load_SMLE.shape))
         share, copies = replicate(load_SMLE.reshape(-1, *load_SMLE.shape[2:]), owners, slots, per_copy)
         return share.reshape(*load_SMLE.shape, plan.ep), copies.reshape(load_SMLE.shape[:3])
 

@@ -111,13 +111,19 @@ class CostModel:
         self.dtype_bytes = 4 if config.workload.dtype == "float32" else 2
         self._layers: dict[tuple, _Layer] = {}
         self._orders: dict[int, np.ndarray | None] = {}
-        self._parameters: dict[tuple, list[Parameters]] = {}
         self._known: dict[tuple, object] = {}  # what several plans share
+        self._known_of_any: dict[tuple, object] = {}  # what all loads share, too
 
     def with_copies(self, config: RunConfig, host_share: np.ndarray) -> CostModel:
         """The same loads for a run whose experts have copies that compute these shares."""
         model = CostModel(config, self.cluster, self.primitives, self.loads, self.placement, host_share=host_share)
         model._orders = self._orders  # of the same loads: greedy is slow
+        return model
+
+    def with_loads(self, loads: Loads) -> CostModel:
+        """The same run under other loads."""
+        model = CostModel(self.config, self.cluster, self.primitives, loads, self.placement)
+        model._known_of_any = self._known_of_any
         return model
 
     # ------------------------------------------------------------------------------------------------------- one step
@@ -129,7 +135,7 @@ class CostModel:
             ("most rows", setting.tokens, plan.ep, num_chunks),
             lambda: memory.most_rows(setting, self._rows(setting), num_chunks),
         )
-        held = self.once(
+        held = self.once_of_any(
             ("held", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep),
             lambda: memory.held(plan, setting, self.parameters(plan), self.config.workload.zero),
         )
@@ -213,7 +219,7 @@ class CostModel:
         """The MoE layer's parts, each [S, M, L] or less. Needs primitives of the layer only."""
         setting = self.setting(plan, micro_batch)
         return self.once(
-            ("layer", setting.tokens, plan.ep, plan.stage_size),
+            ("layer", setting.tokens, plan.ep, setting.num_talking),
             lambda: layer_times(self.primitives, setting, self._copies(setting), self.order(plan.ep), self._host_share),
         )
 
@@ -255,11 +261,9 @@ class CostModel:
 
     def parameters(self, plan: ParallelPlan) -> list[Parameters]:
         """Of each chunk, on one rank."""
-        key = (plan.pp * plan.vpp, plan.tp, plan.ep)
-        if key not in self._parameters:
-            layers = chunk_layers(self.config.model.num_layers, plan.pp * plan.vpp)
-            self._parameters[key] = [chunk_parameters(self.config.model, plan, part) for part in layers]
-        return self._parameters[key]
+        key = ("parameters", plan.pp * plan.vpp, plan.tp, plan.ep)
+        layers = self._chunk_layers(plan)
+        return self.once_of_any(key, lambda: [chunk_parameters(self.config.model, plan, part) for part in layers])
 
     def order(self, ep: int) -> np.ndarray | None:
         """[S, M, L, E] logical expert of each slot, or None where experts stay in order."""
@@ -289,6 +293,12 @@ class CostModel:
             self._known[key] = make()
         return self._known[key]
 
+    def once_of_any(self, key: tuple, make):
+        """The same of what depends on no loads."""
+        if key not in self._known_of_any:
+            self._known_of_any[key] = make()
+        return self._known_of_any[key]
+
     def _rows(self, setting: LayerSetting) -> np.ndarray:
         """[S, L, W] rows of each rank; of the micro-batch with most rows in a sample."""
         return self.once(("rows", setting.tokens, setting.ep), lambda: self._count_rows(setting))
@@ -307,8 +317,7 @@ class CostModel:
 
     def _layer(self, plan: ParallelPlan, micro_batch: int) -> _Layer:
         setting = self.setting(plan, micro_batch)
-        # Of the stage's size only whether the global gate talks, and over how many ranks, matters.
-        key = (setting.tokens, plan.ep, plan.tp, plan.stage_size, micro_batch)
+        key = (setting.tokens, plan.ep, plan.tp, setting.num_talking, micro_batch)
         if key not in self._layers:
             self._layers[key] = self._make_layer(plan, micro_batch, setting)
         return self._layers[key]
@@ -341,6 +350,9 @@ class CostModel:
 
     def _attention(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
         """Norms and attention of a block, forward and backward."""
+        return self.once_of_any(("attention", micro_batch, plan.tp), lambda: self._make_attention(plan, micro_batch))
+
+    def _make_attention(self, plan, micro_batch):
         model, tokens = self.config.model, self.setting(plan, micro_batch).tokens
         gathered, width = tokens * plan.tp, model.hidden_size
         pieces = [
@@ -352,7 +364,10 @@ class CostModel:
         ]  # fmt: skip
         return self._both_ways(pieces, plan, micro_batch)
 
-    def _dense_mlp(self, plan, micro_batch) -> tuple[Work, Work]:
+    def _dense_mlp(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
+        return self.once_of_any(("dense", micro_batch, plan.tp), lambda: self._make_dense_mlp(plan, micro_batch))
+
+    def _make_dense_mlp(self, plan, micro_batch):
         model, gathered = self.config.model, self.setting(plan, micro_batch).tokens * plan.tp
         if model.moe_every == 1:
             return Work.nothing(), Work.nothing()
@@ -398,12 +413,13 @@ class CostModel:
         return join(forward), join(backward[::-1])
 
     def _chunk_layers(self, plan: ParallelPlan) -> list[range]:
-        return chunk_layers(self.config.model.num_layers, plan.pp * plan.vpp)
+        num_chunks = plan.pp * plan.vpp
+        return self.once_of_any(("layers", num_chunks), lambda: chunk_layers(self.config.model.num_layers, num_chunks))
 
     def _blocks(self, plan: ParallelPlan, micro_batch: int) -> tuple[Work, Work]:
         """(forward, backward) [S, M, layers] of every block of the model; backward with recomputation where the plan says."""
         setting = self.setting(plan, micro_batch)
-        key = ("blocks", setting.tokens, plan.ep, plan.tp, plan.stage_size, micro_batch, plan.recompute)
+        key = ("blocks", setting.tokens, plan.ep, plan.tp, setting.num_talking, micro_batch, plan.recompute)
         return self.once(key, lambda: self._make_blocks(plan, micro_batch))
 
     def _make_blocks(self, plan, micro_batch):
@@ -473,11 +489,11 @@ class CostModel:
             held = [p.without_experts() for p in held]
         numel, tensors = (np.array([getattr(p, key) for p in held]) for key in ("total", "tensors"))
         key = ("accumulate", len(held), plan.tp, plan.ep)
-        summed = self.once(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
+        summed = self.once_of_any(key, lambda: self._piece("accumulate", numel=numel, tensors=tensors))
         if self.config.workload.zero < 2:
             return summed
         key = ("sharded", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
-        return summed.then(self.once(key, lambda: self._make_sharded(plan)))
+        return summed.then(self.once_of_any(key, lambda: self._make_sharded(plan)))
 
     def _make_sharded(self, plan: ParallelPlan) -> Work:
         """[C] what ZeRO-2 and 3 exchange for each micro-batch, beside what a chunk computes: it takes as long as it takes."""
@@ -487,7 +503,7 @@ class CostModel:
     def _ends(self, plan: ParallelPlan, micro_batch: int) -> tuple[tuple[Work, Work], tuple[Work, Work]]:
         """(forward, backward) of the embedding, and of head and loss."""
         tokens = self.setting(plan, micro_batch).tokens
-        return self.once(("ends", tokens), lambda: self._make_ends(tokens))
+        return self.once_of_any(("ends", tokens), lambda: self._make_ends(tokens))
 
     def _make_ends(self, tokens):
         model = self.config.model
@@ -506,15 +522,15 @@ class CostModel:
 
     def _hops(self, plan: ParallelPlan, micro_batch: int) -> np.ndarray:
         """[C - 1] ms from chunk to chunk: activations and the sum of balance losses."""
-        num_chunks, setting = plan.pp * plan.vpp, self.setting(plan, micro_batch)
-        if num_chunks == 1:
-            return np.zeros(0)
-        num_bytes = setting.tokens * self.config.model.hidden_size * self.dtype_bytes
+        tokens = self.setting(plan, micro_batch).tokens
+        return self.once_of_any(("hops", tokens, plan.pp, plan.vpp, plan.stage_size), lambda: self._make_hops(plan, tokens))
+
+    def _make_hops(self, plan, tokens):
+        num_bytes = tokens * self.config.model.hidden_size * self.dtype_bytes
         near = exchange_ms(self.primitives, "point_to_point", 2, num_bytes, 0.0)
         far = exchange_ms(self.primitives, "point_to_point", 2, 0.0, num_bytes)
-        rank = np.arange(plan.world_size).reshape(plan.pp, plan.stage_size)
-        node = rank // self.cluster.ranks_per_node
-        leaves = [(node[c % plan.pp] != node[(c + 1) % plan.pp]).any() for c in range(num_chunks - 1)]
+        node = np.arange(plan.world_size).reshape(plan.pp, plan.stage_size) // self.cluster.ranks_per_node
+        leaves = (node != np.roll(node, -1, 0)).any(1)[np.arange(plan.pp * plan.vpp - 1) % plan.pp]
         return np.where(leaves, float(far), float(near))
 
     def _ring_ms(self, traffic: list[tuple[float, int, int]]) -> float:
@@ -528,7 +544,7 @@ class CostModel:
     def _after(self, plan: ParallelPlan) -> tuple[float, dict[str, float]]:
         """What comes after the pipeline: gradient reduction, optimizer, and the step's own small collectives."""
         key = ("after", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep)
-        return self.once(key, lambda: self._make_after(plan))
+        return self.once_of_any(key, lambda: self._make_after(plan))
 
     def _make_after(self, plan):
         worst, zero = None, self.config.workload.zero

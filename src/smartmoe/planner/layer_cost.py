@@ -46,6 +46,12 @@ class LayerSetting:
         return self.model.ffn_size * (3 if self.model.activation == "swiglu" else 2)
 
     @property
+    def num_talking(self) -> int:
+        """Ranks over which the gate adds up its statistics in every forward pass; 1 = each keeps its own."""
+        talks = self.gate.capacity is not None or self.gate.kind in _TALKING_GATES
+        return self.stage_size if talks and self.gate.scope == "global" else 1
+
+    @property
     def has_sync(self) -> bool:
         """Whether the host waits for the device in every forward pass."""
         bounded = self.layer.dispatcher in EQUAL_BLOCKS and self.gate.capacity is not None and self.gate.scope == "local"
@@ -174,12 +180,11 @@ def _times(primitives, setting, travel, count):
                 part["exchange"] = np.maximum(both - part["experts"], 0.0)
     if setting.ep > 1 and layer.dispatcher in ("basic", "overlapped"):
         parts["forward"]["counts"] = exchange_ms(primitives, "all_to_all", setting.ep, 8.0 * model.num_experts, 0.0)
-    talks = setting.gate.capacity is not None or setting.gate.kind in _TALKING_GATES
-    if setting.stage_size > 1 and setting.gate.scope == "global" and talks:
+    if setting.num_talking > 1:
         num_bytes = 8.0 * model.num_experts * model.top_k
-        spread = group_bytes(2 * num_bytes, setting.stage_size, 1, setting.ranks_per_node)
+        spread = group_bytes(2 * num_bytes, setting.num_talking, 1, setting.ranks_per_node)
         parts["forward"]["gate"] = parts["forward"]["gate"] + exchange_ms(
-            primitives, "all_reduce", setting.stage_size, *spread
+            primitives, "all_reduce", setting.num_talking, *spread
         )
     return LayerTimes(parts["forward"], parts["backward"], host["forward"], host["backward"])
 

@@ -116,13 +116,12 @@ def build(cost: CostModel, num_gpus: int, fixed_micro_batch: int | None = None) 
 
     Raises ValueError when the cluster does not have so many ranks, or no plan is legal (with the commonest reasons).
     """
-    config, cluster = cost.config, cluster_of(cost.cluster, num_gpus)
-    pool, limit = Pool(), cluster.memory_gbytes * 1e9 * MARGIN
-    for plan, micro_batch in candidates(config, cluster, num_gpus, fixed_micro_batch):
-        reason = why_illegal(config, cluster, plan, micro_batch)
-        if reason is not None:
-            pool.illegal[reason.split(";")[0]] += 1
-            continue
+    cluster = cluster_of(cost.cluster, num_gpus)
+    legal, illegal = cost.once_of_any(
+        ("legal", num_gpus, fixed_micro_batch), lambda: _legal(cost.config, cluster, num_gpus, fixed_micro_batch)
+    )
+    pool, limit = Pool(illegal=illegal), cluster.memory_gbytes * 1e9 * MARGIN
+    for plan, micro_batch in legal:
         memory = cost.memory(plan, micro_batch)
         candidate = Candidate(plan, micro_batch, memory)
         if memory.total > limit:
@@ -131,8 +130,20 @@ def build(cost: CostModel, num_gpus: int, fixed_micro_batch: int | None = None) 
             pool.fitting.append(candidate)
     if not pool.num_legal:
         common = "; ".join(reason for reason, _ in pool.illegal.most_common(3)) or "the batch is smaller than the ranks"
-        raise ValueError(f"no plan of {num_gpus} GPUs is legal for model {config.model.name}: {common}")
+        raise ValueError(f"no plan of {num_gpus} GPUs is legal for model {cost.config.model.name}: {common}")
     return pool
+
+
+def _legal(config, cluster, num_gpus, fixed_micro_batch) -> tuple[list[tuple[ParallelPlan, int]], Counter]:
+    """(legal plans with their micro-batches, how often each check failed)."""
+    legal, illegal = [], Counter()
+    for plan, micro_batch in candidates(config, cluster, num_gpus, fixed_micro_batch):
+        reason = why_illegal(config, cluster, plan, micro_batch)
+        if reason is None:
+            legal.append((plan, micro_batch))
+        else:
+            illegal[reason.split(";")[0]] += 1
+    return legal, illegal
 
 
 def fits(cost: CostModel, plan: ParallelPlan, micro_batch: int) -> bool:

@@ -176,10 +176,10 @@ def makespan(
     """Time from the first forward to the end of the last backward, [S].
 
     forward, backward: [S, 1 or n, C] of each chunk; with 1 all micro-batches take the same time, and long schedules are
-    continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back. held: messages pass at once, and are held
-    for so long where they arrive, one from a rank after another (smartmoe.slow_links). queued: messages of a rank with several
-    chunks pass one after another, as over NCCL. Every rank has its host, which waits for nothing that other ranks do unless
-    its own device does.
+    continued from their period. hop: [C - 1] ms from chunk c to c + 1, and back, the same between the same ranks. held:
+    messages pass at once, and are held for so long where they arrive, one from a rank after another (smartmoe.slow_links).
+    queued: messages of a rank with several chunks pass one after another, as over NCCL. Every rank has its host, which waits
+    for nothing that other ranks do unless its own device does.
     """
     n = num_micro_batches
     num_micro = forward.device.shape[1]
@@ -244,9 +244,8 @@ def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: b
     clocks = np.zeros((len(schedule.chunk) + 1, 2, num_samples))  # of device and host after each pass
     passed = np.zeros((len(schedule.edge) + 1, num_samples))
     hop_M1, queued = hop[schedule.edge][:, None], queued and vpp > 1
-    passing, holding = (0.0 * hop_M1, hop_M1) if held else (hop_M1, 0.0 * hop_M1)
-    in_turn = not held and vpp == 1  # each message over a link passes behind the one before it, with as long a way to go
-    arrived = passed if in_turn else np.zeros_like(passed)
+    passing = 0.0 * hop_M1 if held else hop_M1
+    arrived = np.zeros_like(passed) if held else passed  # else those over a link pass in turn, and none overtakes another
     for sent, done in schedule.levels:
         at_sender, at_receiver = clocks.take(schedule.ends[:, sent], 0)[:, :, 0]
         begin = np.maximum(at_sender, at_receiver)
@@ -254,8 +253,8 @@ def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: b
             at_sender, at_receiver = passed.take(schedule.queue[:, sent], 0)
             begin = np.maximum(begin, np.maximum(at_sender, at_receiver))
         np.add(begin, passing[sent], out=passed[sent])
-        if not in_turn:
-            arrived[sent] = np.maximum(passed[sent], arrived.take(schedule.link[sent], 0)) + holding[sent]
+        if held:
+            arrived[sent] = np.maximum(passed[sent], arrived.take(schedule.link[sent], 0)) + hop_M1[sent]
         last = clocks.take(schedule.before[done], 0)
         free = np.maximum(last[:, 0], arrived.take(schedule.comes[done], 0))[:, None]
         np.maximum(free + from_device[done], last[:, 1:] + from_host[done], out=clocks[done])

@@ -175,6 +175,4 @@ def imbalance(cost: CostModel, estimate: Estimate) -> float:
 
 def data_insensitive(cost: CostModel) -> CostModel:
     """The same model with uniform loads: what a planner that does not look at the routing would use."""
-    return CostModel(
-        cost.config, cost.cluster, cost.primitives, loads_module.uniform(cost.config.model), cost.placement
-    )
+    return cost.with_loads(loads_module.uniform(cost.config.model))
