@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dist import spawn
 from parity import GATES, WORKLOAD, make_config, make_trainer
 
+from smartmoe import optimizer
 from smartmoe.config import ParallelPlan, Workload
 from smartmoe.optimizer import layer_of, learning_rate
 from smartmoe.parallel import data
@@ -26,18 +27,25 @@ def test_the_memory_of_a_trainer_that_nobody_has_any_more_is_free():
     assert [thing() for thing in kept] == [None] * 3
 
 
-def _norms(world_rank, plan):
-    trainer = make_trainer(make_config(plan, gate=GATES["capacity"]))
-    return [trainer.run_iteration().optimizer.grad_norm for _ in range(3)]
+# dense gradients of several, with experts of one rank, of several, and both cut
+SHARED = [(ParallelPlan(dp=4, ep=4), 0), (ParallelPlan(dp=2, tp=2, ep=2), 0), (ParallelPlan(pp=2, dp=2, ep=1), 0),
+          (ParallelPlan(dp=4, ep=4), 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "plan", [ParallelPlan(dp=2, tp=2, ep=2), ParallelPlan(pp=2, dp=2, ep=1)], ids=ParallelPlan.describe
-)
-def test_the_gradient_norm_is_that_of_one_process(plan):
-    alone = _norms(0, ParallelPlan())
-    for norms in spawn(_norms, 4, plan):
-        np.testing.assert_allclose(norms, alone, rtol=1e-5)
+def _norms(world_rank, cases):
+    found = []
+    for plan, zero in cases:
+        work = dataclasses.replace(WORKLOAD, zero=zero)
+        trainer = make_trainer(make_config(plan, gate=GATES["capacity"], workload=work))
+        found.append([trainer.run_iteration().optimizer.grad_norm for _ in range(3)])
+    return found
+
+
+def test_the_gradient_norm_is_that_of_one_process():
+    (alone,) = _norms(0, [(ParallelPlan(), 0)])
+    for found in spawn(_norms, 4, SHARED):
+        for norms in found:
+            np.testing.assert_allclose(norms, alone, rtol=1e-5)
 
 
 def test_the_norm_is_that_of_all_gradients():
@@ -46,6 +54,37 @@ def test_the_norm_is_that_of_all_gradients():
         ref.grad.normal_()
     flat = torch.cat([ref.grad.flatten() for ref in trainer.optimizer.buffers.refs]).double()
     assert trainer.optimizer.grad_norm() == pytest.approx(flat.norm().item(), rel=1e-12)
+
+
+def test_the_norm_of_what_nobody_shares_may_be_begun_before():
+    trainer = make_trainer(make_config())
+    refs, norm = trainer.optimizer.buffers.refs, trainer.optimizer._norm
+    for ref in refs:
+        ref.grad.normal_()
+    wanted = trainer.optimizer.grad_norm()
+    norm._own = [place for place in norm._own if place % 3]  # as if others had the rest
+    norm.begin()
+    for place, grad in enumerate(norm._views):
+        if place % 3:
+            grad.zero_()  # it has been seen
+    assert trainer.optimizer.grad_norm() == wanted
+    assert trainer.optimizer.grad_norm() < wanted, "nothing is kept for the next step"
+
+
+def test_a_gpu_updates_the_largest_first_and_each_with_its_decay(monkeypatch):
+    trainer = make_trainer(make_config())
+    masters = [id(master) for master in trainer.optimizer.masters]
+    found = []
+    monkeypatch.setattr(optimizer, "can_fuse", lambda master: True)
+    monkeypatch.setattr(optimizer, "adamw_", lambda master, *others: found.append((id(master), master.numel(), others[-1])))
+    trainer.run_iteration()
+    sizes = [numel for _, numel, _ in found]
+    assert sizes == sorted(sizes, reverse=True) and sorted(key for key, _, _ in found) == sorted(masters)
+    decay_of = {key: how.weight_decay for key, _, how in found}
+    for key, ref in zip(masters, trainer.optimizer.buffers.refs, strict=True):
+        is_vector = ref.local.dim() - (ref.kind == "expert") < 2
+        assert decay_of[key] == (0.0 if is_vector else WORKLOAD.weight_decay), ref.name
+    assert len(set(decay_of.values())) == 2
 
 
 def test_the_norm_does_not_depend_on_where_experts_live():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,8 @@ class MixedAdamW:
         buffers.adopt(self.masters)
         self._decayed = [idx for idx, ref in enumerate(buffers.refs) if _is_matrix(ref)]
         self._others = [idx for idx, ref in enumerate(buffers.refs) if not _is_matrix(ref)]
+        # the largest first: a GPU is busy with them while the host launches the others, one by one
+        self._by_size = sorted(range(len(buffers.refs)), key=lambda idx: -self.masters[idx].numel())
         groups = ((self._decayed, workload.weight_decay), (self._others, 0.0))
         self.adamw = torch.optim.AdamW(
             [{"params": [self.masters[idx] for idx in members], "weight_decay": decay} for members, decay in groups],
@@ -106,7 +108,7 @@ class MixedAdamW:
 
         iteration: from 0, sets the learning rate. Collective over all groups; synchronises with the host once.
         """
-        self.buffers.reduce()
+        self.buffers.reduce(self._norm.begin)
         norm, scale_used = self.grad_norm() / self.loss_scale, self.loss_scale
         lr, clip = learning_rate(self.workload, iteration), self.workload.clip_grad
         skipped = not math.isfinite(norm)
@@ -127,14 +129,15 @@ class MixedAdamW:
             self.adamw.step()
             self.refresh_params()
             return
-        work = self.workload
-        for decay, members in ((work.weight_decay, self._decayed), (0.0, self._others)):
-            with_ = Hyperparameters(lr, work.adam_beta1, work.adam_beta2, work.adam_eps, decay, self.num_steps)
-            for idx in members:
-                master, share, state = self.masters[idx], self.buffers.shares[idx], self.adamw.state[self.masters[idx]]
-                is_apart = share.num == 1 and master.data_ptr() != share.value.data_ptr()
-                weight = share.value if is_apart else None
-                adamw_(master, share.grad, state["exp_avg"], state["exp_avg_sq"], weight, grad_scale, with_)
+        work, decayed = self.workload, set(self._decayed)
+        with_ = Hyperparameters(lr, work.adam_beta1, work.adam_beta2, work.adam_eps, work.weight_decay, self.num_steps)
+        without_decay = replace(with_, weight_decay=0.0)
+        for idx in self._by_size:
+            master, share, state = self.masters[idx], self.buffers.shares[idx], self.adamw.state[self.masters[idx]]
+            is_apart = share.num == 1 and master.data_ptr() != share.value.data_ptr()
+            weight = share.value if is_apart else None
+            how = with_ if idx in decayed else without_decay
+            adamw_(master, share.grad, state["exp_avg"], state["exp_avg_sq"], weight, grad_scale, how)
         self.buffers.publish(self.masters, only_cut=True)
 
     def _adjust_loss_scale(self, overflow: bool) -> None:
@@ -171,6 +174,8 @@ class GradientNorm:
         self._num_entries = self._first_expert + num_layers * num_experts * self._num_shares
         mine = [(ref, share) for ref, share in pairs if share.idx is not None and share.grad.numel()]
         self._views: list[torch.Tensor] = []
+        self._own: list[int] = []  # views that no other rank adds to
+        self._norms: dict[int, torch.Tensor] = {}  # of views, where `begin` found them
         self._sums: list[tuple[int, slice]] = []  # entry, views
         for kind, first, num, part in (
             ("dense", 0, num_dense, mesh.pp_stage),
@@ -180,13 +185,27 @@ class GradientNorm:
             if shares:
                 start = len(self._views)
                 self._views += [share.grad for share in shares]
+                if not buffers.is_reduced(kind):
+                    self._own += range(start, len(self._views))
                 self._sums.append((first + part * num + shares[0].idx, slice(start, len(self._views))))
         self._num_whole = len(self._views)
         experts = [(ref, share) for ref, share in mine if ref.kind == "expert"]
         self._views += [grad for _, share in experts for grad in share.grad.unbind()]
+        if not buffers.is_reduced("expert"):
+            self._own += range(self._num_whole, len(self._views))
         self._names = list({layer_of(ref.name): ref.name for ref, _ in experts}.values())  # of one parameter a layer
         self._share_idx = experts[0][1].idx if experts else 0
         self._where: tuple[list[Placement], torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Do what can be done while other gradients are still being reduced: the norms of those that no other rank shares, as
+        they are now. `compute` goes on from there. Neither collective nor synchronising."""
+        self._take_norms(self._own)
+
+    def _take_norms(self, places: list[int]) -> None:
+        norms = torch._foreach_norm([self._views[place] for place in places], 2, torch.float64) if places else []
+        self._norms |= zip(places, norms, strict=True)
 
     @torch.no_grad()
     def compute(self) -> float:
@@ -195,7 +214,9 @@ class GradientNorm:
         # one entry more, for empty slots
         parts = torch.zeros(self._num_entries + 1, dtype=torch.float64, device=mesh.device)
         if self._views:
-            squares = torch.stack(torch._foreach_norm(self._views, 2, torch.float64)).square()
+            self._take_norms([place for place in range(len(self._views)) if place not in self._norms])
+            squares = torch.stack([self._norms[place] for place in range(len(self._views))]).square()
+            self._norms.clear()
             for entry, views in self._sums:
                 parts[entry] = squares[views].sum()
             if self._names:

@@ -8,7 +8,7 @@ global number of tokens, so gradients are summed, never averaged.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,12 +180,23 @@ class GradientBuffers:
             (self.shares[ref_idx].grad if grad is None else grad).zero_()
         self._empty.clear()
 
-    def reduce(self) -> None:
-        """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order."""
+    def is_reduced(self, kind: str) -> bool:
+        """Whether other ranks add to gradients of this kind."""
+        return self._groups.get(kind) is not None
+
+    def reduce(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order.
+
+        meanwhile: called while that is under way; it may read gradients that are not reduced, and write none."""
         self.complete()
-        for kind, flat in self._flat.items():
-            if self._groups.get(kind) is not None and kind not in self._early_kinds:
-                dist.all_reduce(flat, group=self._groups[kind])
+        works = [
+            dist.all_reduce(flat, group=self._groups[kind], async_op=True)
+            for kind, flat in self._flat.items()
+            if self.is_reduced(kind) and kind not in self._early_kinds
+        ]
+        meanwhile()
+        for work in works:
+            work.wait()  # on a GPU the stream waits, not the host
         if self.early is not None:
             self.early.finish()
 

@@ -11,7 +11,7 @@ Axes: R ranks that share a parameter, X numbers of a bucket, L owned slots.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +104,13 @@ class ShardedBuffers(GradientBuffers):
         """Bucket.unit and Bucket.is_away of a parameter."""
         return None, False
 
-    def reduce(self) -> None:
+    def reduce(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Sum the gradients over each kind's group; afterwards `shares` have the sums of this rank's rows, and what else
-        is in the buffers has no meaning. Collective over dense, tensor and expert groups in this order."""
+        is in the buffers has no meaning. Collective over dense, tensor and expert groups in this order.
+
+        meanwhile: see GradientBuffers; called first here."""
         self.complete()
+        meanwhile()
         for bucket in self.buckets:
             if bucket.unit is None:
                 mine_X, _ = self.scatter(bucket, [self.refs[cut.ref_idx].grad for cut in bucket.cuts])
