@@ -40,9 +40,15 @@ def read_batch(
     """(images [B, 3, image_size, image_size] float32 in -1 .. 1, ids of the first stage's patches [B, T] int64, labels [B, 1]
     int64) of the samples with these numbers, on `device`, where the images are resized (bilinear) and made three channels."""
     pairs = [images.sample(int(idx)) for idx in sample_B]
-    image_BRC = torch.from_numpy(np.stack([image for image, _ in pairs])).to(device)
+    image_BRC = send(torch.from_numpy(np.stack([image for image, _ in pairs])), device)
     size = (model.swin.image_size, model.swin.image_size)
     x = F.interpolate(image_BRC.unsqueeze(1).float(), size, mode="bilinear", align_corners=False)
     token_id_BT = torch.from_numpy(sample_B)[:, None] * model.seq_len + torch.arange(model.seq_len)[None]
     target_B1 = torch.tensor([[label] for _, label in pairs])
-    return (x / 127.5 - 1).expand(-1, swin.NUM_CHANNELS, -1, -1).contiguous(), token_id_BT.to(device), target_B1.to(device)
+    x = (x / 127.5 - 1).expand(-1, swin.NUM_CHANNELS, -1, -1).contiguous()
+    return x, send(token_id_BT, device), send(target_B1, device)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`: on a GPU behind all that was launched on the current stream, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

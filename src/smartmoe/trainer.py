@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from smartmoe.graphs import CudaTape, PassGraphs, why_not
 from smartmoe.images import ImageDataset
 from smartmoe.layer import MoELayer
 from smartmoe.mesh import Mesh, second_expert_group
-from smartmoe.models import build_chunk, read_batch
+from smartmoe.models import build_chunk, read_batch, send
 from smartmoe.online import OnlinePlacement, bytes_of_replica, free_device_bytes, gathers_gradients
 from smartmoe.optimizer import MixedAdamW, StepResult, layer_of
 from smartmoe.parallel.data import KINDS
@@ -47,10 +48,11 @@ def wait_for(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class IterationResult:
-    """What one iteration gave, the same on every rank. Losses are means over the global batch; replica_bytes is the most
-    that a rank sent of weights and gradients of replicas, as far as the host knows it: by collectives, and where kernels carry
-    replicas that stay for whole steps, their weights alone. peak_memory_bytes is the most that tensors and graphs took of a
-    GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
+    """What one iteration gave, the same on every rank. step_ms is the slowest rank's, from when all have their batch until the
+    update is done, experts are placed and, on a GPU, the next batch is read. Losses are means over the global batch;
+    replica_bytes is the most that a rank sent of weights and gradients of replicas, as far as the host knows it: by
+    collectives, and where kernels carry replicas that stay for whole steps, their weights alone. peak_memory_bytes is the
+    most that tensors and graphs took of a GPU, on the fullest, since its peak was last reset; 0 on CPUs."""
 
     iteration: int
     step_ms: float
@@ -70,6 +72,8 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh, data: TokenDataset | ImageDataset):
         self.config, self.mesh, self.data = config, mesh, data
         self.iteration = 0
+        self._reads_ahead = mesh.device.type == "cuda"  # a CPU has no time left over
+        self._ahead: tuple[int, tuple[torch.Tensor, ...]] | None = None  # an iteration, from 0, and its batch
         model, plan, work = config.model, config.plan, config.workload
         self.dtype = getattr(torch, work.dtype)
         self.layers: dict[int, MoELayer] = {}
@@ -214,14 +218,26 @@ class Trainer:
         part = slice(self.mesh.tp_rank * width, (self.mesh.tp_rank + 1) * width)
         token_id = torch.from_numpy(sample_B)[:, None] * seq_len + torch.arange(seq_len)[None]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        return tuple(t[:, part].contiguous().to(self.mesh.device) for t in (inputs, token_id, targets))
+        return tuple(send(t[:, part].contiguous(), self.mesh.device) for t in (inputs, token_id, targets))
+
+    def _take_batch(self) -> tuple[torch.Tensor, ...]:
+        """The batch of this iteration, read now unless it has been."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == self.iteration else self.batch(self.iteration)
+
+    def _read_ahead(self) -> None:
+        """Read the batch of the iteration that comes next, while a GPU works on the update, and send it there behind that.
+        What is wrong with it is said when it is needed, and not in place of what this iteration gave."""
+        if self._reads_ahead and self.iteration < self.config.workload.iterations:
+            with contextlib.suppress(Exception):
+                self._ahead = self.iteration, self.batch(self.iteration)
 
     def run_iteration(self, stop_requested: bool = False) -> IterationResult:
         """Train on the next global batch, then let online placement act. Collective over the world.
 
         stop_requested: this rank was asked to stop; the result says whether any rank was.
         """
-        work, batch, good_steps = self.config.workload, self.batch(self.iteration), self.optimizer.good_steps
+        work, batch, good_steps = self.config.workload, self._take_batch(), self.optimizer.good_steps
         if self.mesh.world_group is not None:
             dist.barrier()
         start = time.perf_counter()
@@ -233,6 +249,8 @@ class Trainer:
             result, losses, more_bytes = self._step(batch)
             replica_bytes += more_bytes
         self.iteration += 1
+        del batch  # so that there is never more than one
+        self._read_ahead()
         with record_function("smartmoe placement"):
             events = self.online.after_step(self.iteration)
         wait_for(self.mesh.device)  # placement may not have, and the update may be on its way
