@@ -78,6 +78,11 @@ def test_train_writes_a_run_and_goes_on_with_it(folder, capfd):
     capfd.readouterr()
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 0
     assert "out: all 6 iterations are done" in capfd.readouterr().out
+    assert cli.main(["report", "out"]) == 0
+    text = capfd.readouterr().out
+    for words in ("pp1 dp1", "1 rank on", "ok, 6 of 6 iterations in", "newest checkpoint 6", "of 5 iterations after 1"):
+        assert words in text
+    assert text.index("tokens/s") < text.index("TFLOP/s a rank") < text.index("loss") < text.index("1.00 -> 1.00 fullest")
     Path("run.toml").write_text(TINY)
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out", "--resume"]) == 2
     assert "iter_0000006 has 6 iterations, workload.iterations = 4: ask for more" in capfd.readouterr().err
@@ -182,6 +187,8 @@ def test_what_goes_on_with_a_run_is_said(folder, monkeypatch, capsys):
     assert cli.main([*train, "--resume"]) == 130
     again = "smartmoe train run.toml --ranks 1 --out 'out here' --resume"
     assert f"iter_0000002 it goes on with: {again}" in capsys.readouterr().err
+    capsys.readouterr()
+    assert cli.main(["report", "out here"]) == 0 and f"it goes on with: {again}\n" in capsys.readouterr().out
     Path("out here/run.json").write_text('{"schema": 0}')
     assert cli.main([*train, "--resume"]) == 2 and "not a run of schema 1" in capsys.readouterr().err
 
@@ -206,6 +213,16 @@ def test_a_run_that_fails_says_why(folder, capfd):
     Path("run.toml").write_text(TINY.replace("text.txt", "bad"))
     assert cli.main(["train", "run.toml", "--ranks", "1", "--out", "out"]) == 2
     assert "bad.idx: not a Megatron index" in capfd.readouterr().err and not Path("out").exists()
+
+
+def test_a_run_on_gpus_names_them_and_what_started_it(folder, monkeypatch):
+    Path("run.toml").write_text(TINY + '[cluster]\ndevice = "cuda"\nranks_per_node = 1\n')
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(cli, "_run", lambda command, *_: (0, False))
+    assert cli.main(["train", "run.toml", "--data", "text.txt", "--out", "out"]) == 0
+    facts = record.read_run("out")["provenance"]
+    assert facts["device"] == "a GPU" and facts["command"] == ["smartmoe", "train", "run.toml", "--data", "text.txt"]
 
 
 def test_a_system_with_a_program_of_its_own_is_started_by_that(folder, monkeypatch, capsys):
@@ -285,7 +302,7 @@ def test_what_a_rank_would_find_wrong_is_said_before_one_starts(folder, capsys, 
 
 
 def test_unknown_command_and_help(capsys):
-    for arguments, code in ((["plan"], 2), (["--help"], 0), (["train", "--help"], 0)):
+    for arguments, code in ((["plan"], 2), (["--help"], 0), (["train", "--help"], 0), (["report", "--help"], 0)):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == code

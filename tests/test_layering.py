@@ -18,7 +18,7 @@ LAYERS = {
     "timing": 4,
     "blocks": 5, "gpt": 5, "swin": 5,
     "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
-    "trainer": 6, "run_log": 6, "train": 6, "bench": 6, "hosts": 6,
+    "trainer": 6, "run_log": 6, "train": 6, "bench": 6, "hosts": 6, "run_numbers": 6, "report": 6,
     "cli": 7, "sequence": 7, "__main__": 8,
 }  # fmt: skip
 TORCH_FREE = {
@@ -35,6 +35,7 @@ SAME_LAYER = {
     ("own_loop", "layer"), ("own_loop", "replicas"), ("online", "migrate"), ("online", "observe"), ("online", "timing"),
     ("online", "replicas"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),
     ("hosts", "train"), ("hosts", "trainer"), ("run_log", "trainer"), ("train", "run_log"), ("hosts", "run_log"),
+    ("report", "run_numbers"),
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(path for top in ("src", "scripts", "plotting", "tests") for path in (ROOT / top).rglob("*.py"))

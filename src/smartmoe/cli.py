@@ -1,4 +1,4 @@
-"""The command `smartmoe`: profile a cluster, plan, simulate, train a model from a TOML file, look at a trace."""
+"""The command `smartmoe`: profile a cluster, plan, simulate, train a model from a TOML file, report on it, look at a trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import difflib
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from smartmoe import hosts, record, systems
+from smartmoe import hosts, record, report, run_numbers, systems
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check, from_dict, read_table, to_dict
 from smartmoe.load_map import fullest_over_mean, load_over_time
 from smartmoe.planner.commands import add_parsers
@@ -57,11 +56,25 @@ examples:
   smartmoe export runs/first/checkpoints/iter_0000050 experts.pt --optimizer
   python -c "import torch; print(torch.load('experts.pt', weights_only=True).keys())"
 """
+REPORT_EPILOG = """\
+examples:
+  smartmoe report runs/first                  of a run that is done, stopped or at work: how it ended or where it is, what
+                                              goes on with it, speed, loss, load, memory, what was decided of experts
+  smartmoe report runs/first runs/second      a line each, the fastest marked if they did the same on the same device
+  smartmoe report runs/* --json runs.json     the same numbers for a program; what is not known is null
+  watch -n 5 smartmoe report runs/first       follow a run
+
+Step times are medians of the iterations after workload.warmup_iterations, with 10th and 90th percentile; tokens/s and TFLOP/s
+are those of the median. TFLOP/s count what the model needs, forward and backward, not what is computed again to save memory.
+Load is that of the fullest rank over the mean (1 is even). Exit code: 2 if nothing can be reported of one of the folders, else
+0, also for runs that failed.
+"""
 EPILOG = """\
 examples:
   smartmoe train run.toml --ranks 4     train on 4 processes of this machine
   smartmoe train run.toml --out DIR --resume
                                         go on from the newest checkpoint in DIR
+  smartmoe report DIR                   how it went, or where it is
   smartmoe trace show trace.npz         how skewed a recorded routing is, as a table and a picture
   smartmoe trace show synthetic:bursty  the same of a synthetic one
 
@@ -115,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--optimizer", action="store_true", help="with both moments of Adam")
     export.set_defaults(command=_export)
     worded = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    reporting = commands.add_parser("report", help="say how runs went, or where they are", epilog=REPORT_EPILOG, **worded)
+    reporting.add_argument("run", type=Path, nargs="+", metavar="RUN", help="a run directory; several: a table")
+    reporting.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    reporting.set_defaults(command=_report)
     trace = commands.add_parser("trace", help="look at expert-selection traces", epilog=TRACE_EPILOG, **worded)
     trace_commands = trace.add_subparsers(required=True, metavar="COMMAND")
     show = trace_commands.add_parser("show", help="print how skewed a trace is, and draw its load over time",
@@ -206,7 +223,7 @@ def _train(args: argparse.Namespace) -> int:
     _check_inputs(config, str(args.config))
     world_size = config.plan.world_size
     entry = systems.SYSTEMS[config.system].host if host else "train"
-    facts = record.provenance(num_ranks=world_size, entry=entry)
+    facts = record.provenance(num_ranks=world_size, entry=entry, command=_command(args), **_device(config.cluster))
     try:
         lock = _take(run_dir)
         record.create_run(run_dir, run_id, to_dict(config), [], provenance=facts)
@@ -223,9 +240,9 @@ def _train(args: argparse.Namespace) -> int:
     with lock, (run_dir / "console.log").open("wb", buffering=0) as console:
         code, interrupted = _run(command, (lock.fileno(),), console)
         status, message = ("failed", "interrupted") if interrupted else record.outcome(run_dir, code)
-        record.set_status(run_dir, status, message)
+        run = record.set_status(run_dir, status, message)
     if status != "ok":
-        print(f"smartmoe: the run {status}: {message}; {_how_to_go_on(args, run_dir, bool(host))}", file=sys.stderr)
+        print(f"smartmoe: the run {status}: {message}; {run_numbers.how_to_go_on(run_dir, run)}", file=sys.stderr)
     return 130 if interrupted else 0 if status == "ok" else 1
 
 
@@ -244,16 +261,19 @@ def _take(run_dir: Path) -> IO:
     return lock
 
 
-def _how_to_go_on(args: argparse.Namespace, run_dir: Path, has_host: bool) -> str:
-    """After a run that did not come to its end. has_host: another system's program ran it, which writes no checkpoints."""
-    if has_host:
-        return "this system writes no checkpoints: start it with another --out"
-    names = sorted(path.parent.name for path in (run_dir / "checkpoints").glob("iter_*/meta.json"))
-    if not names:
-        return "it has no checkpoint (workload.checkpoint_interval): with --resume it begins anew"
+def _command(args: argparse.Namespace) -> list[str]:
+    """What started a run, but for where it goes: smartmoe report says it to whoever wants to go on with it."""
     words = ["smartmoe", "train", str(args.config), *(["--ranks", str(args.ranks)] if args.ranks else [])]
-    words += [*(["--data", *args.data] if args.data else []), "--out", str(run_dir), "--resume"]
-    return f"from checkpoint {names[-1]} it goes on with: {shlex.join(words)}"
+    return words + ["--data", *args.data] if args.data else words
+
+
+def _device(cluster: ClusterSpec) -> dict[str, str]:
+    """The name of the GPU that ranks of this machine compute on, for run.json, which has the CPU's otherwise."""
+    if cluster.device != "cuda":
+        return {}
+    import torch
+
+    return {"device": torch.cuda.get_device_name()}
 
 
 def _check_inputs(config: RunConfig, where: str) -> None:
@@ -344,6 +364,23 @@ def _export(args: argparse.Namespace) -> int:
         f"{path} -> {args.out}: {facts['tensors']} tensors, {facts['experts']} experts, {facts['bytes'] / 1e6:.1f} MB"
     )
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    reports, code = [], 0
+    if args.json:
+        record.check_out(args.json)
+    for path in args.run:
+        try:
+            reports.append(run_numbers.read(path))
+        except (ValueError, OSError) as error:
+            print(f"smartmoe: {error}", file=sys.stderr)
+            code = 2
+    if reports:
+        print(report.text(reports))
+        if args.json:
+            record.write_json(args.json, {"schema": record.SCHEMA, "runs": reports})
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------- trace show
