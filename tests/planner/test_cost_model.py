@@ -210,6 +210,21 @@ def test_zero_sends_weights_instead_of_gradients_back_and_updates_a_part():
     assert alone[0] == alone[1]
 
 
+def test_a_gate_that_talks_costs_a_reduction_over_its_stage():
+    """Whatever expert group its ranks are in; a local or a silent one keeps its numbers."""
+    ms, num_bytes = [], 2 * 8.0 * MODEL.num_experts * MODEL.top_k
+    for plan in (ParallelPlan(dp=8, ep=2), ParallelPlan(pp=2, dp=4, ep=2)):
+        gates = GateConfig(kind="noisy"), GateConfig(kind="noisy", scope="local"), GateConfig(kind="naive")
+        talks, *silent = (_cost(config=dataclasses.replace(CONFIG, gate=gate)).layer_times(plan, 2) for gate in gates)
+        assert np.allclose(silent[0].forward["gate"], silent[1].forward["gate"])
+        ms.append(talks.forward["gate"] - silent[0].forward["gate"])
+        spread = group_bytes(num_bytes, plan.stage_size, 1, NODES.ranks_per_node)
+        wanted = PRIMITIVES.ms("all_reduce", ranks=plan.stage_size, intra_bytes=spread[0], inter_bytes=spread[1])
+        latency = PRIMITIVES.facts.get("inter_latency_ms", 0.0) * (spread[1] > 0)
+        assert ms[-1] == pytest.approx(float(wanted) + latency) and ms[-1].min() > 0
+    assert (ms[0] > ms[1]).all(), "two nodes talk longer than one"
+
+
 def test_overlap_by_hand():
     # two steps of 2 ms each way and 3 ms of work: arrivals at 2, 4; work ends at 5, 8; returns end at 7, 10
     assert layer_cost._overlapped(np.array(4.0), np.array(6.0), 2) == 10.0

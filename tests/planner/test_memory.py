@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ from smartmoe.config import (
     ParallelPlan,
     RunConfig,
     Workload,
+    expert_numel,
 )
 from smartmoe.gpt import GPT
 from smartmoe.layer import MoELayer
 from smartmoe.ops import expert_ffn
 from smartmoe.planner import loads, memory
 from smartmoe.planner.cost_model import CostModel
-from smartmoe.planner.parameters import Parameters
+from smartmoe.planner.parameters import Parameters, block_parameters, chunk_layers, has_experts, hidden_width
+from smartmoe.planner.schedule import most_in_flight, num_in_flight
 from smartmoe.planner.sharding import kept_bytes, pass_bytes
 
 SIZES = dict(num_layers=4, hidden_size=64, ffn_size=128, num_heads=4, seq_len=128, vocab_size=300, num_experts=8)
@@ -163,6 +166,92 @@ def test_captured_passes_of_a_pipeline_have_rooms_of_their_own():
     assert captured.pp_stage == plain.pp_stage == 0  # which holds two micro-batches of the four
     assert captured.activations == pytest.approx(plain.activations + 2 * plain.transient) and captured.transient == 0
     assert captured.buffers - plain.buffers == 3 * 4 * SIZES["seq_len"] * SIZES["hidden_size"] * 2
+
+
+def _of_stage(pp_stage, cost, plan, micro_batch, rows_SLW):
+    """One stage, chunk by chunk as a rank fills up."""
+    setting, n, model = cost.setting(plan, micro_batch), cost.num_micro_batches(plan, micro_batch), cost.config.model
+    zero, bytes_, num_chunks = cost.config.workload.zero, setting.dtype_bytes, plan.pp * plan.vpp
+    chunks, layers = range(pp_stage, num_chunks, plan.pp), chunk_layers(model.num_layers, num_chunks)
+    moe_layers = [layer for layer in range(model.num_layers) if has_experts(model, layer)]
+    if setting.layer.dispatcher == "direct":
+        rows_SLW = np.minimum(setting.layer.row_factor * rows_SLW.max(-1, keepdims=True), setting.ep * setting.copies)
+    mine = sum((cost.parameters(plan)[chunk] for chunk in chunks), Parameters())
+    replicate = "never" if not setting.replica_slots else "exact" if setting.is_exact else "history"
+    kinds = {has_experts(model, layer) for layer in range(model.num_layers)}
+    units = [block_parameters(model, plan, kind) for kind in kinds]
+    if pp_stage in (0, plan.pp - 1):
+        table = model.vocab_size * model.hidden_size
+        units.append(Parameters(dense=table, largest=table, tensors=1))
+    fixed, per_row = memory._saved_by_block(setting, plan, micro_batch)
+    dense_fixed = memory._saved_by_dense_block(setting, plan, micro_batch)
+    loss_saved, loss_moment = memory._head(setting)
+    one, fullest = bytes_ * setting.tokens * model.hidden_size, rows_SLW.max()
+    is_grouped, has_rooms = setting.layer.experts == "grouped", cost.is_captured(plan, micro_batch) and plan.pp > 1
+    transient = bytes_ * fullest * (hidden_width(model) * (1 if is_grouped else 3) + 2 * model.hidden_size)
+    transient += bytes_ * (mine.largest if is_grouped else max(mine.largest, mine.largest_expert))
+    if plan.recompute:
+        transient += max(fixed + fullest * per_row, dense_fixed if len(kinds) > 1 else 0)
+    at_head = max(transient - loss_saved, loss_moment)
+    activations = buffers = 0.0
+    flights_of = most_in_flight if has_rooms else num_in_flight
+    for chunk, flights in zip(chunks, flights_of(pp_stage, plan.pp, plan.vpp, n), strict=True):
+        is_last, num_ways = chunk == num_chunks - 1, (chunk > 0) + (chunk < num_chunks - 1)
+        moe = [place for place, layer in enumerate(moe_layers) if layer in layers[chunk]]
+        saved = len(layers[chunk]) * one
+        if not plan.recompute:
+            rows = rows_SLW[:, moe].sum(1).max()
+            saved = len(moe) * fixed + (len(layers[chunk]) - len(moe)) * dense_fixed + rows * per_row
+        saved += loss_saved if is_last else 0
+        if plan.pp > 1:
+            saved += one * (not is_last) - one * (chunk > 0)
+            buffers += n * one * num_ways
+        if has_rooms:
+            saved += at_head if is_last else transient
+            buffers += min(flights + 1, n) * one * num_ways
+        activations += flights * saved
+    transient = 0.0 if has_rooms else at_head if pp_stage == plan.pp - 1 else transient
+    copied = setting.replica_slots * mine.expert / (model.num_experts // plan.ep)
+    in_layer = setting.replica_slots * expert_numel(model) if copied else 0.0
+    if setting.is_exact:
+        transient += bytes_ * in_layer * (plan.ep + 1)
+    else:
+        transient = max(transient, 4 * (max(2 * copied, plan.ep * in_layer) + copied) - activations)
+    if zero and plan.stage_size > 1:
+        transient = max(transient, 4 * max(mine.largest, mine.largest_expert) - activations)
+    transient += max(pass_bytes(unit, plan, bytes_, zero, replicate) for unit in units)
+    weights, gradients = kept_bytes(mine, plan, bytes_, zero, replicate)
+    masters, moments = memory.optimizer_bytes(mine, plan, bytes_, zero)
+    buffers += copied * (bytes_ if setting.is_exact else bytes_ + 4)
+    return weights, masters, moments, gradients, activations, buffers, transient
+
+
+@pytest.mark.parametrize("dispatcher, zero, replicate", [
+    ("basic", 0, "never"), ("direct", 1, "never"), ("direct", 1, "history"), ("basic", 2, "history"), ("basic", 3, "exact"),
+])  # fmt: skip
+def test_the_fullest_stage_is_found_among_all(dispatcher, zero, replicate):
+    """Every stage by itself, for pipelines of unequal chunks with and without experts, captured and not."""
+    found = set()
+    for moe_every, experts, vocab in ((1, "grouped", 300), (3, "loop", 20_000)):
+        config = _config(num_layers=11, dispatcher=dispatcher, impl=experts, moe_every=moe_every, vocab_size=vocab)
+        online = OnlineConfig(replicate=replicate, replica_slots=int(replicate != "never"))
+        work = dataclasses.replace(config.workload, zero=zero, global_batch_size=48)
+        config = dataclasses.replace(config, online=online, workload=work)
+        cluster = ClusterSpec(device="cuda", ranks_per_node=8)
+        chosen = loads.zipf(config.model, GateConfig(kind="naive"), 3)
+        cost = CostModel(config, cluster, None, chosen)
+        for (pp, vpp), ep, micro_batch, recompute in itertools.product(
+            ((1, 1), (2, 1), (4, 1), (2, 3), (4, 2)), (1, 2), (1, 4), (False, True)
+        ):
+            plan = ParallelPlan(pp=pp, vpp=vpp, dp=2, ep=ep, recompute=recompute)
+            each = [_of_stage(s, cost, plan, micro_batch, cost.rows(plan, micro_batch)) for s in range(pp)]
+            told = cost.memory(plan, micro_batch)
+            found.add((told.pp_stage > 0, pp > 1 and cost.is_captured(plan, micro_batch)))
+            assert told.pp_stage == int(np.argmax([sum(parts) for parts in each])), plan
+            parts = [getattr(told, field.name) for field in dataclasses.fields(told)][:7]
+            assert parts == pytest.approx(each[told.pp_stage], rel=1e-9), plan
+    assert {is_later for is_later, _ in found} == {False, True}, "the first stage is not always the fullest"
+    assert any(is_captured for _, is_captured in found) == (dispatcher == "direct")
 
 
 @pytest.mark.parametrize("pp_stage", [0, 2])

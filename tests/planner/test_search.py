@@ -6,7 +6,17 @@ import re
 import pytest
 
 from smartmoe import cli
-from smartmoe.config import ClusterSpec, GateConfig, ModelConfig, ParallelPlan, RunConfig, Workload, check
+from smartmoe.config import (
+    ClusterSpec,
+    GateConfig,
+    LayerConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelPlan,
+    RunConfig,
+    Workload,
+    check,
+)
 from smartmoe.planner import described, loads, pool, search
 from smartmoe.planner.cost_model import CostModel
 from smartmoe.planner.primitives import KINDS, Point, Profile
@@ -39,6 +49,26 @@ def test_the_search_equals_judging_every_plan(placement):
     tail = search.search(cost, 8, top=5, score="p95").ranked
     p95 = sorted(cost.estimate(c.plan, c.micro_batch).p95_ms for c in space.fitting)
     assert [e.p95_ms for e in tail] == pytest.approx(p95[:5])
+
+
+@pytest.mark.parametrize("zero, kind", [(0, "noisy"), (2, "naive")])
+def test_plans_that_share_a_model_are_judged_as_each_would_be_alone(zero, kind):
+    """To the bit, after a search and one that is blind to loads, which share what loads do not change."""
+    gate, online = GateConfig(kind=kind), OnlineConfig(replicate="history", replica_slots=1)
+    layer = LayerConfig(dispatcher="auto" if zero else "basic", experts="grouped" if zero else "loop")
+    model = dataclasses.replace(MODEL, num_layers=6, moe_every=2)
+    work = dataclasses.replace(CONFIG.workload, global_batch_size=32, zero=zero)
+    config = dataclasses.replace(CONFIG, model=model, gate=gate, layer=layer, workload=work, online=online)
+    cost = _cost(config=config, placement="balanced", chosen=loads.zipf(model, GateConfig(kind="naive"), 3))
+    for shared in (cost, search.data_insensitive(cost)):
+        space = pool.build(shared, 8)
+        for c in sorted(space.fitting, key=lambda c: (c.micro_batch % 3, c.name))[::11]:
+            alone = CostModel(config, cost.cluster, cost.primitives, shared.loads, "balanced")
+            found, wanted = (each.estimate(c.plan, c.micro_batch) for each in (shared, alone))
+            assert c.memory == wanted.memory and found.parts == wanted.parts, c.name
+            assert (found.step_ms == wanted.step_ms).all(), c.name
+            bounds = [each.lower_bound_ms(c.plan, c.micro_batch) for each in (shared, alone)]
+            assert bounds[0] == bounds[1] <= found.mean_ms, c.name
 
 
 def test_legal_is_what_the_trainers_check_accepts():
