@@ -186,10 +186,13 @@ def test_plans_that_share_a_cost_model_are_judged_as_each_would_be_alone():
         return CostModel(cost.config, cost.cluster, cost.primitives, one, "balanced")
 
     shared, copied = fresh(), set()
-    for plan, micro_batch in ((PLAN, 16), (PLAN, 1), (ParallelPlan(dp=4, ep=2), 4)):
+    again = dataclasses.replace(PLAN, recompute=True)  # as many tokens in a micro-batch: the same copies
+    for plan, micro_batch in ((PLAN, 16), (PLAN, 1), (ParallelPlan(dp=4, ep=2), 4), (again, 16)):
         for mode, slots in (("history", 1), ("history", 4), ("exact", 4)):
             made = [copies._model(cost, cost.estimate(plan, micro_batch), mode, slots) for cost in (shared, fresh())]
             assert np.array_equal(made[0][0]._host_share, made[1][0]._host_share)
             assert np.array_equal(made[0][1], made[1][1])
+            found, wanted = (model.estimate(plan, micro_batch) for model, _ in made)
+            assert np.array_equal(found.step_ms, wanted.step_ms) and found.memory == wanted.memory
             copied.add((made[0][0]._host_share > 0).sum())
     assert len(copied) > 4, "the cases differ"

@@ -26,7 +26,7 @@ from smartmoe.solvers import solve_replicas_layers
 
 SLOTS = (1, 2, 4)  # numbers of replica slots that are tried
 MOST_SHARES = 3e7  # numbers in the shares of all samples: beyond, copies are not tried
-KEPT_SHARES = 3e6  # up to so many they are kept, since many plans have the same
+KEPT_SHARES = 3e6  # up to so many their model is kept, since many plans have the same
 PART = "copies of experts"  # its name among an estimate's parts
 
 
@@ -78,11 +78,11 @@ def _model(cost: CostModel, estimate: Estimate, mode: str, slots: int) -> tuple[
     def find():
         owners = cost.once(("owners", plan.ep, exact), lambda: _owners(cost, plan.ep, load_SMLE.shape))
         share, copies = replicate(load_SMLE.reshape(-1, *load_SMLE.shape[2:]), owners, slots, per_copy)
-        return share.reshape(*load_SMLE.shape, plan.ep), copies.reshape(load_SMLE.shape[:3])
+        model = cost.with_copies(config, share.reshape(*load_SMLE.shape, plan.ep))
+        return model, copies.reshape(load_SMLE.shape[:3])
 
     is_small = load_SMLE.size * plan.ep <= KEPT_SHARES
-    share, copies = cost.once(("copies", plan.ep, slots, exact, per_copy), find) if is_small else find()
-    model = cost.with_copies(config, share)
+    model, copies = cost.once(("copies", plan.ep, slots, exact, per_copy), find) if is_small else find()
     return model, costs.of_stages(copies, exact).max(1)
 
 
