@@ -14,6 +14,8 @@ from smartmoe.planner.schedule import (
     message_for,
     most_in_flight,
     num_in_flight,
+    num_played,
+    one_way,
     order_of_rank,
 )
 from smartmoe.planner.timeline import Work
@@ -157,9 +159,11 @@ def test_no_makespan_is_below_the_least():
             ways.append(half[0].then(Work.wait(0.1)).then(half[1]) if host else half[0].then(half[1]))
         hop = rng.uniform(0, rng.choice([0.1, 3.0]), pp * vpp - 1)
         clocks = (np.stack([getattr(way, clock) for way in ways]) for clock in ("device", "host"))
-        least = least_makespan(pp, vpp, n, *clocks, hop) * (1 - 1e-9)
+        clocks = list(clocks)
         for held, queued in ((False, True), (False, False), (True, True)):
-            assert (makespan(pp, vpp, n, *ways, hop, held=held, queued=queued) >= least).all(), (pp, vpp, n, num_micro)
+            found = makespan(pp, vpp, n, *ways, hop, held=held, queued=queued) * (1 + 1e-9)
+            for way in (None, *([one_way(pp, vpp, num_played(pp, n, num_micro), queued)] if pp > 1 else [])):
+                assert (found >= least_makespan(pp, vpp, n, *clocks, hop, way)).all(), (pp, vpp, n, num_micro)
     # where a schedule of two chunks is continued, its period may still be the calmer stage's
     uneven = np.array([[[[1.0, 1.0, 1.5, 1.05]]], [[[0.9, 1.0, 0.9, 1.05]]]])
     found = makespan(2, 2, 400, *(_alone(way) for way in uneven), np.zeros(3), queued=False)
@@ -168,6 +172,21 @@ def test_no_makespan_is_below_the_least():
     level = np.ones((2, 1, 1, 4))
     exact = makespan(4, 1, 12, *(_alone(way) for way in level), np.zeros(3))
     assert least_makespan(4, 1, 12, level, None, np.zeros(3)) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("pp, vpp, n", SHAPES)
+@pytest.mark.parametrize("queued", [False, True])
+def test_one_way_through_a_schedule_is_its_longest(pp, vpp, n, queued):
+    """By what it is made of, which its schedule takes as long for; so the bound is close where passes are nearly so."""
+    num_passes, messages = one_way(pp, vpp, n, queued)
+    level = np.ones((2, 1, 1, pp * vpp)) * [[[[1.0]]], [[[2.0]]]]
+    work = *(_alone(way) for way in level), np.zeros(pp * vpp - 1)
+    exact = makespan(pp, vpp, n, *work, queued=queued)
+    assert num_passes[0].sum() + 2 * num_passes[1].sum() == pytest.approx(exact) and messages.sum() >= 2 * (pp - 1)
+    assert least_makespan(pp, vpp, n, level, None, work[2], (num_passes, messages)) == pytest.approx(exact)
+    near, hop = level * np.random.default_rng(0).uniform(0.97, 1.03, level.shape), np.full(pp * vpp - 1, 0.02)
+    exact = makespan(pp, vpp, n, *(_alone(way) for way in near), hop, queued=queued)
+    assert 0.9 * exact <= least_makespan(pp, vpp, n, near, None, hop, (num_passes, messages)) <= exact * (1 + 1e-9)
 
 
 def test_one_stage_is_a_plain_loop():

@@ -23,7 +23,7 @@ from smartmoe.planner.loads import Loads
 from smartmoe.planner.memory import Memory
 from smartmoe.planner.parameters import Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
-from smartmoe.planner.schedule import least_makespan, makespan
+from smartmoe.planner.schedule import least_makespan, makespan, num_played, one_way
 from smartmoe.planner.sharding import pass_traffic, step_traffic
 from smartmoe.planner.timeline import Work, fold, join
 from smartmoe.solvers import solve_greedy
@@ -142,8 +142,9 @@ class CostModel:
         num_micro, is_captured = self.num_micro_batches(plan, micro_batch), self.is_captured(plan, micro_batch)
         return memory.estimate(plan, setting, micro_batch, num_micro, rows, held, is_captured)
 
-    def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int) -> float:
-        """Mean step time with one clock at a time, and without most of the pipeline's idle time: no estimate is shorter."""
+    def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int, closely: bool = False) -> float:
+        """Mean step time with one clock at a time, and without most of the pipeline's idle time: no estimate is shorter.
+        closely: not far below it, for more work on the first plan of each schedule."""
         ways, accumulate = self._blocks(plan, micro_batch), self._accumulate(plan)
         layers, ends = self._chunk_layers(plan), self._ends(plan, micro_batch)
         starts = [*(part[0] for part in layers), layers[-1][-1] + 1]
@@ -157,9 +158,13 @@ class CostModel:
                 each[..., chunk] += np.array([float(getattr(way, clock)) for way in end])[:, None, None]
             return each
 
+        num_micro, device, way = self.num_micro_batches(plan, micro_batch), of_chunks("device"), None
+        if closely and plan.pp > 1:
+            played = num_played(plan.pp, num_micro, device.shape[2])
+            way = one_way(plan.pp, plan.vpp, played, self.cluster.device == "cuda")
         least = least_makespan(
-            plan.pp, plan.vpp, self.num_micro_batches(plan, micro_batch), of_chunks("device"),
-            None if self.is_captured(plan, micro_batch) else of_chunks("host"), self._hops(plan, micro_batch),
+            plan.pp, plan.vpp, num_micro, device, None if self.is_captured(plan, micro_batch) else of_chunks("host"),
+            self._hops(plan, micro_batch), way,
         )  # fmt: skip
         after, _ = self._after(plan)
         products = np.linspace(0, 1)  # their part of the step; the rest at most is waiting

@@ -207,10 +207,11 @@ def num_played(pp: int, num_micro_batches: int, num_micro: int) -> int:
 
 
 def least_makespan(
-    pp: int, vpp: int, num_micro_batches: int, device: np.ndarray, host: np.ndarray | None, hop: np.ndarray
-) -> np.ndarray:
+    pp: int, vpp: int, num_micro_batches: int, device: np.ndarray, host: np.ndarray | None, hop: np.ndarray,
+    way: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:  # fmt: skip
     """A time [S] that `makespan` does not fall below. device, host: [2, S, M, C] of forward and backward passes, as there;
-    host: None where it keeps nobody waiting. hop: as there.
+    host: None where it keeps nobody waiting. hop: as there. way: `one_way` through what is played, to come nearer.
 
     A stage has all micro-batches to do. Before its first pass the stages before it have theirs of one micro-batch, and behind
     its last pass they have theirs of another, with the messages between. Where a schedule is continued from its period, each
@@ -223,16 +224,25 @@ def least_makespan(
     def of_stage(ms):
         return (share_M @ ms.sum(0)).reshape(num_samples, vpp, pp).sum(1)
 
+    least_2SC = device.min(2)
     busy, passed = of_stage(device), np.zeros((num_samples, pp))
-    passed[:, 1:] = (device.min(2).sum(0)[:, : pp - 1] + 2 * hop[: pp - 1]).cumsum(1)
+    passed[:, 1:] = (least_2SC.sum(0)[:, : pp - 1] + 2 * hop[: pp - 1]).cumsum(1)
     least = (passed + played * busy).max(1)
     if host is not None:
         least = np.maximum(least, played * of_stage(host).max(1))
+    if way is not None:
+        num_passes, messages = way
+        least = np.maximum(least, (num_passes[:, None] * least_2SC).sum((0, 2)) + messages @ hop)
     return least + (n - played) * busy.min(1)
 
 
 def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool) -> np.ndarray:
-    schedule = build(pp, vpp, n)
+    clocks, _ = _play_all(build(pp, vpp, n), forward, backward, hop, held, queued and vpp > 1)
+    return clocks.max((0, 1))
+
+
+def _play_all(schedule: Schedule, forward: Work, backward: Work, hop: np.ndarray, held: bool, queued: bool):
+    """[N + 1, 2, S] when device and host are done with each pass, [M + 1, S] when each message has passed."""
     num_samples, num_micro, num_chunks = forward.device.shape
     which = (schedule.is_backward * num_micro + schedule.micro % num_micro) * num_chunks + schedule.chunk
 
@@ -243,7 +253,7 @@ def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: b
     from_device, from_host = of_passes("device", "waited"), of_passes("launched", "host")
     clocks = np.zeros((len(schedule.chunk) + 1, 2, num_samples))  # of device and host after each pass
     passed = np.zeros((len(schedule.edge) + 1, num_samples))
-    hop_M1, queued = hop[schedule.edge][:, None], queued and vpp > 1
+    hop_M1 = hop[schedule.edge][:, None]
     passing = 0.0 * hop_M1 if held else hop_M1
     arrived = np.zeros_like(passed) if held else passed  # else those over a link pass in turn, and none overtakes another
     for sent, done in schedule.levels:
@@ -258,7 +268,34 @@ def _longest(pp, vpp, n, forward: Work, backward: Work, hop: np.ndarray, held: b
         last = clocks.take(schedule.before[done], 0)
         free = np.maximum(last[:, 0], arrived.take(schedule.comes[done], 0))[:, None]
         np.maximum(free + from_device[done], last[:, 1:] + from_host[done], out=clocks[done])
-    return clocks.max((0, 1))
+    return clocks, passed
+
+
+@functools.lru_cache(maxsize=1024)
+def one_way(pp: int, vpp: int, num_micro_batches: int, queued: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A way through a schedule from its beginning to its end, and a long one: that which is longest where a backward pass takes
+    twice a forward pass, and messages nothing. ([2, C] forward and backward passes of each chunk on it, [C - 1] messages
+    between chunks c and c + 1.) Whatever passes take, those on it come one after another.
+    """
+    schedule, num_chunks = build(pp, vpp, num_micro_batches), pp * vpp
+    works = (Work.piece(np.full((1, 1, num_chunks), ms)) for ms in (1.0, 2.0))
+    clocks, passed = _play_all(schedule, *works, np.zeros(num_chunks - 1), False, queued and vpp > 1)
+    done, passed = clocks[:, 0, 0].tolist(), passed[:, 0].tolist()
+    num_passes, messages = np.zeros((2, num_chunks), int), np.zeros(num_chunks - 1, int)
+    at = int(np.argmax(done))
+    while at < len(schedule.chunk):
+        num_passes[int(schedule.is_backward[at]), schedule.chunk[at]] += 1
+        before, message = int(schedule.before[at]), int(schedule.comes[at])
+        if message == len(schedule.edge) or passed[message] < done[before]:
+            at = before
+            continue
+        messages[schedule.edge[message]] += 1
+        while True:  # through the queues, to the pass that the first of them waits for
+            at = max(schedule.ends[:, message].tolist(), key=done.__getitem__)
+            if done[at] == passed[message]:
+                break
+            message = max(schedule.queue[:, message].tolist(), key=passed.__getitem__)
+    return num_passes, messages
 
 
 @functools.lru_cache(maxsize=65536)

@@ -1,7 +1,8 @@
 """Which plan is fastest: pools ranked by expected step time, with the 95th percentile beside it.
 
-A plan's busiest stage alone bounds its time from below. Plans are judged in the order of that bound and the search ends
-when no bound can reach the list any more: the list is that of judging all of them.
+A plan's busiest stage alone bounds its time from below, and so does any one way through its schedule. Plans are judged in the
+order of these bounds, the closer one of those that come first only, and the search ends when no bound can reach the list any
+more: the list is that of judging all of them.
 """
 
 from __future__ import annotations
@@ -67,15 +68,19 @@ def value_of(estimate: Estimate, score: str) -> float:
 
 def _best(cost: CostModel, fitting: list[Candidate], top: int, score: str) -> tuple[list[Estimate], int]:
     # it bounds the mean; ranking by a percentile judges every plan
-    bounds = [(cost.lower_bound_ms(c.plan, c.micro_batch), place) for place, c in enumerate(fitting)]
+    bounds = [(cost.lower_bound_ms(c.plan, c.micro_batch), place, False) for place, c in enumerate(fitting)]
     heapq.heapify(bounds)
     found: list[tuple[float, int, Estimate]] = []
     num_judged = 0
     while bounds:
-        bound, place = heapq.heappop(bounds)
+        bound, place, is_close = heapq.heappop(bounds)
         if score == "mean" and len(found) >= top and bound > found[top - 1][0]:
             break
         candidate = fitting[place]
+        if score == "mean" and not is_close:
+            bound = cost.lower_bound_ms(candidate.plan, candidate.micro_batch, closely=True)
+            heapq.heappush(bounds, (bound, place, True))
+            continue
         estimate = cost.estimate(candidate.plan, candidate.micro_batch, candidate.memory)
         num_judged += 1
         found.append((value_of(estimate, score), place, estimate))
