@@ -542,14 +542,15 @@ def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
 def _stay_away(world_rank):
     from smartmoe.dispatch import direct_kernels
 
-    direct_kernels.MOST_POLLS = type(direct_kernels.MOST_POLLS)(1 << 20)  # half a second instead of ten minutes
+    # some eight seconds instead of ten minutes; a rank may be a few behind another that has compiled kernels
+    direct_kernels.MOST_POLLS = type(direct_kernels.MOST_POLLS)(1 << 24)
     device = gpu_of(world_rank)
     dispatcher = DirectDispatcher(dist.group.WORLD, SLOTS, row_factor=2)
     batch = _routed(2, 0, device)
     _exchange(dispatcher, *batch, world_rank)
     torch.cuda.synchronize()
     if world_rank == 1:
-        time.sleep(20)
+        time.sleep(40)
         os._exit(0)
     _exchange(dispatcher, *batch, world_rank)
     torch.cuda.synchronize()
@@ -558,8 +559,8 @@ def _stay_away(world_rank):
 @pytest.mark.gpu
 def test_who_waits_for_a_rank_that_stays_away_gets_an_error(capfd):
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    with pytest.raises(AssertionError, match=r"rank 0 of 2:(.|\n)*CUDA error"):
-        spawn(_stay_away, 2, backend=gpu_backend(2), timeout_s=60)
+    with pytest.raises(AssertionError, match=r"rank 0 of 2:(.|\n)*(CUDA error|Triton Error \[CUDA\])"):
+        spawn(_stay_away, 2, backend=gpu_backend(2), timeout_s=90)
     assert "a peer did not come" in capfd.readouterr().out
 
 
