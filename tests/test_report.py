@@ -56,7 +56,7 @@ def with_(config=CONFIG, **tables) -> RunConfig:
 
 def test_the_numbers_are_those_of_the_lines_after_warm_up(tmp_path):
     events = [
-        {"iteration": 2, "layer": 0, "kind": "keep"},
+        {"iteration": 2, "layer": 0, "kind": "keep", "num_copies": 1},
         {"iteration": 2, "layer": 1, "kind": "both", "num_moved": 3, "num_copies": 2, "cost_ms": 1.5},
         {"iteration": 4, "layer": 0, "kind": "rollback", "num_moved": 1, "cost_ms": 0.25, "reason": "it was slower"},
         {"iteration": 4, "layer": 1, "kind": "keep", "num_copies": 2, "reason": "nothing better"},
@@ -88,6 +88,15 @@ def test_the_numbers_are_those_of_the_lines_after_warm_up(tmp_path):
     ):
         assert words in text, words
     assert "note" not in text and "skipped" not in text
+    for ended, words in (("10:00", ", newest"), ("10:01", " in 60 s"), ("10:30", " in 30 min"), ("13:00", " in 3.0 h")):
+        span = {"started": "2026-11-22T10:00:00Z", "ended": f"2026-11-22T{ended}:00Z"}
+        assert f"6 of 6 iterations{words}" in report.text([{**run, **span}])
+    assert "smartmoe (simulated), " in report.text([{**run, "source": "simulated"}])
+    lines = Path(run["path"], "metrics.jsonl").read_text().splitlines()
+    Path(run["path"], "metrics.jsonl").write_text("\n".join(reversed(lines)))
+    assert {**run_numbers.read(run["path"]), "silent_s": 0} == {**run, "silent_s": 0}
+    kept = page(make(tmp_path / "kept", with_(online={"replicate": "exact"}), events=events[:1]))
+    assert "last: keep" in kept and "last change" not in kept and "no expert moved\n" in kept
 
 
 @pytest.mark.parametrize("under", ["cpu-20261122/fig8", "hosts-20261122", "simulated-20261122/fig10"])
@@ -124,41 +133,48 @@ def test_a_stopped_run_says_what_goes_on_with_it(tmp_path):
     command = ["smartmoe", "train", "my run.toml", "--ranks", "2"]
     stopped = make(tmp_path / "a", status="failed", message="interrupted", times=TIMES[:4], checkpoints=[2], command=command)
     again = shlex.join([*command, "--out", str(stopped), "--resume"])
-    assert "failed, 4 of 6 iterations, newest checkpoint 2; interrupted; from checkpoint iter_0000002 it " in page(stopped)
-    assert f"it goes on with: {again}\n" in page(stopped)
+    lines = [line.strip() for line in page(stopped).splitlines()]
+    assert lines[3:6] == [
+        "status  failed, 4 of 6 iterations, newest checkpoint 2",
+        "interrupted",
+        f"from checkpoint iter_0000002 it goes on with: {again}",
+    ]
     older = page(make(tmp_path / "b", status="oom", checkpoints=[2]))
     assert f"smartmoe train CONFIG.toml --ranks 2 --out {tmp_path}/b --resume" in older
     assert "no checkpoint (workload.checkpoint_interval)" in page(make(tmp_path / "c", status="timeout", command=command))
     host = make(tmp_path / "d", status="failed", entry="deepspeed", command=command)
     assert "writes no checkpoints: start it with another --out" in page(host)
-    assert "goes on" not in page(make(tmp_path / "e", status="skipped", message="no GPU")) + page(make(tmp_path / "f"))
-    assert page(make(tmp_path / "g", status="failed", entry="replay")).count(";") == 1  # whose own program goes on with it
+    assert "--resume" not in page(make(tmp_path / "e", status="skipped", message="no GPU")) + page(make(tmp_path / "f"))
+    assert "checkpoint" not in page(make(tmp_path / "g", status="failed", entry="replay"))  # its own program goes on with it
     launched = make(tmp_path / "set/logs/x", status="failed", checkpoints=[2])
     (tmp_path / "set/asked.json").write_text("{}")
     assert f"its run-set goes on with: ./RUNME-b.sh --resume {tmp_path}/set" in page(launched)
 
 
 def test_a_run_at_work_says_where_it_is_and_a_killed_one_that_it_is_none(tmp_path):
-    folder = make(tmp_path, status="running", times=TIMES[:3], checkpoints=[2])
+    folder = make(tmp_path, status="running", times=[9e5] * 3, checkpoints=[2])
     assert run_numbers.read(folder)["at_work"] is None and "running, 3 of 6" in page(folder)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = page(folder)
-        assert "running, 3 of 6 iterations, newest checkpoint 2, the last 0 s ago, 0 s left at this pace\n" in text
+        assert "running, 3 of 6 iterations, newest checkpoint 2, the last 0 s ago, 45 min left at this pace\n" in text
     text = page(folder)
-    assert "killed?, 3 of 6" in text and "if it ran here, it was killed; from checkpoint iter_0000002 it goes on" in text
+    assert "killed?, 3 of 6" in text and "if it ran here, it was killed\n" in text
+    assert "from checkpoint iter_0000002 it goes on" in text
     with (folder / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the report holds nothing
 
 
 def test_a_run_without_iterations_is_reported_as_far_as_it_goes(tmp_path):
     text = page(make(tmp_path / "new", status="pending", times=()))
-    assert "pending, 0 of 6 iterations" in text and "step" not in text and "loss" not in text
+    assert "pending, 0 of 6 iterations" in text and "step" not in text and "loss" not in text and "(train)" not in text
     assert "no decision yet" in text
     warming = page(make(tmp_path / "warming", status="running", times=TIMES[:2]))
     assert "nothing yet: the first 2 iterations are warm-up" in warming and "tokens/s" not in warming
     (tmp_path / "new/metrics.jsonl").write_text("")
     assert "0 of 6" in page(tmp_path / "new")
+    same = "the same in all: system smartmoe, plan pp1 dp2 tp1 ep2 expert-dp1, ranks 2, status pending, iterations 0 of 6\n"
+    assert same in report.text([run_numbers.read(tmp_path / "new")] * 2)
 
 
 def test_bad_lines_are_left_out_and_said(tmp_path):
@@ -171,7 +187,7 @@ def test_bad_lines_are_left_out_and_said(tmp_path):
     run = run_numbers.read(folder)
     assert [note[:50] for note in run["notes"]] == [
         "metrics.jsonl: 3 of 10 lines cannot be read, left ",
-        "metrics.jsonl: 1 lines repeat an iteration or have",
+        "metrics.jsonl: 1 of 7 repeat an iteration or have ",
         "events.jsonl: 1 of 2 lines cannot be read, left ou",
     ]
     assert {**run, "notes": [], "silent_s": 0} == {**whole, "silent_s": 0} and "note" in report.text([run])
@@ -180,7 +196,12 @@ def test_bad_lines_are_left_out_and_said(tmp_path):
 def test_losses_that_are_no_numbers_and_skipped_updates_are_said(tmp_path):
     text = page(make(tmp_path / "a", change={"lm_loss": None}))
     assert "no number -> no number" in text and "6 losses are no finite numbers, the first is that of iteration 1" in text
-    assert "no number" in report.text([run_numbers.read(tmp_path / "a"), run_numbers.read(make(tmp_path / "c"))])
+    table = report.text([run_numbers.read(tmp_path / "a"), run_numbers.read(make(tmp_path / "c"))])
+    assert "no number -> no number" in table and "\na: 6 losses are no finite numbers" in table
+    text = (tmp_path / "c/metrics.jsonl").read_text()
+    for loss in ("NaN", "-Infinity", "1e999", "1" + "0" * 400, '"low"'):
+        (tmp_path / "c/metrics.jsonl").write_text(text.replace("7.0", loss).replace("5.0", loss))
+        assert "no number -> 3.0000" in page(tmp_path / "c") and "2 losses are no finite" in page(tmp_path / "c"), loss
     folder = make(tmp_path / "b", change={"skipped": True, "lm_loss": None})
     assert "skipped 6 updates" in page(folder) and "no finite" not in page(folder) and "10,240 tokens/s" in page(folder)
 
@@ -269,6 +290,7 @@ def test_the_command_prints_writes_json_and_names_what_it_cannot_report(tmp_path
     for path, words in (
         ("absent", "absent: no such folder; smartmoe train --out DIR makes one"),
         ("runs", "runs: no run, it has no run.json; 2 are below it, for instance runs/a"),
+        (".", ".: no run, it has no run.json; 4 are below it, for instance cut"),
         ("empty", "empty: no run, it has no run.json; smartmoe train"),
         ("cut", "cut/run.json: cannot read this file"),
         ("other", "other/run.json: not a run of schema 1"),

@@ -29,7 +29,7 @@ def _page(run: dict) -> str:
         ("run", f"{_system(run)}, {run['plan'] or 'plan not said'}, {_count(run['ranks'], 'rank')} on "
                 f"{run['device'] or 'a device not said'}, {run['dtype'] or 'dtype not said'}"),
         ("model", _model(run)),
-        ("status", _status(run)),
+        *(("" if number else "status", words) for number, words in enumerate(_status(run))),
     ]  # fmt: skip
     if run["counted"]:
         rows.append(("step", f"{_step(run)} ms, median (p10 - p90) of {_count(run['counted'], 'iteration')} after "
@@ -85,7 +85,7 @@ def _table(runs: Sequence[dict]) -> str:
     elif odd:
         lines.append(f"Their speeds cannot be compared, so none is marked: they differ in {', '.join(odd)}.")
     for run, name in zip(runs, names, strict=True):
-        status = [] if run["status"] == "ok" else [_status(run)]
+        status = [] if run["status"] == "ok" else ["; ".join(_status(run))]
         lines += [f"{name}: {words}" for words in [*status, *run["notes"]]]
     return "\n".join(lines)
 
@@ -117,7 +117,8 @@ def _progress(run: dict) -> str:
     return f"{done} of {planned}" if isinstance(planned, int) and done <= planned else str(done)
 
 
-def _status(run: dict) -> str:
+def _status(run: dict) -> list[str]:
+    """Lines: how far the run is, why it ended, and what goes on with it."""
     words, word, took = f"{_word(run)}, {_progress(run)} iterations", _word(run), _seconds(run["started"], run["ended"])
     words += f" in {_duration(took)}" if took else ""
     words += "" if run["last_checkpoint"] is None else f", newest checkpoint {run['last_checkpoint']}"
@@ -127,7 +128,7 @@ def _status(run: dict) -> str:
     if word == "running" and run["counted"] and left > 0:
         words += f", {_duration(left * run['step_ms']['median'] / 1e3)} left at this pace"
     lost = "no process of this machine holds its folder: if it ran here, it was killed" if word == "killed?" else ""
-    return "; ".join(filter(None, [words, run["message"], lost, "" if word == "running" else run["go_on"]]))
+    return [line for line in (words, run["message"], lost, "" if word == "running" else run["go_on"]) if line]
 
 
 def _online(online: dict) -> list[str]:

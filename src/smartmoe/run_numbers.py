@@ -42,7 +42,7 @@ def read(run_dir: str | Path) -> dict:
     lines = _lines(path / "metrics.jsonl", notes)
     steps = {int(line["iteration"]): line for line in lines if (_number(line, "step_ms") or 0) > 0}
     if len(steps) < len(lines):
-        notes.append(f"metrics.jsonl: {len(lines) - len(steps)} lines repeat an iteration or have no time; left out")
+        notes.append(f"metrics.jsonl: {len(lines) - len(steps)} of {len(lines)} repeat an iteration or have no time, left out")
     numbers = {
         "path": str(path),
         **{key: run.get(key) for key in ("run_id", "system", "source", "status", "message", "started", "ended")},
