@@ -97,6 +97,7 @@ def test_the_numbers_are_those_of_the_lines_after_warm_up(tmp_path):
     assert {**run_numbers.read(run["path"]), "silent_s": 0} == {**run, "silent_s": 0}
     kept = page(make(tmp_path / "kept", with_(online={"replicate": "exact"}), events=events[:1]))
     assert "last: keep" in kept and "last change" not in kept and "no expert moved\n" in kept
+    assert "last change" not in page(make(tmp_path / "changed", events=events[:3]))
 
 
 @pytest.mark.parametrize("under", ["cpu-20261122/fig8", "hosts-20261122", "simulated-20261122/fig10"])
