@@ -67,19 +67,18 @@ def value_of(estimate: Estimate, score: str) -> float:
 
 
 def _best(cost: CostModel, fitting: list[Candidate], top: int, score: str) -> tuple[list[Estimate], int]:
-    # it bounds the mean; ranking by a percentile judges every plan
-    bounds = [(cost.lower_bound_ms(c.plan, c.micro_batch), place, False) for place, c in enumerate(fitting)]
+    bound_of = functools.partial(cost.lower_bound_ms, p95=score == "p95")
+    bounds = [(bound_of(c.plan, c.micro_batch), place, False) for place, c in enumerate(fitting)]
     heapq.heapify(bounds)
     found: list[tuple[float, int, Estimate]] = []
     num_judged = 0
     while bounds:
         bound, place, is_close = heapq.heappop(bounds)
-        if score == "mean" and len(found) >= top and bound > found[top - 1][0]:
+        if len(found) >= top and bound > found[top - 1][0]:
             break
         candidate = fitting[place]
-        if score == "mean" and not is_close:
-            bound = cost.lower_bound_ms(candidate.plan, candidate.micro_batch, closely=True)
-            heapq.heappush(bounds, (bound, place, True))
+        if not is_close:
+            heapq.heappush(bounds, (bound_of(candidate.plan, candidate.micro_batch, closely=True), place, True))
             continue
         estimate = cost.estimate(candidate.plan, candidate.micro_batch, candidate.memory)
         num_judged += 1
