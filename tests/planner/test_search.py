@@ -243,7 +243,7 @@ def test_bad_input_is_named_before_anything_runs(folder, capsys):
     assert _plan() == 2 and 'unknown key "colour"' in capsys.readouterr().err
 
 
-def _measured(path, dtype):
+def _measured(path, dtype, **facts):
     """A profile whose times are those of a described cluster."""
     primitives, points = described.describe(CLUSTER, described.Rates(), dtype), {}
     for name, kind in KINDS.items():
@@ -256,7 +256,7 @@ def _measured(path, dtype):
                 for ms in (primitives.ms, primitives.host_ms)
             ]
             points.setdefault(name, []).append(Point(sizes, *times))
-    path.write_text(json.dumps(Profile(points, dtype, {"ranks": 2}).to_dict()))
+    path.write_text(json.dumps(Profile(points, dtype, {"ranks": 2, **facts}).to_dict()))
 
 
 def test_a_measured_profile_beside_the_cluster_is_taken(folder, capsys):
@@ -264,6 +264,8 @@ def test_a_measured_profile_beside_the_cluster_is_taken(folder, capsys):
     assert _plan(cluster="bare") == 0 and "(measured)" in capsys.readouterr().out
     assert _plan("--dtype", "bfloat16", cluster="bare") == 2
     assert "was measured in float32, the plan is for bfloat16" in capsys.readouterr().err
+    _measured(folder / "p.json", "float32", memory_gbytes=1e-3)
+    assert _plan("--profile", "p.json") == 2 and "of 0.001 GB may be used" in capsys.readouterr().err, "as found there"
     (folder / "p.json").write_text("{}")
     assert _plan("--profile", "p.json") == 2 and "smartmoe profile" in capsys.readouterr().err
 

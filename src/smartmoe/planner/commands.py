@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -182,6 +183,8 @@ def setting_of(args: argparse.Namespace) -> tuple[RunConfig, CostModel]:
     if cluster.num_nodes == 1:  # a node that ranks were profiled on has them, whatever its file says
         there = max(cluster.ranks_per_node, primitives.facts.get("ranks", 1))
         cluster = dataclasses.replace(cluster, ranks_per_node=there)
+    memory = min(cluster.memory_gbytes, primitives.facts.get("memory_gbytes", math.inf))  # no more than was found there
+    cluster = dataclasses.replace(cluster, memory_gbytes=memory)
     chosen = inputs.choose_loads(config.model, gate, args.trace, args.loads, args.samples)
     return config, CostModel(config, cluster, primitives, chosen, getattr(args, "placement", "identity"))
 
