@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,27 @@ def test_a_gpu_updates_the_largest_first_and_each_with_its_decay(monkeypatch):
         is_vector = ref.local.dim() - (ref.kind == "expert") < 2
         assert decay_of[key] == (0.0 if is_vector else WORKLOAD.weight_decay), ref.name
     assert len(set(decay_of.values())) == 2
+
+
+def test_reductions_follow_one_another_and_norms_are_taken_beside_the_last(monkeypatch):
+    """Two groups at once would be two communicators of NCCL at once, and twice the link where slow ones are stood in for."""
+    calls = []
+
+    def all_reduce(flat, group, async_op):
+        calls.append(f"start {group}")
+        return SimpleNamespace(wait=lambda: calls.append(f"wait {group}"))
+
+    monkeypatch.setattr(data, "group_rank", lambda group: 0)
+    monkeypatch.setattr(data, "dist", SimpleNamespace(all_reduce=all_reduce))
+    params = {kind: torch.nn.Parameter(torch.zeros(2, 2)) for kind in data.KINDS}
+    for kind, param in params.items():
+        param.parallel = kind
+    buffers = data.GradientBuffers(list(params.items()), {kind: kind for kind in data.KINDS})
+    buffers.reduce(lambda: calls.append("norms"))
+    assert calls == ["start dense", "wait dense", "start tensor", "wait tensor", "start expert", "norms", "wait expert"]
+    calls.clear()
+    data.GradientBuffers(list(params.items()), {}).reduce(lambda: calls.append("norms"))
+    assert calls == ["norms"]
 
 
 def test_the_norm_does_not_depend_on_where_experts_live():

@@ -185,17 +185,18 @@ class GradientBuffers:
         return self._groups.get(kind) is not None
 
     def reduce(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups in this order.
+        """Sum the gradients over each kind's group. Collective over dense, tensor and expert groups, one after the other.
 
-        meanwhile: called while that is under way; it may read gradients that are not reduced, and write none."""
+        meanwhile: called while the last is under way; it may read gradients that are not reduced, and write none."""
         self.complete()
-        works = [
-            dist.all_reduce(flat, group=self._groups[kind], async_op=True)
-            for kind, flat in self._flat.items()
-            if self.is_reduced(kind) and kind not in self._early_kinds
-        ]
+        work: dist.Work | None = None
+        for kind, flat in self._flat.items():
+            if self.is_reduced(kind) and kind not in self._early_kinds:
+                if work is not None:  # NCCL does not promise that two communicators at once get by; they have one link, too
+                    work.wait()
+                work = dist.all_reduce(flat, group=self._groups[kind], async_op=True)
         meanwhile()
-        for work in works:
+        if work is not None:
             work.wait()  # on a GPU the stream waits, not the host
         if self.early is not None:
             self.early.finish()
