@@ -196,3 +196,18 @@ def test_plans_that_share_a_cost_model_are_judged_as_each_would_be_alone():
             assert np.array_equal(found.step_ms, wanted.step_ms) and found.memory == wanted.memory
             copied.add((made[0][0]._host_share > 0).sum())
     assert len(copied) > 4, "the cases differ"
+
+
+@pytest.mark.parametrize("placement", ["identity", "balanced"])
+def test_a_plan_that_is_slow_for_its_skew_alone_is_tried_with_copies_too(placement):
+    """The best of all plans with copies, by brute force; without copies two others are faster than it."""
+    cost = _cost(HOT, placement)
+    fitting = pool.build(cost, 4, 16).fitting
+    every = [cost.estimate(c.plan, c.micro_batch) for c in fitting]
+    best = min((copies.with_copies(cost, estimate) for estimate in every), key=lambda estimate: estimate.mean_ms)
+    plain = next(e.mean_ms for e in every if e.plan == best.plan)
+    assert best.copies and sum(e.mean_ms < plain for e in every) >= 2
+    for top in (1, 2):
+        result = search.search(cost, 4, top, fixed_micro_batch=16, copies=True)
+        assert len(result.ranked) == top and search.words_of(result.ranked[0]) == search.words_of(best)
+        assert result.ranked[0].mean_ms == best.mean_ms

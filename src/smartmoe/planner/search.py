@@ -21,6 +21,7 @@ from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.planner.pool import Candidate, Pool
 
 SCORES = ("mean", "p95")
+NUM_EVEN = 4  # trying one with copies takes longest of all that a search does
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def search(
 ) -> Result:
     """The `top` fastest plans of `num_gpus` ranks that fit in memory.
 
-    copies: then each of them is tried with copies of its experts too, and the list ranked anew.
+    copies: then each of them, and of the NUM_EVEN that would be fastest if routing were even, is tried with copies of its
+    experts too, and the list ranked anew: what is slow for its skew alone may be fastest with copies.
     Raises ValueError when nothing is legal or nothing fits, with the reason of the plan that comes nearest.
     """
     if score not in SCORES:
@@ -58,7 +60,11 @@ def search(
     ranked, num_judged = _best(cost, pool.fitting, top, score)
     if copies:
         value = functools.partial(value_of, score=score)
-        ranked = sorted((with_copies(cost, e, value) for e in ranked), key=value)
+        even, num_more = _best(data_insensitive(cost), pool.fitting, NUM_EVEN, score)
+        known = {(e.plan, e.micro_batch) for e in ranked}
+        ranked += [cost.estimate(e.plan, e.micro_batch) for e in even if (e.plan, e.micro_batch) not in known]
+        ranked = sorted((with_copies(cost, e, value) for e in ranked), key=value)[:top]
+        num_judged += num_more
     return Result(ranked, pool, num_judged, cost.loads.about)
 
 
