@@ -30,6 +30,7 @@ SCHEMA = 4
 TILE_ROWS = 128  # rows of a tile of a grouped product: an expert's rows are computed in multiples of it
 TILE_COLUMNS = 256
 _NEAR = 1e-6  # squared distance (of logarithms) below which a point is taken as the point itself
+_EXACT = 1e-16  # sum of squared errors (of logarithms) below which points are met but for rounding
 _CHUNK = 4096  # sizes evaluated at once
 _GIGA, _MEGA = 1e-9, 1e-6
 
@@ -354,7 +355,8 @@ def _amounts(kind: Kind, write_rows: float) -> Callable[..., tuple]:
 
 
 def _fit_device(kind: Kind, sizes_PQ: np.ndarray, times_P: np.ndarray) -> Curve:
-    """The curve of the points: more write_rows are tried as long as they bring base nearer to them."""
+    """The curve of the points: more write_rows are tried as long as they bring base nearer to them; not where it passes through
+    all, as it does through a few: what is left is rounding, which another machine has otherwise."""
     best, least = None, np.inf
     for write_rows in (0.0, *kind.write_rows):
         curve = Curve.fit(*_tables(_amounts(kind, write_rows), kind, sizes_PQ), times_P)
@@ -362,6 +364,8 @@ def _fit_device(kind: Kind, sizes_PQ: np.ndarray, times_P: np.ndarray) -> Curve:
         if error >= least * (1 - 1e-6):
             break
         best, least = dataclasses.replace(curve, write_rows=write_rows), error
+        if least < _EXACT:
+            break
     return best
 
 
