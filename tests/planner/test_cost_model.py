@@ -14,7 +14,7 @@ from smartmoe.config import (
     Workload,
 )
 from smartmoe.planner import described, layer_cost, loads
-from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.cost_model import CostModel, least_at_its_clock
 from smartmoe.planner.layer_cost import LayerSetting, busiest_bytes, group_bytes, layer_times
 from smartmoe.planner.parameters import Parameters
 from smartmoe.planner.primitives import Curve, Primitives
@@ -330,6 +330,13 @@ def test_tensor_parallelism_puts_a_sequence_in_order_before_and_behind_attention
         for plan in (ParallelPlan(dp=4, tp=2), ParallelPlan(dp=8)):
             took[ms, plan.tp] = [float(way.device) for way in cost._attention(plan, 2)]
     assert took[3.0, 2] == pytest.approx([ms + 2 * 2.0 for ms in took[1.0, 2]]) and took[3.0, 1] == took[1.0, 1]
+
+
+def test_no_step_is_shorter_than_the_least_that_waiting_leaves_of_it():
+    products = np.random.default_rng(0).uniform(0, 1, 100_000)
+    for speedup in (0.0, 0.05, 0.2, 0.5, 2.0):
+        real = 1 - (products * (1 - np.exp(-speedup * (1 - products)))).max()
+        assert real - 1e-3 * speedup <= least_at_its_clock(speedup) <= real
 
 
 def test_an_update_takes_as_long_as_its_work_or_its_launches():
