@@ -277,6 +277,25 @@ def test_runs_that_did_other_work_are_not_compared(tmp_path, other, facts, what)
     assert "they differ" not in report.text([runs[0], runs[0]])
 
 
+def test_runs_that_do_not_say_what_they_did_are_not_compared(tmp_path):
+    runs = [run_numbers.read(make(tmp_path / name, device=None)) for name in "ab"]
+    assert "none is marked: none says its device.\n" in report.text(runs) + "\n" and "*" not in report.text(runs)
+    runs = [{**run, "device": "a CPU", "batch": [8, None], "model": None} for run in runs]
+    assert "none is marked: none says its model, batch." in report.text(runs)
+    assert "none is marked" not in report.text(runs[:1] + [{**runs[0], "counted": 0}])
+
+
+def test_settings_of_another_program_that_are_no_numbers_are_not_known(tmp_path):
+    folder = make(tmp_path, times=TIMES[:4], status="failed")
+    run = record.read_run(folder)
+    whole = run_numbers.read(folder)
+    for key, name in (("iterations", "planned"), ("warmup_iterations", "warmup"), ("global_batch_size", "tokens_per_s")):
+        work = {**run["config"]["workload"], key: "6"}
+        record.write_json(folder / "run.json", {**run, "config": {**run["config"], "workload": work}})
+        numbers = run_numbers.read(folder)
+        assert not numbers[name] and whole[name] and "failed, 4" in report.text([numbers]), key
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 

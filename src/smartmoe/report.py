@@ -55,8 +55,8 @@ def _page(run: dict) -> str:
 
 def _table(runs: Sequence[dict]) -> str:
     timed = [run for run in runs if run["counted"]]
-    odd = [name for key, name in ALIKE.items() if len({json.dumps(run[key]) for run in timed}) > 1]
-    fastest = min(timed, key=lambda run: run["step_ms"]["median"]) if len(timed) > 1 and not odd else None
+    why_not = _why_not_compared(timed)
+    fastest = min(timed, key=lambda run: run["step_ms"]["median"]) if len(timed) > 1 and not why_not else None
     folders = [os.path.abspath(run["path"]) for run in runs]
     top = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     names = [os.path.relpath(folder, top) for folder in folders]
@@ -82,12 +82,22 @@ def _table(runs: Sequence[dict]) -> str:
         lines.append("the same in all: " + ", ".join(said))
     if fastest:
         lines.append(f"* the fastest, by the median of its steps after warm-up; all on {fastest['device']}")
-    elif odd:
-        lines.append(f"Their speeds cannot be compared, so none is marked: they differ in {', '.join(odd)}.")
+    elif why_not:
+        lines.append(f"Their speeds cannot be compared, so none is marked: {why_not}.")
     for run, name in zip(runs, names, strict=True):
         status = [] if run["status"] == "ok" else ["; ".join(_status(run))]
         lines += [f"{name}: {words}" for words in [*status, *run["notes"]]]
     return "\n".join(lines)
+
+
+def _why_not_compared(timed: Sequence[dict]) -> str:
+    """Why the step times of several runs say nothing of which is faster, "" where they do."""
+    odd = [name for key, name in ALIKE.items() if len({json.dumps(run[key]) for run in timed}) > 1]
+    if odd or len(timed) < 2:
+        return f"they differ in {', '.join(odd)}" if odd else ""
+    said = {key: timed[0][key] for key in ALIKE if key != "capacity"}  # None is a capacity, too
+    unsaid = [ALIKE[key] for key, value in said.items() if None in (value if isinstance(value, list) else [value])]
+    return f"none says its {', '.join(unsaid)}" if unsaid else ""
 
 
 def _system(run: dict) -> str:
@@ -114,7 +124,7 @@ def _word(run: dict) -> str:
 
 def _progress(run: dict) -> str:
     done, planned = run["iterations"], run["planned"]
-    return f"{done} of {planned}" if isinstance(planned, int) and done <= planned else str(done)
+    return f"{done} of {planned}" if planned is not None and done <= planned else str(done)
 
 
 def _status(run: dict) -> list[str]:

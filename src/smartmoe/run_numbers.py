@@ -48,14 +48,14 @@ def read(run_dir: str | Path) -> dict:
         **{key: run.get(key) for key in ("run_id", "system", "source", "status", "message", "started", "ended")},
         "entry": facts.get("entry"),
         "model": model and dataclasses.asdict(model),
-        "batch": [_setting(run, "workload", f"{kind}_batch_size") for kind in ("global", "micro")],
+        "batch": [_whole(run, f"{kind}_batch_size") for kind in ("global", "micro")],
         "capacity": _setting(run, "gate", "capacity"),
         "plan": plan and plan.describe(),
         "ranks": facts.get("num_ranks") or (plan and plan.world_size),
         "device": facts.get("device"),
         "dtype": _setting(run, "workload", "dtype"),
         "iterations": max(steps, default=0),
-        "planned": _setting(run, "workload", "iterations"),
+        "planned": _whole(run, "iterations"),
         "last_checkpoint": last_checkpoint(path),
         "go_on": "" if run["status"] in ("ok", "skipped") else how_to_go_on(path, run),
         "at_work": _is_held(path) if run["status"] == "running" else False,
@@ -103,10 +103,10 @@ def _of_steps(run: dict, steps: dict[int, dict], plan, model, notes: list[str]) 
         notes.append(f"{losses.count(None)} losses are no finite numbers, the first is that of iteration {first}")
     ends = min(MAX_ENDS, -(-len(steps) // 2))
     last = losses[-ends:]
-    warmup = _setting(run, "workload", "warmup_iterations") or 0
+    warmup = _whole(run, "warmup_iterations") or 0
     counted = [line["step_ms"] for at, line in steps.items() if at > warmup]
     p10, median, p90 = (round(float(ms), 4) for ms in np.percentile(counted, (10, 50, 90))) if counted else (None,) * 3
-    samples, speed = _setting(run, "workload", "global_batch_size"), {"tokens_per_s": None, "tflops_per_rank": None}
+    samples, speed = _whole(run, "global_batch_size"), {"tokens_per_s": None, "tflops_per_rank": None}
     trains = any("lm_loss" in line for line in steps.values())
     if trains and counted and samples and model:
         speed["tokens_per_s"] = round(samples * model.seq_len / median * 1e3, 1)
@@ -191,6 +191,12 @@ def _setting(run: dict, *keys: str):
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _whole(run: dict, key: str) -> int | None:
+    """A number of the workload, or None: other programs write run.json, too."""
+    value = _setting(run, "workload", key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _parsed(run: dict, key: str, cls: type, notes: list[str]):
