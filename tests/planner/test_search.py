@@ -19,7 +19,7 @@ from smartmoe.config import (
     check,
 )
 from smartmoe.planner import described, loads, pool, search
-from smartmoe.planner.cost_model import CostModel
+from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.planner.primitives import KINDS, Point, Profile
 
 MODEL = ModelConfig(
@@ -52,7 +52,18 @@ def test_the_search_equals_judging_every_plan(placement):
     assert [e.p95_ms for e in tail.ranked] == pytest.approx(p95[:5]) and tail.num_judged < len(space.fitting)
 
 
-@pytest.mark.parametrize("num_samples", [6, 20, 40])
+def test_equal_plans_stand_in_the_order_of_the_pool_whatever_their_bounds_are():
+    class Cost:
+        lower_bound_ms = staticmethod(lambda plan, micro_batch, closely=False, p95=False: 1 / micro_batch)
+        estimate = staticmethod(lambda plan, micro_batch, known: Estimate(plan, micro_batch, 1, np.ones(2), {}, known, 1))
+
+    fitting = [pool.Candidate(ParallelPlan(dp=8), micro_batch) for micro_batch in (1, 2, 4)]
+    for score in search.SCORES:
+        ranked, num_judged = search._best(Cost, fitting, 2, score)
+        assert [e.micro_batch for e in ranked] == [1, 2] and num_judged == 3
+
+
+@pytest.mark.parametrize("num_samples", [6, 20, 21])
 def test_a_bound_of_the_tail_holds_where_waiting_makes_products_faster(num_samples):
     """Of few samples; of many, one that is far above all others may lift the mean and not the percentile."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, hidden_size=1024, ffn_size=4096, seq_len=1024))
@@ -266,6 +277,10 @@ def test_a_measured_profile_beside_the_cluster_is_taken(folder, capsys):
     assert "was measured in float32, the plan is for bfloat16" in capsys.readouterr().err
     _measured(folder / "p.json", "float32", memory_gbytes=1e-3)
     assert _plan("--profile", "p.json") == 2 and "of 0.001 GB may be used" in capsys.readouterr().err, "as found there"
+    _measured(folder / "p.json", "float32", memory_gbytes=1e3)
+    text = FILES["clusters/two.toml"].replace("memory_gbytes = 64.0", "memory_gbytes = 0.5")
+    (folder / "scripts/clusters/two.toml").write_text(text)
+    assert _plan("--profile", "p.json") == 2 and "of 0.5 GB may be used" in capsys.readouterr().err, "as the cluster says"
     (folder / "p.json").write_text("{}")
     assert _plan("--profile", "p.json") == 2 and "smartmoe profile" in capsys.readouterr().err
 
