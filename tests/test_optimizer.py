@@ -89,7 +89,8 @@ def test_a_gpu_updates_the_largest_first_and_each_with_its_decay(monkeypatch):
 
 
 def test_reductions_follow_one_another_and_norms_are_taken_beside_the_last(monkeypatch):
-    """Two groups at once would be two communicators of NCCL at once, and twice the link where slow ones are stood in for."""
+    """Two groups at once would be two communicators of NCCL at once, and more than the link where slow ones are stood in for:
+    dp4-ep2 took the 342 ms of its dense gradients' bytes alone, with those of experts they are 409."""
     calls = []
 
     def all_reduce(flat, group, async_op):
