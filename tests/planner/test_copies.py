@@ -207,7 +207,7 @@ def test_a_plan_that_is_slow_for_its_skew_alone_is_tried_with_copies_too(placeme
     best = min((copies.with_copies(cost, estimate) for estimate in every), key=lambda estimate: estimate.mean_ms)
     plain = next(e.mean_ms for e in every if e.plan == best.plan)
     assert best.copies and sum(e.mean_ms < plain for e in every) >= 2
-    for top in (1, 2, 3):  # at last it is among both kinds
+    for top in (1, 2, 6):  # of six, one is among both kinds
         result = search.search(cost, 4, top, fixed_micro_batch=16, copies=True)
         assert len({(e.plan, e.micro_batch) for e in result.ranked}) == len(result.ranked) == top
         assert search.words_of(result.ranked[0]) == search.words_of(best)
