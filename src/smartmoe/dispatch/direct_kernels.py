@@ -12,9 +12,9 @@ from the first to the last moment, what arrives is used while the rest is on its
 keeps a push of this rank from being done: whatever number of blocks runs, no two ranks can wait for each other.
 state: [3] int32, blocks done in this call, number of calls, pieces taken.
 
-A rank that has died or left its loop answers nothing any more. Who waits for it polls MOST_POLLS times, about ten minutes (as
-long as NCCL's collectives wait), says so and ends its context by a trap: its process gets a CUDA error instead of standing for
-ever.
+A rank that has died or left its loop answers nothing any more. Who waits for it polls MOST_POLLS times, some ten minutes, says
+so and ends its context by a trap: its process gets a CUDA error instead of standing for ever. Nothing that ranks do one by one
+between two exchanges takes as long; where they save, they meet before the next.
 """
 
 from __future__ import annotations
