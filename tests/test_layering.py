@@ -120,3 +120,9 @@ def test_plotting_imports_neither_torch_nor_the_library():
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_longer_than_600_lines(path):
     assert len(path.read_text().splitlines()) <= 600
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """The folders of tests are no packages, so pytest refuses the second file of a name, but only where both are run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 100 and len(set(names)) == len(names)
