@@ -21,10 +21,10 @@ from tests.parity import MODEL, make_config, make_trainer
 NUM_RANKS, NUM_PLANS = 4, 3
 
 
-def _space():
+def _space(memory_gbytes=4.0):
     config = make_config(micro_batches=4)
     config = dataclasses.replace(config, workload=dataclasses.replace(config.workload, iterations=10))
-    cluster = ClusterSpec(ranks_per_node=NUM_RANKS)
+    cluster = ClusterSpec(ranks_per_node=NUM_RANKS, memory_gbytes=memory_gbytes)
     cost = CostModel(config, cluster, described.describe(cluster, described.Rates(), "float32"), loads.uniform(MODEL))
     return config, cluster, pool.build(cost, NUM_RANKS)
 
@@ -36,10 +36,13 @@ def _run(_world_rank, configs):
     return losses
 
 
-def test_legal_plans_start():
-    config, cluster, space = _space()
-    order = np.random.default_rng(7).permutation(len(space.fitting))
-    kinds = {(c.plan.pp, c.plan.vpp, c.plan.tp): c for c in (space.fitting[place] for place in order)}
+@pytest.mark.parametrize("memory_gbytes", [4.0, 1.0001e-9 * OUTSIDE_BYTES])
+def test_legal_plans_start(memory_gbytes):
+    """Also those that may not fit: the trainer refuses nothing for its predicted memory."""
+    config, cluster, space = _space(memory_gbytes)
+    legal = space.fitting if memory_gbytes == 4 else [p.candidate for p in space.pruned if not p.is_too_large]
+    order = np.random.default_rng(7).permutation(len(legal))
+    kinds = {(c.plan.pp, c.plan.vpp, c.plan.tp): c for c in (legal[place] for place in order)}
     configs = [pool.config_of(config, cluster, c.plan, c.micro_batch) for c in kinds.values()][:NUM_PLANS]
     assert len(configs) == NUM_PLANS, "a sample of many kinds"
     for losses in spawn(_run, NUM_RANKS, configs):
@@ -82,7 +85,7 @@ def test_plans_that_fit_run_and_those_too_large_run_out_of_memory(dispatcher):
     cost = CostModel(config, cluster, described.describe(cluster, described.Rates(), "bfloat16"), loads.uniform(LARGE))
     space = pool.build(cost, 1)
     room = cluster.memory_gbytes * 1e9 - OUTSIDE_BYTES
-    too_large = [p.candidate for p in space.pruned if p.candidate.memory.allocated > 1.08 * room]
+    too_large = [p.candidate for p in space.pruned if p.is_too_large]
     largest = sorted(space.fitting, key=lambda c: -c.memory.total)[:2]
     assert len(largest) == 2 and too_large, "a sample of both"
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])

@@ -119,7 +119,8 @@ def _add_plan(commands) -> None:
     parser.add_argument(
         "--explain", nargs=2, metavar=("A", "B"), help="compare two plans, by row or by name, part by part"
     )
-    parser.add_argument("--pruned", type=int, default=0, metavar="N", help="print N plans that do not fit, and why")
+    parser.add_argument("--pruned", type=int, default=0, metavar="N",
+                        help="print N plans that are too large or may not fit, and why")  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FILE.toml", help="write the best plan as a run for `smartmoe train`"
     )
@@ -200,7 +201,7 @@ def _plan(args: argparse.Namespace) -> int:
     print(search.format_table(result, args.top))
     print(_insensitive(cost, result, args))
     for pruned in sorted(result.pool.pruned, key=lambda p: p.candidate.memory.total)[: args.pruned]:
-        print(f"left out: {pruned.candidate.name}: {pruned.reason}")
+        print(f"left out: {pruned.candidate.name} {pruned.reason}")
     if args.explain:
         one, other = (search.find(cost, result, word, args.gpus) for word in args.explain)
         print("\n" + search.explain(cost, one, other))
@@ -226,11 +227,12 @@ def _check_options(args: argparse.Namespace, cost: CostModel) -> None:
 
 def _insensitive(cost: CostModel, result: search.Result, args) -> str:
     """What a planner would choose that does not look at the routing, and what that choice takes under these loads."""
-    blind = search.search(search.data_insensitive(cost), args.gpus, 1, args.score, args.micro_batch).ranked[0]
+    blind = search.search(cost.data_insensitive(), args.gpus, 1, args.score, args.micro_batch).ranked[0]
     name, best = search.words_of(blind), result.ranked[0]
-    if not pool.fits(cost, blind.plan, blind.micro_batch):
-        return f"without looking at the loads: {name}, which does not fit in memory under them"
     seen = cost.estimate(blind.plan, blind.micro_batch)
+    pruned = pool.left_out(cost, pool.Candidate(blind.plan, blind.micro_batch, seen.memory))
+    if pruned:
+        return f"without looking at the loads: {name}, which under them {pruned.reason}"
     return f"without looking at the loads: {name}, {seen.mean_ms:.1f} ms under them, {seen.mean_ms / best.mean_ms:.2f} x row 1"
 
 
@@ -306,6 +308,7 @@ def _simulate(args: argparse.Namespace) -> int:
     )
     found = simulate.simulate(config, cluster, cost.primitives, chosen, policy)
     memory = cost.memory(plan, micro_batch)
+    pruned = pool.left_out(cost, pool.Candidate(plan, micro_batch, memory))
     took = time.monotonic() - start
     print(
         f"{args.plan} with {args.policy} on {args.gpus} of cluster {cluster.name} ({cost.primitives.source}), {chosen.about}"
@@ -314,6 +317,8 @@ def _simulate(args: argparse.Namespace) -> int:
           f"p95 {np.percentile(found.step_ms, 95):.1f} ms; moving and copying experts {found.overhead_ms.mean():.2f} ms of it; "
           f"max/mean load {found.max_over_mean.mean():.2f}; {len(found.events)} changes; "
           f"{memory.total / 1e9:.1f} GB on the fullest rank")  # fmt: skip
+    if pruned:
+        print(f"{args.plan} {pruned.reason}")
     if args.out:
         facts = {"device": f"cluster {cluster.name}", "primitives": cost.primitives.source, "loads": chosen.about}
         simulate.write_run(args.out, safe_run_id(args.plan, args.policy), config, found, bars, facts)

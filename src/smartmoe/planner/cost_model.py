@@ -20,7 +20,7 @@ from smartmoe.config import EQUAL_BLOCKS, ClusterSpec, ParallelPlan, RunConfig
 from smartmoe.placement import Placement
 from smartmoe.planner import memory
 from smartmoe.planner.layer_cost import LayerSetting, LayerTimes, exchange_ms, group_bytes, layer_times
-from smartmoe.planner.loads import Loads
+from smartmoe.planner.loads import Loads, uniform
 from smartmoe.planner.memory import Memory
 from smartmoe.planner.parameters import Parameters, chunk_layers, chunk_parameters, has_experts
 from smartmoe.planner.primitives import Primitives
@@ -135,6 +135,10 @@ class CostModel:
         model = CostModel(self.config, self.cluster, self.primitives, loads, self.placement)
         model._known_of_any = self._known_of_any
         return model
+
+    def data_insensitive(self) -> CostModel:
+        """The same run under uniform loads: what a planner that does not look at the routing would use."""
+        return self.once(("uniform",), lambda: self.with_loads(uniform(self.config.model)))
 
     # ------------------------------------------------------------------------------------------------------- one step
 

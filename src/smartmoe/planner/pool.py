@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from smartmoe.config import ClusterSpec, ParallelPlan, RunConfig, check
 from smartmoe.planner.cost_model import CostModel
-from smartmoe.planner.memory import MARGIN, Memory
+from smartmoe.planner.memory import ERROR, MARGIN, Memory
 
 MAX_VPP = 4  # chunks of a rank: more of them only add messages
 
@@ -33,15 +33,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A legal plan that was left out, and why."""
+    """A legal plan that was left out for its memory, and why. is_too_large: it cannot train; else it may, or may run out."""
 
     candidate: Candidate
+    is_too_large: bool
     reason: str
 
 
 @dataclass
 class Pool:
-    """What a search looks at: plans that fit, plans that do not with the reason, and how often each check failed."""
+    """What a search looks at: plans that fit, legal ones left out with the reason, and how often each check failed."""
 
     fitting: list[Candidate] = field(default_factory=list)
     pruned: list[Pruned] = field(default_factory=list)
@@ -50,6 +51,10 @@ class Pool:
     @property
     def num_legal(self) -> int:
         return len(self.fitting) + len(self.pruned)
+
+    @property
+    def num_too_large(self) -> int:
+        return sum(pruned.is_too_large for pruned in self.pruned)
 
 
 def name_of(plan: ParallelPlan, micro_batch: int) -> str:
@@ -120,14 +125,14 @@ def build(cost: CostModel, num_gpus: int, fixed_micro_batch: int | None = None) 
     legal, illegal = cost.once_of_any(
         ("legal", num_gpus, fixed_micro_batch), lambda: _legal(cost.config, cluster, num_gpus, fixed_micro_batch)
     )
-    pool, limit = Pool(illegal=illegal), cluster.memory_gbytes * 1e9 * MARGIN
+    pool = Pool(illegal=illegal)
     for plan, micro_batch in legal:
-        memory = cost.memory(plan, micro_batch)
-        candidate = Candidate(plan, micro_batch, memory)
-        if memory.total > limit:
-            pool.pruned.append(Pruned(candidate, _too_large(memory, limit, cluster)))
-        else:
+        candidate = Candidate(plan, micro_batch, cost.memory(plan, micro_batch))
+        pruned = left_out(cost, candidate)
+        if pruned is None:
             pool.fitting.append(candidate)
+        else:
+            pool.pruned.append(pruned)
     if not pool.num_legal:
         common = "; ".join(reason for reason, _ in pool.illegal.most_common(3)) or "the batch is smaller than the ranks"
         raise ValueError(f"no plan of {num_gpus} GPUs is legal for model {cost.config.model.name}: {common}")
@@ -147,17 +152,38 @@ def _legal(config, cluster, num_gpus, fixed_micro_batch) -> tuple[list[tuple[Par
 
 
 def fits(cost: CostModel, plan: ParallelPlan, micro_batch: int) -> bool:
-    """Whether a plan fits in the memory of the cost model's cluster."""
-    return cost.memory(plan, micro_batch).total <= cost.cluster.memory_gbytes * 1e9 * MARGIN
+    """Whether a plan takes no more than the safe part of the memory of the cost model's cluster."""
+    return cost.memory(plan, micro_batch).total <= MARGIN * _device_bytes(cost)
 
 
-def _too_large(memory: Memory, limit: float, cluster: ClusterSpec) -> str:
+def left_out(cost: CostModel, candidate: Candidate) -> Pruned | None:
+    """Why a plan is no choice, or None where it fits.
+
+    Too large is what would not fit though the prediction were ERROR too high and the routing even. All else beyond MARGIN of
+    the device may not fit: the trainer takes it, and trains or ends out of memory.
+    """
+    memory, device = candidate.memory, _device_bytes(cost)
+    if memory.total <= MARGIN * device:
+        return None
+    if memory.total > (1 + ERROR) * device:
+        even = cost.data_insensitive().memory(candidate.plan, candidate.micro_batch)
+        if even.total > (1 + ERROR) * device:
+            least = min(memory, even, key=lambda m: m.total)
+            limit = f"{device / 1e9:g} GB are there, and predictions are at most {ERROR:.0%} too high"
+            return Pruned(candidate, True, f"is too large: {_words(least, ' at the least')}; {limit}")
+    limit = f"{MARGIN * device / 1e9:.2f} of {device / 1e9:g} GB are safe"
+    return Pruned(candidate, False, f"may not fit: {_words(memory)}; {limit}")
+
+
+def _device_bytes(cost: CostModel) -> float:
+    return cost.cluster.memory_gbytes * 1e9
+
+
+def _words(memory: Memory, how: str = "") -> str:
+    """The fullest stage, and what takes most of it."""
     parts = {k: v for k, v in vars(memory).items() if k != "pp_stage"}
     largest = max(parts, key=parts.get)
-    return (
-        f"stage {memory.pp_stage} needs {memory.total / 1e9:.2f} GB, {largest} {parts[largest] / 1e9:.2f} of them; "
-        f"{limit / 1e9:.2f} of {cluster.memory_gbytes:g} GB may be used"
-    )
+    return f"stage {memory.pp_stage} needs {memory.total / 1e9:.2f} GB{how}, {largest} {parts[largest] / 1e9:.2f} of them"
 
 
 def cluster_of(cluster: ClusterSpec, num_gpus: int) -> ClusterSpec:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from smartmoe.config import ParallelPlan
-from smartmoe.planner import loads as loads_module
 from smartmoe.planner import pool as pools
 from smartmoe.planner.copies import model_with_copies, with_copies
 from smartmoe.planner.cost_model import CostModel, Estimate
@@ -54,13 +53,13 @@ def search(
     if not pool.fitting:
         nearest = min(pool.pruned, key=lambda pruned: pruned.candidate.memory.total)
         raise ValueError(
-            f"no plan of {num_gpus} GPUs fits: of {pool.num_legal} legal ones {nearest.candidate.name} comes nearest, "
-            f"but {nearest.reason}"
+            f"no plan of {num_gpus} GPUs fits safely: of {pool.num_legal} legal ones {nearest.candidate.name} comes "
+            f"nearest, but it {nearest.reason}"
         )
     ranked, num_judged = _best(cost, pool.fitting, top, score)
     if copies:
         value = functools.partial(value_of, score=score)
-        even, num_more = _best(data_insensitive(cost), pool.fitting, NUM_EVEN, score)
+        even, num_more = _best(cost.data_insensitive(), pool.fitting, NUM_EVEN, score)
         known = {(e.plan, e.micro_batch) for e in ranked}
         ranked += [cost.estimate(e.plan, e.micro_batch) for e in even if (e.plan, e.micro_batch) not in known]
         ranked = sorted((with_copies(cost, e, value) for e in ranked), key=value)[:top]
@@ -101,7 +100,8 @@ def format_table(result: Result, limit: int = 20) -> str:
     """The ranked plans as a table."""
     pool = result.pool
     lines = [
-        f"{pool.num_legal} legal plans, {len(pool.pruned)} of them do not fit in memory; loads: {result.about}",
+        f"{pool.num_legal} legal plans, {pool.num_too_large} of them too large for the memory, "
+        f"{len(pool.pruned) - pool.num_too_large} that may not fit; loads: {result.about}",
         f"{'#':>3s}  {'plan':34s} {'step ms':>10s} {'p95':>10s} {'tokens/s':>11s} {'GB':>6s} {'copies':>10s}  bottleneck",
     ]
     for place, estimate in enumerate(result.ranked[:limit], 1):
@@ -161,10 +161,10 @@ def explain(cost: CostModel, one: Estimate, other: Estimate) -> str:
         ("fullest rank / mean rank", [imbalance(cost, e) for e in (one, other)]),
     ):
         lines.append(f"{title:24s}" + "".join(f"{value:{width}.2f}" for value in values))
-    limit = cost.cluster.memory_gbytes * pools.MARGIN
     for name, estimate in zip(names, (one, other), strict=True):
-        if estimate.memory.total / 1e9 > limit:
-            lines.append(f"{name} does not fit: {limit:.1f} GB of {cost.cluster.memory_gbytes:g} may be used")
+        pruned = pools.left_out(cost, Candidate(estimate.plan, estimate.micro_batch, estimate.memory))
+        if pruned:
+            lines.append(f"{name} {pruned.reason}")
     faster = names[0] if totals[0] <= totals[1] else names[1]
     gaps = {p: other.parts.get(p, 0.0) - one.parts.get(p, 0.0) for p in {*one.parts, *other.parts}}
     sign = 1 if totals[1] >= totals[0] else -1
@@ -181,8 +181,3 @@ def imbalance(cost: CostModel, estimate: Estimate) -> float:
     rows_SLW = cost.rows(estimate.plan, estimate.micro_batch)
     mean = rows_SLW.mean(-1)
     return float(np.where(mean > 0, rows_SLW.max(-1) / np.maximum(mean, 1e-12), 1.0).mean())
-
-
-def data_insensitive(cost: CostModel) -> CostModel:
-    """The same model with uniform loads: what a planner that does not look at the routing would use."""
-    return cost.with_loads(loads_module.uniform(cost.config.model))
