@@ -142,8 +142,8 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def memory(self, plan: ParallelPlan, micro_batch: int) -> Memory:
-        """Memory of the fullest stage of a plan."""
+    def memory(self, plan: ParallelPlan, micro_batch: int, never_captured: bool = False) -> Memory:
+        """Memory of the fullest stage of a plan. never_captured: as if passes were launched, whatever is best."""
         setting, num_chunks = self.setting(plan, micro_batch), plan.pp * plan.vpp
         rows = self.once(
             ("most rows", setting.tokens, plan.ep, num_chunks),
@@ -153,7 +153,8 @@ class CostModel:
             ("held", plan.pp, plan.vpp, plan.dp, plan.tp, plan.ep),
             lambda: memory.held(plan, setting, self.parameters(plan), self.config.workload.zero),
         )
-        num_micro, is_captured = self.num_micro_batches(plan, micro_batch), self.is_captured(plan, micro_batch)
+        num_micro = self.num_micro_batches(plan, micro_batch)
+        is_captured = self.is_captured(plan, micro_batch) and not never_captured
         return memory.estimate(plan, setting, micro_batch, num_micro, rows, held, is_captured)
 
     def lower_bound_ms(self, plan: ParallelPlan, micro_batch: int, closely: bool = False, p95: bool = False) -> float:

@@ -159,16 +159,17 @@ def fits(cost: CostModel, plan: ParallelPlan, micro_batch: int) -> bool:
 def left_out(cost: CostModel, candidate: Candidate) -> Pruned | None:
     """Why a plan is no choice, or None where it fits.
 
-    Too large is what would not fit though the prediction were ERROR too high and the routing even. All else beyond MARGIN of
-    the device may not fit: the trainer takes it, and trains or ends out of memory.
+    Too large is what would not fit though the prediction were ERROR too high, the routing even, and nothing captured, as the
+    trainer goes on where a CUDA graph finds no memory. All else beyond MARGIN of the device may not fit: the trainer takes
+    it, and trains or ends out of memory.
     """
     memory, device = candidate.memory, _device_bytes(cost)
     if memory.total <= MARGIN * device:
         return None
     if memory.total > (1 + ERROR) * device:
-        even = cost.data_insensitive().memory(candidate.plan, candidate.micro_batch)
-        if even.total > (1 + ERROR) * device:
-            least = min(memory, even, key=lambda m: m.total)
+        even = cost.data_insensitive().memory(candidate.plan, candidate.micro_batch, never_captured=True)
+        least = min(memory, even, key=lambda m: m.total)
+        if least.total > (1 + ERROR) * device:
             limit = f"{device / 1e9:g} GB are there, and predictions are at most {ERROR:.0%} too high"
             return Pruned(candidate, True, f"is too large: {_words(least, ' at the least')}; {limit}")
     limit = f"{MARGIN * device / 1e9:.2f} of {device / 1e9:g} GB are safe"
