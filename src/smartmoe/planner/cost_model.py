@@ -263,11 +263,12 @@ class CostModel:
             near = near and not self.cluster.slow_links_gbytes_per_s
             layer = dataclasses.replace(layer, dispatcher="direct" if near else "basic")
         pace = tuple(self.primitives.facts.get("rank_pace", ())) if self.primitives else ()
+        is_split = self.cluster.device == "cuda" and config.workload.dtype == "bfloat16"  # see ops.wide_linear
         knows_chips = len(pace) == plan.ep == self.cluster.num_ranks  # which rank has which, where there is one group
         return LayerSetting(
             model=config.model, gate=config.gate, layer=layer, tokens=micro_batch * config.model.seq_len // plan.tp,
             ep=plan.ep, stage_size=plan.stage_size, ranks_per_node=self.cluster.ranks_per_node,
-            dtype_bytes=self.dtype_bytes, replica_slots=config.online.replica_slots,
+            dtype_bytes=self.dtype_bytes, router_bytes=2 if is_split else 4, replica_slots=config.online.replica_slots,
             is_exact=config.online.replicate == "exact", pace=pace if knows_chips else (),
         )  # fmt: skip
 

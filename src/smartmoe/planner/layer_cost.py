@@ -22,7 +22,7 @@ NO_SYNC = ("direct",)
 @dataclass(frozen=True, kw_only=True)
 class LayerSetting:
     """What a layer's time depends on besides the loads. tokens: of one rank in one micro-batch; ep ranks share the
-    experts; stage_size ranks take part in global gates; dtype_bytes: of activations."""
+    experts; stage_size ranks take part in global gates; dtype_bytes: of activations, router_bytes: of a router's input."""
 
     model: ModelConfig
     gate: GateConfig
@@ -32,6 +32,7 @@ class LayerSetting:
     stage_size: int
     ranks_per_node: int
     dtype_bytes: int
+    router_bytes: int = 4
     replica_slots: int = 0
     is_exact: bool = False  # replicas are of each micro-batch, not of a whole step
     pace: tuple[float, ...] = ()  # of each rank, times over the slowest one's; empty = all alike

@@ -234,7 +234,7 @@ def _saved_by_block(setting: LayerSetting, plan: ParallelPlan, micro_batch: int)
     """(bytes that a block with experts saves whatever the routing, bytes for each row that its experts compute)."""
     model, tokens, bytes_ = setting.model, setting.tokens, setting.dtype_bytes
     width, copies, hidden = model.hidden_size, setting.copies, hidden_width(model)
-    router = 4 * tokens * width + 8 * tokens  # its float32 copy of the input (in float32: the input itself)
+    router = setting.router_bytes * tokens * width + 8 * tokens  # its input, or where need be a float32 copy
     if setting.gate.kind not in ("naive", "zero", "trace"):
         router += 4 * tokens * model.num_experts
     fixed = _attention(setting, plan, micro_batch) + bytes_ * tokens * width + router + 48 * copies
