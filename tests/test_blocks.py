@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smartmoe.blocks import Block, DenseMLP, run_block
+from smartmoe.blocks import Block, DenseMLP, add, run_block
 
 WIDTH, FFN = 8, 12
 
@@ -36,16 +36,23 @@ def _expected(params, x, token_id, has_experts):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("has_experts", [False, True])
-def test_a_block_is_its_formula(has_experts, recompute):
+@pytest.mark.parametrize("has_update", [False, True])
+def test_a_block_is_its_formula(has_update, has_experts, recompute):
     torch.manual_seed(0)
     mlp = None if has_experts else DenseMLP(WIDTH, FFN, bias=True)
     block = Block(WIDTH, nn.Linear(WIDTH, WIDTH, bias=False), _Experts() if has_experts else None, mlp)
     for param in block.parameters():  # norms that are not the identity, each its own
         nn.init.normal_(param, std=0.5)
     x, token_id, grad = torch.randn(2, 3, WIDTH, requires_grad=True), torch.arange(6).view(2, 3), torch.randn(2, 3, WIDTH)
-    y, balance_loss = run_block(block, x, token_id, recompute)
-    names = [name for name, _ in block.named_parameters()]
-    found = torch.autograd.grad((y * grad).sum() + balance_loss, [x, *block.parameters()])
+    update = torch.randn(2, 3, WIDTH, requires_grad=True) if has_update else None
+    y, more, balance_loss = run_block(block, x, update, token_id, recompute)
+    assert (more is None) == recompute, "one tensor is kept for a block that is computed again"
+    y = add(y, more)
+    inputs, names = [x] if update is None else [x, update], [name for name, _ in block.named_parameters()]
+    found = list(torch.autograd.grad((y * grad).sum() + balance_loss, [*inputs, *block.parameters()]))
+    if has_update:
+        torch.testing.assert_close(found.pop(1), found[0], rtol=0, atol=0)
+        x = x + update
 
     params = {name: param.detach().double().requires_grad_() for name, param in block.named_parameters()}
     x = x.detach().double().requires_grad_()

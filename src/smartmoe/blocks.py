@@ -34,7 +34,10 @@ class DenseMLP(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: `attention`, then `moe`, or where that is None the dense `mlp`. attention and mlp take and
-    give [B, T, D]; moe(x_BTD, token_id_BT) gives (y_BTD, its balance loss)."""
+    give [B, T, D]; moe(x_BTD, token_id_BT) gives (y_BTD, its balance loss).
+
+    What goes in and comes out is x and an update, whose sum is meant: the norm behind makes it in its own pass. update_BTD
+    None: there is none. Returns (x_BTD, update_BTD, balance loss)."""
 
     def __init__(self, hidden_size: int, attention: nn.Module, moe: nn.Module | None, mlp: nn.Module | None):
         super().__init__()
@@ -44,25 +47,33 @@ class Block(nn.Module):
         self.moe = moe
         self.mlp = mlp
 
-    def forward(self, x_BTD: torch.Tensor, token_id_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BTD, h_BTD = residual_norm(x_BTD, None, self.attention_norm)
+    def forward(
+        self, x_BTD: torch.Tensor, update_BTD: torch.Tensor | None, token_id_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_BTD, h_BTD = residual_norm(x_BTD, update_BTD, self.attention_norm)
         x_BTD, h_BTD = residual_norm(x_BTD, self.attention(h_BTD), self.mlp_norm)
         if self.moe is None:
-            return x_BTD + self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
-        y_BTD, balance_loss = self.moe(h_BTD, token_id_BT)
-        return x_BTD + y_BTD, balance_loss
+            return x_BTD, self.mlp(h_BTD), h_BTD.new_zeros((), dtype=torch.float32)
+        return x_BTD, *self.moe(h_BTD, token_id_BT)
 
 
 def run_block(
-    block: Block, x_BTD: torch.Tensor, token_id_BT: torch.Tensor, recompute: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y [B, T, D], balance loss [] float32) of a block. recompute: keep nothing of it, and compute it again in backward."""
+    block: Block, x_BTD: torch.Tensor, update_BTD: torch.Tensor | None, token_id_BT: torch.Tensor, recompute: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(x [B, T, D], update [B, T, D] or None, balance loss [] float32) of a block: see Block. recompute: keep nothing of it, and
+    compute it again in backward; then updates are added at once, so that one tensor is kept and not two."""
     if not recompute:
-        return block(x_BTD, token_id_BT)
+        return block(x_BTD, update_BTD, token_id_BT)
     # Every rank must repeat the same collectives, so the recomputation is never cut short.
     with set_checkpoint_early_stop(False):
         options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": same_room}
-        return checkpoint(block, x_BTD, token_id_BT, **options)
+        x_BTD, update_BTD, balance_loss = checkpoint(block, add(x_BTD, update_BTD), None, token_id_BT, **options)
+    return add(x_BTD, update_BTD), None, balance_loss
+
+
+def add(x_BTD: torch.Tensor, update_BTD: torch.Tensor | None) -> torch.Tensor:
+    """What a block gives, for those who do not go on with a norm."""
+    return x_BTD if update_BTD is None else x_BTD + update_BTD
 
 
 @torch.no_grad()

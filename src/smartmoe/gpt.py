@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smartmoe.blocks import Block, DenseMLP, run_block
+from smartmoe.blocks import Block, DenseMLP, add, run_block
 from smartmoe.config import ModelConfig
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
@@ -91,15 +91,16 @@ class GPT(nn.Module):
         Returns (activations [B, T, D], balance loss [1]), or from the last stage (cross-entropy summed over the tokens
         [1] float32, balance loss [1]).
         """
+        update = None
         if self.is_first:
-            x = self.token_embedding(x) + self.position_embedding(token_id_BT % self.seq_len)
+            x, update = self.token_embedding(x), self.position_embedding(token_id_BT % self.seq_len)
             balance_loss = x.new_zeros(1, dtype=torch.float32).requires_grad_()
         for block in self.blocks.values():
-            x, block_loss = run_block(block, x, token_id_BT, self.recompute and self.training)
+            x, update, block_loss = run_block(block, x, update, token_id_BT, self.recompute and self.training)
             balance_loss = balance_loss + block_loss
         if not self.is_last:
-            return x, balance_loss
-        logits_SV = self.head(residual_norm(x, None, self.final_norm)[1]).flatten(0, 1)
+            return add(x, update), balance_loss
+        logits_SV = self.head(residual_norm(x, update, self.final_norm)[1]).flatten(0, 1)
         return summed_cross_entropy(logits_SV, target_BT.flatten()).view(1), balance_loss
 
 

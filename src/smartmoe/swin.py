@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smartmoe.blocks import Block, DenseMLP, run_block
+from smartmoe.blocks import Block, DenseMLP, add, run_block
 from smartmoe.config import ModelConfig
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
@@ -158,16 +158,16 @@ class Swin(nn.Module):
         target_BT: [B, 1] int64 labels.
         Returns (cross-entropy summed over the samples [1] float32, balance loss [1] float32).
         """
-        x = self._patches(x.to(self.patch.weight.dtype))
+        x, update = self._patches(x.to(self.patch.weight.dtype)), None
         balance_loss = x.new_zeros(1, dtype=torch.float32).requires_grad_()
         sample_B1 = token_id_BT[:, :1] // self.seq_len
         for idx, block in self.blocks.items():
             if idx in self.merges:
-                x = self.merges[idx](x)
+                x, update = self.merges[idx](add(x, update)), None
             token_id_BT = sample_B1 * x.shape[1] + torch.arange(x.shape[1], device=x.device)
-            x, block_loss = run_block(block, x, token_id_BT, self.recompute and self.training)
+            x, update, block_loss = run_block(block, x, update, token_id_BT, self.recompute and self.training)
             balance_loss = balance_loss + block_loss
-        pooled_BD = residual_norm(x, None, self.final_norm)[1].mean(1)
+        pooled_BD = residual_norm(x, update, self.final_norm)[1].mean(1)
         return summed_cross_entropy(self.head(pooled_BD), target_BT.flatten()).view(1), balance_loss
 
     def _patches(self, image_BCSS: torch.Tensor) -> torch.Tensor:

@@ -285,8 +285,8 @@ class _Hooks:
 
     def _enter_block(self, unit: Unit, module: nn.Module, args: tuple) -> tuple:
         self._begin_forward(unit)
-        (x,) = _Mark.apply(partial(self._end_backward, unit), args[0])
-        return x, *args[1:]
+        num_marked = 1 if len(args) == 1 or args[1] is None else 2  # x, and a block's update
+        return *_Mark.apply(partial(self._end_backward, unit), *args[:num_marked]), *args[num_marked:]
 
     def _leave_block(self, unit: Unit, module: nn.Module, args: tuple, output: tuple) -> tuple:
         output = _Mark.apply(partial(self._begin_backward, unit), *output)
