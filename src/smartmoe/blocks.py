@@ -60,8 +60,8 @@ class Block(nn.Module):
 def run_block(
     block: Block, x_BTD: torch.Tensor, update_BTD: torch.Tensor | None, token_id_BT: torch.Tensor, recompute: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(x [B, T, D], update [B, T, D] or None, balance loss [] float32) of a block: see Block. recompute: keep nothing of it, and
-    compute it again in backward; then updates are added at once, so that one tensor is kept and not two."""
+    """(x [B, T, D], update [B, T, D] or None, balance loss [] float32) of a block: see Block. recompute: keep nothing of it,
+    and compute it again in backward; then updates are added at once, so that one tensor is kept and not two."""
     if not recompute:
         return block(x_BTD, update_BTD, token_id_BT)
     # Every rank must repeat the same collectives, so the recomputation is never cut short.
