@@ -185,6 +185,10 @@ def test_classes_and_choice_of_random_spaces_are_those_of_brute_force(seed):
     for pruned in space.pruned:
         found[pruned.candidate.plan, pruned.candidate.micro_batch] = "too large" if pruned.is_too_large else "may not fit"
     assert found == wanted and len(found) == space.num_legal and len(set(wanted.values())) > 1
+    if None not in wanted.values():
+        with pytest.raises(ValueError, match="fits safely"):
+            search.search(alone(chosen), num_gpus)
+        return
     times = sorted(search.value_of(alone(chosen).estimate(*key), score) for key, why in wanted.items() if why is None)
     ranked = search.search(alone(chosen), num_gpus, top=4, score=score).ranked
     assert [search.value_of(e, score) for e in ranked] == times[:4]
