@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import itertools
 import json
@@ -19,7 +20,7 @@ from smartmoe.config import (
     Workload,
     check,
 )
-from smartmoe.planner import described, loads, pool, search
+from smartmoe.planner import commands, described, loads, pool, search
 from smartmoe.planner.cost_model import CostModel, Estimate
 from smartmoe.planner.primitives import KINDS, Point, Profile
 
@@ -118,6 +119,20 @@ def test_legal_is_what_the_trainers_check_accepts():
     space = pool.build(cost, num_gpus)
     found = [(c.plan, c.micro_batch) for c in [*space.fitting, *(p.candidate for p in space.pruned)]]
     assert len(found) == len(set(found)) and set(found) == legal
+
+
+def test_no_plan_for_even_loads_is_no_reason_not_to_have_one():
+    """A capacity may drop more of the loads, so that there is room under them only."""
+    gate = GateConfig(kind="naive", capacity=0.5)
+    config = dataclasses.replace(WIDE, gate=gate)
+    cost = _cost(config=config)
+    space, even = pool.build(cost, 8), cost.data_insensitive()
+    keys = [(c.plan, c.micro_batch) for c in (*space.fitting, *(p.candidate for p in space.pruned))]
+    least, least_even = (min(each.memory(*key).total for key in keys) for each in (cost, even))
+    cost = _cost(config=config, cluster=dataclasses.replace(CLUSTER, memory_gbytes=(least + least_even) / 2 / 0.94e9))
+    args = argparse.Namespace(gpus=8, score="mean", micro_batch=None)
+    text = commands._insensitive(cost, search.search(cost, 8, top=1), args)
+    assert re.match("without looking at the loads: no plan of 8 GPUs fits safely: .* may not fit", text)
 
 
 WIDE = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, hidden_size=1024, ffn_size=4096, seq_len=1024))

@@ -227,7 +227,10 @@ def _check_options(args: argparse.Namespace, cost: CostModel) -> None:
 
 def _insensitive(cost: CostModel, result: search.Result, args) -> str:
     """What a planner would choose that does not look at the routing, and what that choice takes under these loads."""
-    blind = search.search(cost.data_insensitive(), args.gpus, 1, args.score, args.micro_batch).ranked[0]
+    try:
+        blind = search.search(cost.data_insensitive(), args.gpus, 1, args.score, args.micro_batch).ranked[0]
+    except ValueError as error:  # where a capacity drops more of these loads than of even ones
+        return f"without looking at the loads: {error}"
     name, best = search.words_of(blind), result.ranked[0]
     seen = cost.estimate(blind.plan, blind.micro_batch)
     pruned = pool.left_out(cost, pool.Candidate(blind.plan, blind.micro_batch, seen.memory))
