@@ -71,7 +71,7 @@ class StandIn:
             self._early(early)
             others = self.trainer.graphs._watchers
             for watcher in others:
-                watcher.begin()
+                watcher.begin(repeats=False)
             with torch.enable_grad():  # wherever it is played
                 call()
             fresh = [watcher.end() for watcher in others][0]

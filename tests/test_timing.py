@@ -25,7 +25,7 @@ def test_every_layer_is_timed_once_a_micro_batch(recompute):
 def test_every_replay_of_captured_passes_counts():
     trainer = make_trainer(make_config(ParallelPlan()))
     timer = LayerTimer(trainer.layers, torch.device("cpu"))
-    timer.begin()
+    timer.begin(repeats=False)
     trainer.run_iteration()
     captured = timer.end()
     assert captured and timer.take() == {}, "a capture runs nothing"
@@ -36,6 +36,29 @@ def test_every_replay_of_captured_passes_counts():
     thrice = timer.take()
     for layer, times in once.items():
         assert thrice[layer] == pytest.approx({part: 3 * ms for part, ms in times.items()})
+
+
+def test_of_captured_passes_the_first_is_timed_for_all(monkeypatch):
+    """An event in a graph holds the GPU up."""
+    trainer = make_trainer(make_config(ParallelPlan()))
+    timer, num_asked = LayerTimer(trainer.layers, torch.device("cpu")), 0
+    now = timer._now
+
+    def count():
+        nonlocal num_asked
+        num_asked += 1
+        return now()
+
+    monkeypatch.setattr(timer, "_now", count)
+    captured = []
+    for repeats in (False, True):
+        timer.begin(repeats)
+        trainer.run_iteration()
+        captured.append(timer.end())
+        assert num_asked == 2 * len(captured[0]) > 0
+    assert sorted(set(captured[1])) == sorted({mark[:2]: mark for mark in captured[0]}.values())
+    trainer.run_iteration()  # what is not captured is timed
+    assert num_asked == 4 * len(captured[0])
 
 
 def test_a_turn_gives_the_iteration_before():
@@ -88,7 +111,7 @@ def test_a_gpu_is_asked_for_the_iteration_before_alone_but_where_a_graph_is_repl
     assert timer.turn() == {} and FakeEvent.waited == []
     run(19.0)
     assert timer.turn() == {0: {"forward_ms": 10.0, "backward_ms": 0.0}} and FakeEvent.waited == ends[:1]
-    timer.begin()
+    timer.begin(repeats=False)
     run(29.0)
     captured = timer.end()
     timer.replayed(captured)

@@ -43,8 +43,9 @@ _log = logging.getLogger(__name__)
 class Watcher(Protocol):
     """Who follows the passes of layers from the host, for instance to count or to time."""
 
-    def begin(self) -> None:
-        """What comes until `end` is captured and does not run."""
+    def begin(self, repeats: bool) -> None:
+        """What comes until `end` is captured and does not run. repeats: it is the pass of a micro-batch behind the first, of
+        which the same has been captured."""
 
     def end(self) -> Any:
         """What was seen since `begin`; it is given to `replayed`."""
@@ -348,7 +349,7 @@ class PassGraphs:
         for part in play.work.parts:
             call = functools.partial(self._whole, part, early is not None and place == self._num_passes - 1)
             for watcher in self._watchers:
-                watcher.begin()
+                watcher.begin(repeats=place > 0)
             try:
                 play.replays.append(self._tape.record(call, (chunk, place % source.num_slots)))
             finally:

@@ -42,7 +42,7 @@ class LoadRecorder:
             row = torch.cat([token_id_BT.flatten()[:1], count_E])
             self._seen.append(([self._place[layer_idx]], row.unsqueeze(0)))
 
-    def begin(self) -> None:
+    def begin(self, repeats: bool) -> None:
         """As graphs.Watcher: what comes until `end` is captured, not run."""
         self._aside, self._seen = self._seen, []
 
