@@ -182,6 +182,12 @@ def test_running_out_of_memory_says_what_would_need_less():
     with pytest.raises(torch.OutOfMemoryError, match="out of memory with plan pp1 dp2.*tried to allocate 3 TB") as found:
         with train._explained_memory(config, torch.device("cpu")):
             raise torch.OutOfMemoryError("tried to allocate 3 TB")
-    assert train._is_out_of_memory(found.value)
+    assert train._out_of_memory(found.value)
+    with pytest.raises(torch.OutOfMemoryError, match="^out of memory with plan pp1 dp2.*tried to allocate 4 TB$"):
+        with train._explained_memory(config, torch.device("cpu")):
+            try:
+                raise torch.OutOfMemoryError("tried to allocate 4 TB")
+            except RuntimeError as error:  # as torch.distributed.pipelining does
+                raise RuntimeError("[Stage 0] failed to run forward") from error
     with pytest.raises(RuntimeError, match="^something else$"), train._explained_memory(config, torch.device("cpu")):
         raise RuntimeError("something else")

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None, meshes: dict[ParallelPlan, Mesh] | None 
 
 def fail(run_dir: Path, world_rank: int, error: Exception) -> NoReturn:
     """Describe `error`, which is being handled, for the launcher and for people, and end this process."""
-    record.write_error(run_dir, world_rank, error, _is_out_of_memory(error))
+    record.write_error(run_dir, world_rank, error, _out_of_memory(error) is not None)
     print(f"rank {world_rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
     # Other ranks may wait in a collective for this one: leave at once, so that the launcher ends them.
     os._exit(1)
@@ -169,13 +169,14 @@ def _explained_memory(config: RunConfig, device: torch.device):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        cause = _out_of_memory(error)
+        if cause is None:
             raise
         used = ""
         if device.type == "cuda":
             peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
             used = f" ({peak / 1e9:.1f} GB were taken, the GPU has {total / 1e9:.1f})"
-        raise type(error)(f"out of memory{used} with {memory_advice(config)}. {error}") from error
+        raise type(cause)(f"out of memory{used} with {memory_advice(config)}. {cause}") from error
 
 
 def memory_advice(config: RunConfig) -> str:
@@ -200,8 +201,13 @@ def memory_advice(config: RunConfig) -> str:
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """What says that memory ran out: the error, or what caused it, since torch's pipelines wrap what a stage raises."""
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            return error
+        error = error.__cause__
+    return None
 
 
 if __name__ == "__main__":
