@@ -12,6 +12,7 @@ from smartmoe.bench.replay_compare import MODES, Schedule, Tokens, shape_of, sum
 from smartmoe.bench.replay_goals import EXACT, HISTORY
 from smartmoe.bench.routing import capped
 from smartmoe.online import is_due
+from smartmoe.solvers import solve_replicas
 from tests.dist import spawn
 
 SIZE = "64,16,16,8,2"
@@ -162,3 +163,36 @@ def test_a_shape_may_be_that_of_a_run(tmp_path):
     assert replay.parse_args(["--shapes", str(tmp_path / "run.toml")]).shapes == [shape]
     with pytest.raises(SystemExit):
         replay.parse_args(["--shapes", "S99"])
+
+
+def _sums(world_rank):
+    """{mode: gradients that steps of two micro-batches leave}, and by autograd alone."""
+    args = replay.parse_args(["--device", "cpu", "--dispatcher", "basic", "--shapes", SIZE, "--micro-batches", "2",
+                              "--trace", "synthetic:zipf-strong,seed=3,ranks=2"])  # fmt: skip
+    world, found = measure.World(torch.device("cpu")), {}
+    trace, schedule = replay_compare._open(args, "trace", args.shapes[0])
+    tokens = Tokens(args.shapes[0], world, torch.float32, args.seed, 2)
+    tokens.set_iteration(trace.counts[-1, :, 0], 0)
+    for name in ("static", "history", "exact"):
+        player = replay_compare._player(args, name, schedule, tokens)
+        if name == "history":
+            layer = player.replayed.layer
+            layer.set_replicas(solve_replicas(tokens.count_MSE().sum(0), layer.placement, args.replica_slots))
+            assert layer.replicas.num_copies
+        for number in (1, 2):
+            player.step(number)
+        found[name] = [ref.grad.clone() for ref in player.replayed._buffers.refs]
+    one = Tokens(args.shapes[0], world, torch.float32, args.seed, 1)
+    player = replay_compare._player(args, "static", schedule, one)
+    for micro in range(2):
+        player.replayed.layer.gate.routing = tokens.routing(micro)
+        player.replayed.work(tokens.x_BTD, tokens.token_id_BT + micro * 64, tokens.grad_BTD)
+    return found, [param.grad for param in player.replayed.layer.experts.parameters()]
+
+
+def test_several_micro_batches_are_summed_in_float32_and_anew_in_every_step():
+    for found, own in spawn(_sums, 2):
+        for mode, sums in found.items():
+            for total, grad in zip(sums, own, strict=True):
+                assert total.dtype == torch.float32
+                assert (total - grad).norm() <= 1e-5 * grad.norm(), mode

@@ -161,7 +161,9 @@ class LayerBench:
         generator = torch.Generator().manual_seed(work.seed + mesh.stage_rank)
         shape = (2, work.micro_batch_size, width, model.hidden_size)
         self.x_BTD, self.grad_BTD = torch.randn(shape, generator=generator).to(mesh.device, dtype)
-        self._replayed = ReplayedLayer(layer, mesh.ep_group, mesh.stage_group, config.online)
+        self._replayed = ReplayedLayer(
+            layer, mesh.ep_group, mesh.stage_group, config.online, config.num_micro_batches
+        )
         for _ in range(NUM_WARMUP_STEPS):
             self._run(0)
         self._replayed.start_deciding()

@@ -9,6 +9,7 @@ from smartmoe.config import OnlineConfig
 from smartmoe.layer import MoELayer
 from smartmoe.load_map import planned_load
 from smartmoe.online import OnlinePlacement, guessed_sizes
+from smartmoe.parallel.data import GradientBuffers
 from smartmoe.replicas import HistoryReplication, return_all, send_all
 
 
@@ -17,7 +18,8 @@ class ReplayedLayer:
 
     A step is begin_step, work for each micro-batch, end_step, after_step. What moves with an expert is complete: weights, fp32
     masters (of 16-bit weights) and two moments. Replicas that stay for a step get their weights from begin_step on, and
-    end_step returns what gradients have gathered.
+    end_step returns what gradients have gathered. Gradients of several micro-batches are summed in float32, by the products
+    that can (parallel.data).
     """
 
     def __init__(self, layer: MoELayer, ep_group, stage_group, online: OnlineConfig, num_micro_batches: int = 1):
@@ -28,8 +30,11 @@ class ReplayedLayer:
         self.state = [w.data for w in weights]
         if online.policy != "static" and online.migrate:
             self.state += [torch.zeros_like(w, dtype=torch.float32) for w in weights for _ in range(extra)]
+        named_params = list(layer.experts.named_parameters())
+        self._buffers = GradientBuffers(named_params, {}) if num_micro_batches > 1 else None
         self._history = [layer.replication] if isinstance(layer.replication, HistoryReplication) else []
-        self._owned_grads = [[torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._history]
+        sums = [ref.grad for ref in self._buffers.refs] if self._buffers else None
+        self._owned_grads = [sums or [torch.zeros_like(w, dtype=torch.float32) for w in weights] for _ in self._history]
         self._online: OnlinePlacement | None = None
 
     @property
@@ -66,12 +71,16 @@ class ReplayedLayer:
 
     def end_step(self) -> None:
         """Return replicas' gradients. Collective over the expert group."""
+        if self._buffers:
+            self._buffers.complete()
         if self._history:
             return_all(self._history, self._owned_grads, self._ep_group)
 
     def drop_gradients(self) -> None:
         for param in self.layer.parameters():
             param.grad = None
+        if self._buffers:
+            self._buffers.zero()
 
     def after_step(self, number: int) -> list[dict]:
         """What placement does after the step of this number (from 1); returns its events. Collective over the stage."""
