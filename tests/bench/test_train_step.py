@@ -84,7 +84,6 @@ def test_a_profile_counts_overlapping_kernels_once_in_busy_time():
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "optimizer"),
         ("sum_kernel", "exchange"),
         ("return_kernel", "exchange"),
-        ("reroute_kernel", "routing"),
         ("update_kernel", "optimizer"),
         ("accumulate_kernel", "gradient sums"),
         ("norm_backward_kernel", "norm"),

@@ -12,7 +12,7 @@ POINTERS = {
     "bf16": "own_TD rows_RD grad_RD y_TD copies_a copies_b",
     "fp32": "weight_N weight_out_N grad_TK owned_a owned_b",
     "i64": "slot_N slot_TK local_N row_N peers_W wanted_L count_L expert_N token_id_T addresses_SW words_S sizes_S",
-    "i32": "state odd num_rows num_needed told most part_PE primary_E replica_N bound_EW slot_EW",
+    "i32": "state odd num_rows num_needed told most primary_E replica_N ended",
 }
 KERNELS = [
     ("announce_kernel", {"W": 2, "BLOCK": 512}),
@@ -21,8 +21,7 @@ KERNELS = [
     ("sum_kernel", {**SIZES, "WEIGHTED": True, "GRADS": False}),
     ("sum_kernel", {**SIZES, "WEIGHTED": False, "GRADS": True}),
     ("meet_kernel", {"W": 2}),
-    ("plan_kernel", {"BUCKETS": 256, "NEAR": 256, "W": 2, "W_PAD": 2, "E_PAD": 32, "N_PAD": 4, "BLOCK": 4096}),
-    ("reroute_kernel", {"BUCKETS": 256, "BLOCK": 512}),
+    ("plan_kernel", {"BUCKETS": 256, "NEAR": 256, "W": 2, "W_PAD": 2, "E_PAD": 32, "N_PAD": 4, "P": 32, "BLOCK": 512}),
     ("pull_kernel", {"BLOCK": 4096}),
     ("return_kernel", {"W": 2, "HAS_B": True, "N_PAD": 4, "BLOCK": 4096}),
 ]

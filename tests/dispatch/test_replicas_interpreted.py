@@ -28,6 +28,7 @@ def _interpreted(world_rank, num_ranks, folder):
 
     symmetric_replicas.SymmetricReplication._return = late_where_copies_are
     cases.cases = _cases
+    assert test_symmetric_replicas._plan(world_rank, num_ranks, (3, 1, 2, 4)) > 10
     exact = test_symmetric_replicas._carry_table(world_rank, num_ranks, torch.float32, ("grouped",))
     return exact, test_symmetric_replicas._carry_histories(world_rank, num_ranks, (torch.float32,))
 

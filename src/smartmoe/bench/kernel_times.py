@@ -17,7 +17,7 @@ KINDS = (
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|gemv|splitK"),
     ("expert rows", r"(::|^|\b)(activate|activate_backward|add_bias|sum_pieces|sum_slots|permute|clear|gather|gather_sum"
      r"|combine_backward)_kernel"),
-    ("routing", r"(count_chunks|count_slots|ends|place|slots|stack|plan|reroute)_kernel|topk|TopK|bitonic|[rR]adix|[sS]ort"),
+    ("routing", r"(count_chunks|count_slots|ends|place|slots|stack|plan)_kernel|topk|TopK|bitonic|[rR]adix|[sS]ort"),
     ("optimizer", r"Adam|multi_tensor_apply|update_kernel"),
     ("gradient sums", r"accumulate_kernel"),
     ("norm", r"layer_norm|LayerNorm|GammaBeta|cuCompute|norm_(forward|backward)_kernel"),

@@ -19,14 +19,39 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
 
 
 @triton.jit
-def _solver_pass(load_E, owner_E, target, min_weight, W, G, W_PAD: tl.constexpr, E_PAD: tl.constexpr, N_PAD: tl.constexpr,
-                 BUCKETS: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
+def _shifted(z, bits: tl.constexpr):
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@triton.jit
+def _mixed(z):
+    """As smartmoe.ops.hashing._mix."""
+    z = (z ^ _shifted(z, 30)) * _MIX_1
+    z = (z ^ _shifted(z, 27)) * _MIX_2
+    return z ^ _shifted(z, 31)
+
+
+@triton.jit
+def _counted(words, is_there, call, me):
+    """The numbers of words of 8 bytes, when all have come: number of the call and count. What is not there is 0."""
+    word = tl.load(words, mask=is_there, other=0, volatile=True)
+    polls = 0
+    while tl.max((is_there & ((word >> 32).to(tl.int32) != call)).to(tl.int32)) > 0:
+        polls = _count_poll(polls, me)
+        word = tl.load(words, mask=is_there, other=0, volatile=True)
+    return tl.where(is_there, word & 0xFFFFFFFF, 0)
+
+
+@triton.jit
+def _solver_pass(load_E, owner_E, owned_E, target, min_weight, W, L, G, W_PAD: tl.constexpr, E_PAD: tl.constexpr,
+                 N_PAD: tl.constexpr, BUCKETS: tl.constexpr, NEAR: tl.constexpr):  # fmt: skip
     """One pass of solvers.solve_exact_step, with the experts that it closes one by one closed together.
 
-    Returns (replica_N, bucket_EW, weight of the fullest rank)."""
+    owned_E: the slots of owned experts. Returns (replica_N, bucket_EW, slot_EW, weight of the fullest rank)."""
     e, w, n = tl.arange(0, E_PAD), tl.arange(0, W_PAD), tl.arange(0, N_PAD)
     owns_EW = owner_E[:, None] == w[None, :]
     bucket_EW = tl.where(owns_EW, BUCKETS, 0).to(tl.int64)
+    slot_EW = tl.where(owns_EW, owned_E[:, None], -1)
     kept_E = load_E * BUCKETS  # on the owner; -1 = the expert is closed
     rank_W = tl.sum(tl.where(owns_EW, kept_E[:, None], 0), 0)
     used_W = tl.zeros((W_PAD,), tl.int32)
@@ -54,102 +79,76 @@ def _solver_pass(load_E, owner_E, target, min_weight, W, G, W_PAD: tl.constexpr,
         weight = tl.sum(tl.where(is_chosen_E, fits_E * load_E, 0), 0)
         place = host * G + tl.sum(tl.where(w == host, used_W, 0), 0)
         replica_N = tl.where((n == place) & is_copy, chosen, replica_N)
+        slot_EW = tl.where(is_chosen_E[:, None] & (w == host)[None, :], place + (host + 1) * L, slot_EW)
         used_W += ((w == host) & is_copy).to(tl.int32)
         moved_W = (w == host).to(tl.int64) - (w == source).to(tl.int64)
         bucket_EW += tl.where(is_chosen_E[:, None], moved_W[None, :] * buckets, 0)
         rank_W += moved_W * weight
         kept_E = tl.where(is_chosen_E, kept_E - weight, kept_E)
         heaviest = tl.max(tl.where(closed_W, -1, rank_W), 0)
-    return replica_N, bucket_EW, tl.max(rank_W, 0)
+    return replica_N, bucket_EW, slot_EW, tl.max(rank_W, 0)
 
 
 @triton.jit
-def plan_kernel(expert_N, part_PE, primary_E, replica_N, bound_EW, slot_EW, peers_W, state, count_offset, flag_offset, me,
-                num_copies, L, G, E, min_weight, BUCKETS: tl.constexpr, NEAR: tl.constexpr, W: tl.constexpr,
-                W_PAD: tl.constexpr, E_PAD: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Count this rank's copies of each expert, tell all ranks, and decide as solvers.solve_exact_step.
+def plan_kernel(expert_N, token_id_T, slot_N, primary_E, replica_N, peers_W, ended, count_offset, me, num_copies, K, L, G, E,
+                min_weight, BUCKETS: tl.constexpr, NEAR: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr,
+                E_PAD: tl.constexpr, N_PAD: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Count this rank's copies of each expert, tell all ranks, decide as solvers.solve_exact_step, and give each copy its
+    physical slot, as ops.plan.slots_of with the table that was decided.
 
-    Rank w hosts the buckets of expert e from bound_EW[e, w - 1] to bound_EW[e, w], in its physical slot slot_EW[e, w].
-    min_weight: copies that an expert must take along to be worth sending, times BUCKETS.
-    state: [2] of the counts, as of all calls, and [2] the blocks that have counted. The counts of two calls in a row lie
-    in two places: a rank that is one call ahead disturbs nobody.
+    min_weight: copies that an expert must take along to be worth sending, times BUCKETS. P: blocks, as many on every rank.
+    Each tells its own counts, [2, W, P, E_PAD] words at count_offset, and decides for itself, so that no block waits for the
+    last of its rank. Every call writes every word, so one has come when it has the number of the call; the words of two calls
+    in a row lie in two places: a rank that is one call ahead disturbs nobody.
+    ended: [1] int32, blocks of all calls that have ended: no more than P - 1 of this one when a block begins.
     """
-    e = tl.arange(0, E_PAD)
+    call = (tl.load(ended).to(tl.uint32, bitcast=True) // P + 1).to(tl.int32)  # at the end of its range it starts over
+    e, w, block = tl.arange(0, E_PAD), tl.arange(0, W_PAD), tl.program_id(0)
     count_E = tl.zeros((E_PAD,), tl.int32)
-    for start in range(tl.program_id(0) * BLOCK, num_copies, tl.num_programs(0) * BLOCK):
+    for start in range(block * BLOCK, num_copies, P * BLOCK):
         i = start + tl.arange(0, BLOCK)
         expert = tl.load(expert_N + i, mask=i < num_copies, other=-1).to(tl.int32)
         count_E += tl.histogram(expert, E_PAD, mask=expert >= 0)
-    tl.store(part_PE + tl.program_id(0) * E_PAD + e, count_E)
-    tl.debug_barrier()
-    if tl.atomic_add(state + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(state + 2, 0)
-        count_E = tl.zeros((E_PAD,), tl.int32)
-        for part in range(tl.num_programs(0)):
-            count_E += tl.load(part_PE + part * E_PAD + e)
-        turn = (tl.load(state + 1) & 1) * W
-        for step in tl.static_range(W):
-            peer = (me + 1 + step) % W
-            tl.store(_peer(peers_W, peer, count_offset, tl.int32) + (turn + me) * E_PAD + e, count_E)
-        _signal(peers_W, state, flag_offset, me, 1, W)
-        tl.debug_barrier()  # all threads of the block must read the same number of the call
-        _wait(peers_W, state, flag_offset, me, W)
-        load_E = tl.zeros((E_PAD,), tl.int64)
-        for source in tl.static_range(W):
-            load_E += tl.load(_peer(peers_W, me, count_offset, tl.int32) + (turn + source) * E_PAD + e).to(tl.int64)
-        primary = tl.load(primary_E + e, mask=e < E, other=-1)
-        owner_E = tl.where(e < E, primary // L, -1)
-        target = (tl.sum(load_E, 0) * BUCKETS + W - 1) // W
-        replica, bucket_EW, fullest = _solver_pass(
-            load_E, owner_E, target, min_weight, W, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
+    word = (call.to(tl.int64) << 32) | count_E.to(tl.int64)
+    place = (call & 1) * W * P
+    for step in tl.static_range(W):
+        peer = (me + 1 + step) % W
+        tl.store(_peer(peers_W, peer, count_offset, tl.int64) + (place + me * P + block) * E_PAD + e, word)
+    primary = tl.load(primary_E + e, mask=e < E, other=-1)
+    owner_E = tl.where(e < E, primary // L, -1)
+    part = tl.arange(0, W_PAD * P)
+    words = _peer(peers_W, me, count_offset, tl.int64) + (place + part[:, None]) * E_PAD + e[None, :]
+    load_E = tl.sum(_counted(words, (part < W * P)[:, None] & (e >= 0)[None, :], call, me), 0)
+    target = (tl.sum(load_E, 0) * BUCKETS + W - 1) // W
+    replica, bucket_EW, slot_EW, fullest = _solver_pass(
+        load_E, owner_E, primary + owner_E * G, target, min_weight, W, L, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
+    )
+    if fullest > target + target // NEAR:
+        target += (fullest - target) // 2
+        other, other_EW, other_slot_EW, other_fullest = _solver_pass(
+            load_E, owner_E, primary + owner_E * G, target, min_weight, W, L, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
         )
-        if fullest > target + target // NEAR:
-            target += (fullest - target) // 2
-            other, other_EW, other_fullest = _solver_pass(
-                load_E, owner_E, target, min_weight, W, G, W_PAD, E_PAD, N_PAD, BUCKETS, NEAR
-            )
-            is_better = other_fullest < fullest
-            replica, bucket_EW = tl.where(is_better, other, replica), tl.where(is_better, other_EW, bucket_EW)
-        w, n = tl.arange(0, W_PAD), tl.arange(0, N_PAD)
-        at, inside = e[:, None] * W + w[None, :], (e < E)[:, None] & (w < W)[None, :]
-        tl.store(bound_EW + at, tl.cumsum(bucket_EW, 1).to(tl.int32), mask=inside)
-        owned = primary + owner_E * G
-        tl.store(slot_EW + at, tl.where(owner_E[:, None] == w[None, :], owned[:, None], -1), mask=inside)
+        is_better = other_fullest < fullest
+        replica, bucket_EW = tl.where(is_better, other, replica), tl.where(is_better, other_EW, bucket_EW)
+        slot_EW = tl.where(is_better, other_slot_EW, slot_EW)
+    if block == 0:
+        n = tl.arange(0, N_PAD)
         tl.store(replica_N + n, replica, mask=n < W * G)
-        tl.debug_barrier()  # before the replicas' slots overwrite some of these
-        host = n // G
-        tl.store(slot_EW + replica * W + host, host * (L + G) + L + n % G, mask=(n < W * G) & (replica >= 0))
-
-
-@triton.jit
-def _shifted(z, bits: tl.constexpr):
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-@triton.jit
-def _mixed(z):
-    """As smartmoe.ops.hashing._mix."""
-    z = (z ^ _shifted(z, 30)) * _MIX_1
-    z = (z ^ _shifted(z, 27)) * _MIX_2
-    return z ^ _shifted(z, 31)
-
-
-@triton.jit
-def reroute_kernel(expert_N, token_id_T, bound_EW, slot_EW, slot_N, num_copies, K, W, BUCKETS: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    """The physical slot of each copy, as ops.plan.slots_of with the table that bound_EW stands for: rank w hosts the buckets
-    of expert e from bound_EW[e, w - 1] to bound_EW[e, w], in slot_EW[e, w]."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_N + n, mask=n < num_copies, other=-1)
-    routed = expert >= 0
-    token_id = tl.load(token_id_T + n // K, mask=n < num_copies, other=0)
-    bucket = (_mixed(token_id + (n % K + 1).to(tl.int64) * _GOLDEN) & (BUCKETS - 1)).to(tl.int32)
-    at = expert * W
-    host = tl.zeros((BLOCK,), tl.int32)
-    for rank in range(W - 1):
-        host += (bucket >= tl.load(bound_EW + at + rank, mask=routed, other=BUCKETS)).to(tl.int32)
-    slot = tl.load(slot_EW + at + host, mask=routed, other=-1)
-    tl.store(slot_N + n, slot.to(tl.int64), mask=n < num_copies)
+    # rank w hosts the buckets from the bound of rank w - 1 to its own
+    entry_EW = (slot_EW + 1) * (2 * BUCKETS) + tl.cumsum(bucket_EW, 1).to(tl.int32)
+    for start in range(block * BLOCK, num_copies, P * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        expert = tl.load(expert_N + i, mask=i < num_copies, other=-1).to(tl.int32)
+        token_id = tl.load(token_id_T + i // K, mask=i < num_copies, other=0)
+        bucket = (_mixed(token_id + (i % K + 1).to(tl.int64) * _GOLDEN) & (BUCKETS - 1)).to(tl.int32)
+        slot = tl.full((BLOCK,), -1, tl.int32)
+        for step in tl.static_range(W):
+            entry_E = tl.sum(tl.where((w == W - 1 - step)[None, :], entry_EW, 0), 1)
+            entry = tl.gather(entry_E, tl.maximum(expert, 0), 0)
+            slot = tl.where(bucket < entry % (2 * BUCKETS), entry // (2 * BUCKETS) - 1, slot)
+        tl.store(slot_N + i, tl.where(expert >= 0, slot, -1).to(tl.int64), mask=i < num_copies)
+    tl.debug_barrier()  # all threads of the block have read the number of the call
+    tl.atomic_add(ended, 1, sem="relaxed")
 
 
 @triton.jit
@@ -173,12 +172,16 @@ def pull_kernel(replica_N, primary_E, addresses_SW, words_S, first, last, me, L,
 def _stage(copies, replica_N, peers_W, stage_offset, size, me, G, BLOCK: tl.constexpr):
     """Copy the gradients of this rank's replicas to where the owners can read them."""
     stage = _peer(peers_W, me, stage_offset, copies.dtype.element_ty)
+    first, step, lane = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK, tl.arange(0, BLOCK)
     for index in range(G):
         if tl.load(replica_N + me * G + index) >= 0:
-            for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                row = tl.load(copies + index * size + i, mask=i < size)
+            mine = copies + index * size
+            row = tl.load(mine + first + lane, mask=first + lane < size)
+            for start in range(first, size, step):
+                i = start + lane
+                following = tl.load(mine + i + step, mask=i + step < size)
                 tl.store(stage + index * size + i, row, mask=i < size)
+                row = following
 
 
 @triton.jit
@@ -188,21 +191,29 @@ def _add(owned_grad, like, replica_N, primary_E, peers_W, stage_offset, size, me
     the type of the replicas' gradients."""
     n = tl.arange(0, N_PAD)
     everywhere = tl.load(replica_N + n, mask=n < num_replicas, other=-1)
+    first, step, lane = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK, tl.arange(0, BLOCK)
     for replica in range(num_replicas):
         expert = tl.load(replica_N + replica)
-        is_first = tl.sum(((everywhere == expert) & (n < replica)).to(tl.int32), 0) == 0
+        same = (everywhere == expert) & (n < num_replicas)
+        is_first = tl.sum((same & (n < replica)).to(tl.int32), 0) == 0
+        last = tl.max(tl.where(same, n, 0), 0)
         owned = tl.load(primary_E + expert, mask=expert >= 0, other=-1) - me * L
         if (expert >= 0) & is_first & (owned >= 0) & (owned < L):
-            for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
-                i = start + tl.arange(0, BLOCK)
+            theirs = _peer(peers_W, replica // G, stage_offset, like.dtype.element_ty) + replica % G * size
+            # a block ahead, since what comes over a link takes long
+            row = tl.load(theirs + first + lane, mask=first + lane < size, other=0.0)
+            for start in range(first, size, step):
+                i = start + lane
                 at = owned_grad + owned * size + i
-                total = tl.load(at, mask=i < size, other=0.0).to(tl.float32)
-                for other in range(replica, num_replicas):
+                mine = tl.load(at, mask=i < size, other=0.0)
+                following = tl.load(theirs + i + step, mask=i + step < size, other=0.0)
+                total = mine.to(tl.float32) + row.to(tl.float32)
+                for other in range(replica + 1, last + 1):
                     if tl.load(replica_N + other) == expert:
                         stage = _peer(peers_W, other // G, stage_offset, like.dtype.element_ty)
-                        at_peer = stage + other % G * size + i
-                        total += tl.load(at_peer, mask=i < size, other=0.0).to(tl.float32)
+                        total += tl.load(stage + other % G * size + i, mask=i < size, other=0.0).to(tl.float32)
                 tl.store(at, total.to(owned_grad.dtype.element_ty), mask=i < size)
+                row = following
 
 
 @triton.jit
@@ -260,5 +271,7 @@ def return_kernel(owned_a, copies_a, owned_b, copies_b, replica_N, primary_E, si
         _add(owned_a, copies_a, replica_N, primary_E, peers_W, stage_a, size_a, me, L, G, num_replicas, N_PAD, BLOCK)
         if HAS_B:
             _await_staged(peers_W, staged_offset, me, call, is_mine, n, G, 1, W)
-            _add(owned_b, copies_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK)
+            _add(
+                owned_b, copies_b, replica_N, primary_E, peers_W, stage_b, size_b, me, L, G, num_replicas, N_PAD, BLOCK
+            )
         _signal(peers_W, state, added_offset, me, tl.num_programs(0), W)

@@ -26,12 +26,11 @@ from smartmoe.solvers.exact_step import NEAR
 COPY_COST = 1024
 _ALIGNMENT = 256
 _COPY_ALIGNMENT = 16
-_COUNT_BLOCK = 4096
-_MAX_COUNT_BLOCKS = 64
+# Planning: blocks, counts that each of them reads, copies that it holds at a time.
+_MOST_PLANNERS, _COUNTS_READ, _PLAN_BLOCKS, _PLAN_WARPS = 32, 8192, (256, 4096), 4
 # Weights and gradients travel beside products: few blocks with much under way take fewest multiprocessors.
 _NUM_PULL_BLOCKS, _PULL_WORDS, _PULL_WARPS = 8, 32768, 16
-_NUM_RETURN_BLOCKS, _RETURN_BYTES, _RETURN_WARPS = 16, 65536, 16
-_WARPS = 8
+_NUM_RETURN_BLOCKS, _RETURN_BYTES, _RETURN_WARPS = 16, 32768, 8
 _BOARDS: dict[tuple, _Board] = {}
 
 
@@ -117,22 +116,16 @@ class SymmetricReplication:
         expert_idx_TK: [T, K] int64, -1 = dropped; token_id_T: [T] int64. Collective, no host synchronisation.
         """
         board, expert_idx_TK = self._board, expert_idx_TK.contiguous()
-        num_copies, top_k = expert_idx_TK.numel(), expert_idx_TK.shape[1]
         slot_TK = torch.empty_like(expert_idx_TK)
         replica_N = torch.empty(self.num_ranks * self.num_replicas, dtype=torch.int32, device=slot_TK.device)
-        num_blocks = min(max(-(-num_copies // _COUNT_BLOCK), 1), _MAX_COUNT_BLOCKS)
-        self._kernels.plan_kernel[(num_blocks,)](
-            expert_idx_TK, board.part_PE, self._primary_E, replica_N, board.bound_EW, board.slot_EW, board.peers_W,
-            board.state, board.offset["counts"], board.offset["counted"], self.ep_rank, num_copies, self.num_owned,
-            self.num_replicas, board.num_experts, self.copy_cost * BUCKETS, BUCKETS=BUCKETS, NEAR=NEAR, W=self.num_ranks,
-            W_PAD=_power_of_two(self.num_ranks), E_PAD=board.experts_pad, N_PAD=_power_of_two(replica_N.shape[0]),
-            BLOCK=_COUNT_BLOCK, num_warps=_WARPS,
+        num_copies, top_k = expert_idx_TK.numel(), expert_idx_TK.shape[1]
+        self._kernels.plan_kernel[(board.num_planners,)](
+            expert_idx_TK, token_id_T, slot_TK, self._primary_E, replica_N, board.peers_W, board.planned,
+            board.offset["counts"], self.ep_rank, num_copies, top_k, self.num_owned, self.num_replicas, board.num_experts,
+            self.copy_cost * BUCKETS, BUCKETS=BUCKETS, NEAR=NEAR, W=self.num_ranks, W_PAD=_power_of_two(self.num_ranks),
+            E_PAD=board.experts_pad, N_PAD=_power_of_two(replica_N.shape[0]), P=board.num_planners,
+            BLOCK=_plan_block(num_copies, board.num_planners), num_warps=_PLAN_WARPS,
         )  # fmt: skip
-        if num_copies:
-            self._kernels.reroute_kernel[(-(-num_copies // 512),)](
-                expert_idx_TK, token_id_T, board.bound_EW, board.slot_EW, slot_TK, num_copies, top_k, self.num_ranks,
-                BUCKETS=BUCKETS, BLOCK=512,
-            )  # fmt: skip
         return StepPlan(slot_TK, replica_N, replica_N.view(self.num_ranks, self.num_replicas)[self.ep_rank])
 
     def send_weights(self, plan: StepPlan) -> None:
@@ -177,7 +170,7 @@ class SymmetricReplication:
         board, (first, (owned_a, copies_a)), (last, (owned_b, copies_b)) = self._board, items[0], items[-1]
         self._kernels.return_kernel[(_NUM_RETURN_BLOCKS,)](
             owned_a, copies_a, owned_b, copies_b, plan.replica_N, self._primary_E, self._sizes_S, board.peers_W,
-            board.state[4:], first, last, board.offset[f"stage{first}"], board.offset[f"stage{last}"],
+            board.added, first, last, board.offset[f"stage{first}"], board.offset[f"stage{last}"],
             board.offset["staged"], board.offset["added"], self.ep_rank, self.num_owned, self.num_replicas,
             plan.replica_N.shape[0], W=self.num_ranks, HAS_B=len(items) > 1, N_PAD=_power_of_two(plan.replica_N.shape[0]),
             BLOCK=_RETURN_BYTES // copies_a.element_size(), num_warps=_RETURN_WARPS,
@@ -191,8 +184,10 @@ class _Board:
     def __init__(self, group, num_experts: int, num_replicas: int, sizes: Sequence[int], like: torch.Tensor):
         num_ranks, device = group_size(group), like.device
         self.num_experts, self.experts_pad = num_experts, max(_power_of_two(num_experts), 32)
-        regions = {"counts": 2 * num_ranks * self.experts_pad * 4}
-        regions |= {"counted": num_ranks * 4, "staged": 2 * num_ranks * _NUM_RETURN_BLOCKS * 4, "added": num_ranks * 4}
+        # a power of two, so that the number of blocks that have ended may run over
+        self.num_planners = max(1, min(_MOST_PLANNERS, _COUNTS_READ // (_power_of_two(num_ranks) * self.experts_pad)))
+        regions = {"counts": 2 * num_ranks * self.num_planners * self.experts_pad * 8}
+        regions |= {"staged": 2 * num_ranks * _NUM_RETURN_BLOCKS * 4, "added": num_ranks * 4}
         regions |= {f"stage{i}": num_replicas * size * like.element_size() for i, size in enumerate(sizes)}
         self.offset, total = {}, 0
         for name, num_bytes in regions.items():
@@ -200,10 +195,8 @@ class _Board:
             total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self._buffer, addresses = _allocate(total, device, group)
         self.peers_W = torch.tensor(addresses, dtype=torch.int64, device=device)
-        # pairs for direct_kernels._signal: counts; blocks that have counted; added gradients
-        self.state = torch.zeros(6, dtype=torch.int32, device=device)
-        self.part_PE = torch.empty(_MAX_COUNT_BLOCKS, self.experts_pad, dtype=torch.int32, device=device)
-        self.bound_EW, self.slot_EW = torch.empty(2, num_experts, num_ranks, dtype=torch.int32, device=device)
+        # blocks that have planned; a pair for direct_kernels._signal
+        self.planned, self.added = torch.zeros(3, dtype=torch.int32, device=device).split([1, 2])
         self._beside, self._is_apart = torch.cuda.Stream(device, priority=-1), False
 
     def beside(self):
@@ -217,3 +210,8 @@ class _Board:
         if self._is_apart:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         self._is_apart = False
+
+
+def _plan_block(num_copies: int, num_planners: int) -> int:
+    least, most = _PLAN_BLOCKS
+    return min(max(_power_of_two(-(-num_copies // num_planners)), least), most)
