@@ -280,6 +280,25 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
     assert torch.equal(every[:-2], some[:-2]) and torch.equal(every[-1], some[-1])
 
 
+def test_tiles_in_halves_have_the_same_bits():
+    """Where one slot has most rows, its last tiles come in halves; alone it has other ones, or none."""
+    if extension.products_for(torch.empty(1, 8, device="cuda", dtype=torch.bfloat16)) is None:
+        pytest.skip("the extension was not built for 9.0a, or this is another GPU")
+    torch.manual_seed(4)
+    num_rows, height, width = 6550, 1536, 3072
+    rows, grad = (torch.randn(num_rows + 1575, size, device="cuda").bfloat16() for size in (height, width))
+    want = rows[:num_rows].float().T @ grad[:num_rows].float()
+    seen = []
+    for others in ([105] * 15, [], [1575], [7] * 100):
+        end = torch.tensor([num_rows, *others], device="cuda").cumsum(0).int()
+        seen.append(extension._C.multiply_slots(rows, grad, end, None, False, None)[0])
+        total = torch.ones(1, height, width, device="cuda")
+        extension._C.multiply_slots(rows, grad, end, total, False, None)
+        close_in_norm(total[0] - 1, want.double(), torch.bfloat16, f"sums beside {others}")
+    assert all(torch.equal(other, seen[0]) for other in seen)
+    close_in_norm(seen[0], want.double(), torch.bfloat16, "weights")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_second_backward_pass_is_refused_where_the_first_used_the_memory_again(dtype):
     weights = [torch.randn(2, 16, 16, device="cuda", dtype=dtype).requires_grad_() for _ in range(2)]

@@ -21,7 +21,7 @@ constexpr int kAhead = 2;          // tiles that are known before they are begun
 constexpr int kMostSorted = 1024;  // slots that are put in order of size
 constexpr int kMostBand = 24;      // tiles that follow each other down a column: 132 at a time read least with 12 to 24
 constexpr int kSharedBytes = kStages * (kABytes + kBBytes) + kWarpgroups * kHalfBytes + kSumBytes +
-                             2 * (kStages + kWarpgroups + kAhead) * 8 + (kAhead + 1 + kMostSorted) * 4;
+                             2 * (kStages + kWarpgroups + kAhead) * 8 + (kAhead + 3 + kMostSorted) * 4;
 
 // What is multiplied. Rows: out[r] = rows[r] matrix of r's slot; the matrix is [depth, columns], or with RowsTransposed
 // [columns, depth]. Weights: out[slot] = sum over the slot's rows r of a[r]^T b[r].
@@ -109,25 +109,31 @@ struct Walk {
   __device__ __forceinline__ int blocks_deep(const Tile&) const { return (size.depth + kDepth - 1) / kDepth; }
 };
 
-// Tiles of weights, slots as sort_slots leaves them at `order`, in shared memory.
+// Tiles of weights, slots as sort_slots leaves them at `order`, in shared memory. Those from first_narrow to before last_narrow
+// are halves.
 template <>
 struct Walk<kWeights> {
   const int* end_L;
   Sizes size;
   uint32_t order;
+  int first_narrow, last_narrow;
 
-  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, uint32_t order)
-      : end_L(end_L), size(size), order(order) {}
+  __device__ __forceinline__ Walk(const int* end_L, const Sizes& size, uint32_t order, uint32_t narrow)
+      : end_L(end_L), size(size), order(order), first_narrow(load_int(narrow)), last_narrow(load_int(narrow + 4)) {}
 
   __device__ __forceinline__ bool seek(int index, Tile& tile) const {
     const int down = (size.rows + kTileRows - 1) / kTileRows, across = (size.columns + kTileColumns - 1) / kTileColumns;
-    const int num_tiles = down * across, place = index / num_tiles;
-    tile.is_narrow = false;
+    const int num_tiles = down * across, num_halves = 2 * (last_narrow - first_narrow);
+    const int inside = index - first_narrow;
+    tile.is_narrow = inside >= 0 && inside < num_halves;
+    if (inside >= 0) index = tile.is_narrow ? first_narrow + inside / 2 : index - num_halves / 2;
+    const int place = index / num_tiles;
     if (place >= load_int(order)) return false;
     tile.slot = size.num_slots > kMostSorted ? place : load_int(order + 4 + 4 * place);
     tile.begin = tile.slot ? end_L[tile.slot - 1] : 0;
     tile.end = end_L[tile.slot];
     place_tile(tile, index - place * num_tiles, down, across, kTileColumns);
+    if (tile.is_narrow && inside % 2) tile.column += kTileColumns / 2;
     return true;
   }
 
@@ -147,7 +153,7 @@ struct Ring {
 };
 
 struct Shared {
-  uint32_t a, b, result, sums, full, empty, done, written, told, heard, tile, order;
+  uint32_t a, b, result, sums, full, empty, done, written, told, heard, tile, narrow, order;
   __device__ __forceinline__ explicit Shared(uint32_t base)
       : a(base),
         b(a + kStages * kABytes),
@@ -160,7 +166,8 @@ struct Shared {
         told(written + kWarpgroups * 8),
         heard(told + kAhead * 8),
         tile(heard + kAhead * 8),
-        order(tile + kAhead * 4) {}
+        narrow(tile + kAhead * 4),
+        order(narrow + 8) {}
 
   // 16 bytes of a row of a half, in an order that spares the banks
   __device__ __forceinline__ uint32_t piece(int half, int row, int column16) const {
@@ -216,11 +223,17 @@ __device__ __forceinline__ int find_narrow(const int* end_L, const Sizes& size, 
   return 2 * last <= gridDim.x ? num_tiles - last : INT_MAX;
 }
 
+// What a tile of a slot with so many rows costs, in blocks of depth: a short one is waited for by memory.
+__device__ __forceinline__ int cost_of(int num_rows) { return max(4, (num_rows + kDepth - 1) / kDepth + 1); }
+
 // Leave at `order` how many slots are wanted, and their numbers in order of their rows, most first; more than kMostSorted stay
-// as they are, and all are wanted. For all threads of a block.
+// as they are, all are wanted, and none come in halves. At `narrow`, first and last + 1 of the tiles that do: of a round, in
+// which each block takes a tile, those that would end after all else, if whole; of the first round where these are half of
+// it or less. For all threads of a block.
 __device__ __forceinline__ void sort_slots(const int* end_L, const Sizes& size, const int* held, uint32_t order,
-                                           uint32_t counts) {
+                                           uint32_t narrow, uint32_t counts) {
   const int num_slots = size.num_slots;
+  if (threadIdx.x < 2) store_int(narrow + 4 * threadIdx.x, INT_MAX);
   if (num_slots > kMostSorted) {
     if (threadIdx.x == 0) store_int(order, num_slots);
     return;
@@ -236,15 +249,33 @@ __device__ __forceinline__ void sort_slots(const int* end_L, const Sizes& size, 
     }
     num_wanted += __syncthreads_count(count >= 0);
   }
+  const int down = (size.rows + kTileRows - 1) / kTileRows, across = (size.columns + kTileColumns - 1) / kTileColumns;
+  const int num_tiles = down * across, num_blocks = gridDim.x;
+  int first_narrow = INT_MAX, last_narrow = INT_MAX;
   for (int slot = threadIdx.x; slot < num_slots; slot += kThreads) {
     const int mine = load_int(counts + 4 * slot);
-    int place = 0;
+    int place = 0, next = -1, before = 0, all = 0;
     for (int other = 0; other < num_slots; ++other) {
-      const int count = load_int(counts + 4 * other);
-      place += count > mine || (count == mine && other < slot);
+      const int count = load_int(counts + 4 * other), cost = count < 0 ? 0 : cost_of(count) * num_tiles;
+      const bool is_before = count > mine || (count == mine && other < slot);
+      place += is_before;
+      before += is_before ? cost : 0;
+      all += cost;
+      if (!is_before && other != slot) next = max(next, count);
     }
     store_int(order + 4 + 4 * place, slot);
+    // of a round that begins in this slot
+    const int first = place * num_tiles, end = first + num_tiles;
+    for (int begin = (first + num_blocks - 1) / num_blocks * num_blocks; mine >= 0 && begin < end; begin += num_blocks) {
+      const int done = before + (begin - first) * cost_of(mine);
+      const auto is_late = [&](int count) { return count >= 0 && done + num_blocks * cost_of(count) > all; };
+      const int last = min(begin + num_blocks, is_late(next) ? num_wanted * num_tiles : end);
+      if (is_late(mine) && 2 * (last - begin) <= num_blocks && begin < first_narrow) first_narrow = begin, last_narrow = last;
+    }
   }
+  if (first_narrow != INT_MAX) min_int(narrow, first_narrow);
+  __syncthreads();
+  if (first_narrow != INT_MAX && load_int(narrow) == first_narrow) store_int(narrow + 4, last_narrow);
   if (threadIdx.x == 0) store_int(order, num_wanted);
 }
 

@@ -244,13 +244,14 @@ __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMa
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
     walk.seek(index, tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : tile.end - tile.begin) - tile.row;
+    const int columns_left = min(columns - tile.column, tile.is_narrow ? kTileColumns / 2 : kTileColumns);
     if (walk.is_total(tile)) {
       float* total = pointers.total + (int64_t(tile.slot) * walk.size.rows + tile.row) * columns + tile.column;
-      write_total(total, columns, columns - tile.column, rows_left, tile.slot >= walk.size.num_added, at, parity);
+      write_total(total, columns, columns_left, rows_left, tile.slot >= walk.size.num_added, at, parity);
       continue;
     }
     if constexpr (KIND == kWeights) {
-      write_boxes(map_out, columns - tile.column, tile, walk.size.num_totals, rows_left, at, parity);
+      write_boxes(map_out, columns_left, tile, walk.size.num_totals, rows_left, at, parity);
       continue;
     }
     if constexpr (KIND == kRowsTransposed && ACT != kIdentity) {

@@ -6,8 +6,9 @@
 // from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied;
 // weights in bfloat16 are stored by the copy engine, which takes them out of shared memory sooner than they reach memory.
 // A warpgroup whose rows all lie behind the slot's last one does not multiply. Counts are read on the device; a block takes
-// its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first,
-// and the last ones of rows come in halves, where whole ones would leave much of the device idle.
+// its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first.
+// Those come in halves that would leave much of the device idle, if whole: the last ones of rows, and of weights the last deep
+// ones of a slot that has most of the rows.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
       const int depth = i * kDepth;
       const uint32_t a = at.a + ring.stage * kABytes, b = at.b + ring.stage * kBBytes, full = at.full + ring.stage * 8;
       barrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
-      const int num_columns = KIND != kWeights && tile.is_narrow ? kTileColumns / 2 : kTileColumns;
+      const int num_columns = tile.is_narrow ? kTileColumns / 2 : kTileColumns;
       barrier_expect(full, kABytes + num_columns * kDepth * 2);
       if constexpr (KIND == kWeights) {
         for (int box = 0; box < kTileRows / kBox; ++box) {
@@ -133,7 +134,7 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
       products_wait<0>();
       release(last);
     };
-    if (KIND != kWeights && tile.is_narrow) {
+    if (tile.is_narrow) {
       multiply_all(std::true_type());
     } else {
       multiply_all(std::false_type());
@@ -167,7 +168,7 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
     const int row = first_row + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
     for (int i = 0; i < 128; i += 8) {
-      if (KIND != kWeights && i == 64 && tile.is_narrow) break;
+      if (i == 64 && tile.is_narrow) break;
       const int column16 = i / 4 + lane / 16;
       store_matrices(KIND == kWeights ? at.boxed(warpgroup, row, column16) : at.piece(warpgroup, row, column16),
                      pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
@@ -182,9 +183,9 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
 template <Kind KIND, bool GATED>
 __device__ __forceinline__ Walk<KIND> start_walk(const int* end_L, const Sizes& size, const int* held, const Shared& at) {
   if constexpr (KIND == kWeights) {
-    sort_slots(end_L, size, held, at.order, at.result);  // the counts lie where the first products will
+    sort_slots(end_L, size, held, at.order, at.narrow, at.result);  // the counts lie where the first products will
     __syncthreads();
-    return Walk<KIND>(end_L, size, at.order);
+    return Walk<KIND>(end_L, size, at.order, at.narrow);
   } else {
     const int first_narrow = GATED ? INT_MAX : find_narrow(end_L, size, at.order);
     __syncthreads();

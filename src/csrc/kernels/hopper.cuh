@@ -86,6 +86,10 @@ __device__ __forceinline__ void store_int(uint32_t to, int value) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void min_int(uint32_t to, int value) {
+  asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void add_int(uint32_t to, int value) {
   asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
