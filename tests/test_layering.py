@@ -14,7 +14,7 @@ LAYERS = {
     "planner": 1, "mesh": 1, "slow_links": 1, "slow_links_kernel": 1, "systems": 1, "controller": 1, "load_map": 1,
     "ops": 2,
     "gates": 3, "dispatch": 3,
-    "layer": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "own_loop": 4, "parallel": 4,
+    "layer": 4, "held_experts": 4, "replicas": 4, "migrate": 4, "observe": 4, "online": 4, "own_loop": 4, "parallel": 4,
     "timing": 4,
     "blocks": 5, "gpt": 5, "swin": 5,
     "data": 5, "images": 5, "samples": 5, "models": 5, "optimizer": 5, "checkpoint": 5, "graphs": 5,
@@ -30,7 +30,8 @@ ENTRY_POINTS = {"train", "bench", "hosts", "cli", "sequence"}
 SAME_LAYER = {
     ("config", "swin_sizes"), ("images", "data"), ("samples", "data"), ("samples", "images"), ("models", "gpt"),
     ("gpt", "blocks"), ("swin", "blocks"),
-    ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("slow_links", "slow_links_kernel"),
+    ("models", "swin"), ("models", "images"), ("layer", "replicas"), ("layer", "held_experts"), ("held_experts", "replicas"),
+    ("slow_links", "slow_links_kernel"),
     ("solvers", "placement"), ("policy", "placement"), ("policy", "solvers"), ("trace", "trace_synthetic"),
     ("own_loop", "layer"), ("own_loop", "replicas"), ("online", "migrate"), ("online", "observe"), ("online", "timing"),
     ("online", "replicas"), ("checkpoint", "optimizer"), ("train", "trainer"), ("bench", "train"), ("bench", "trainer"),

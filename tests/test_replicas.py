@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import Variable
 from torch.utils.checkpoint import checkpoint
 
 from smartmoe.config import ClusterSpec, GateConfig, LayerConfig, OnlineConfig, RunConfig, Workload
 from smartmoe.ops.replica_exchange import Transfers, _batches, return_grads
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import Plan, copy_cost, return_all, send_all
+from smartmoe.replicas import ExactReplication, Plan, copy_cost, return_all, send_all
 from tests import oracle
 from tests.dist import spawn
 from tests.test_layer import MECHANISMS, MODEL, make_config, make_layer, make_tokens, run_layer
@@ -92,8 +93,8 @@ class IntoGrad:
 
     is_urgent, held_G = False, None
 
-    def __init__(self, param):
-        self.param = param
+    def __init__(self, param, may_end_late=False):
+        self.param, self.may_end_late = param, may_end_late
 
     def take(self):
         is_first = self.param.grad is None
@@ -102,18 +103,43 @@ class IntoGrad:
         return self.param.grad, is_first
 
 
+class LateExact(ExactReplication):
+    """Gradients are under way until the backward pass has ended; only there they are added."""
+
+    journeys = ()
+
+    def return_grads(self, plan, grads):
+        self.journeys = [*self.journeys, (plan, grads)]
+
+    def wait_grads(self):
+        raise AssertionError("nothing needs to wait")
+
+    def leave_grads(self, read):
+        assert self.journeys and read[0] is self.journeys[0][0]
+        Variable._execution_engine.queue_callback(self.arrive)
+
+    def arrive(self):
+        for plan, grads in self.journeys:
+            super().return_grads(plan, grads)
+        self.journeys = ()
+
+
 def run_both_modes(world_rank, num_ranks):
     results = run_history(world_rank, num_ranks)
     for mechanism, gate in PAIRS:
         layer = make_layer(replicated("exact", mechanism, gate), num_ranks, shuffled=True)
-        for variant in ("plain", "recomputed", "early", "early into sums"):
+        for variant in ("plain", "recomputed", "early", "early into sums", "late", "late, recomputed"):
             layer.zero_grad()
-            layer.replication.is_early = variant.startswith("early")
+            layer.replication.is_early = variant.startswith(("early", "late"))
             if variant == "early into sums":
                 layer.experts.w1_LDF.grad_sink, layer.experts.w2_LFD.grad_sink = map(
                     IntoGrad, (layer.experts.w1_LDF, layer.experts.w2_LFD)
                 )
-            results[gate, mechanism, "exact", variant] = run_layer(layer, world_rank, recompute=variant == "recomputed")
+            if variant == "late":
+                for param in layer.experts.weights():
+                    param.grad_sink = IntoGrad(param, may_end_late=True)
+                layer.replication.__class__ = LateExact
+            results[gate, mechanism, "exact", variant] = run_layer(layer, world_rank, recompute="recomputed" in variant)
             if num_ranks > 1:
                 check_copies(layer, layer.replication._held)
                 assert (np.array(layer.replication._held) >= 0).any()

@@ -16,13 +16,14 @@ from torch import nn
 from smartmoe.config import ModelConfig, RunConfig, check_layer
 from smartmoe.dispatch import build_dispatcher, nodes_of
 from smartmoe.gates import Routing, build_gate
+from smartmoe.held_experts import HeldExperts
 from smartmoe.ops.activation import widening
 from smartmoe.ops.all_to_all import group_rank, group_size
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.hashing import make_key
 from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement, Replicas
-from smartmoe.replicas import HeldExperts, HistoryReplication, build_replication
+from smartmoe.replicas import HistoryReplication, build_replication
 
 INIT_STD = 0.02
 MANY_WEIGHTS = 1 << 20

@@ -13,11 +13,12 @@ from smartmoe.config import GateConfig, LayerConfig, ModelConfig, OnlineConfig, 
 from smartmoe.dispatch import symmetric
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.symmetric_replicas import COPY_COST, SymmetricReplication
+from smartmoe.held_experts import HeldExperts
 from smartmoe.layer import MoELayer
 from smartmoe.ops.expert_ffn import expert_ffn
 from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
-from smartmoe.replicas import HeldExperts, SymmetricHistory, return_all, send_all
+from smartmoe.replicas import SymmetricHistory, return_all, send_all
 from smartmoe.solvers.exact_step import solve_exact_step
 from tests import oracle
 from tests.dispatch import cases

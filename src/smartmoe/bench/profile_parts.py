@@ -74,7 +74,7 @@ def attention(site: Site, samples: int, heads: int, tokens: int, head_dim: int) 
 class _Sum:
     """A weight's `grad_sink` that holds the gradients of earlier micro-batches."""
 
-    is_urgent, held_G = False, None
+    is_urgent, held_G, may_end_late = False, None, False
 
     def __init__(self, weight: torch.Tensor):
         self._total = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)

@@ -24,10 +24,10 @@ from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.symmetric import why_unavailable
 from smartmoe.dispatch.symmetric_replicas import COPY_COST, SymmetricReplication
 from smartmoe.gates import Routing
+from smartmoe.held_experts import HeldExperts
 from smartmoe.layer import Experts
 from smartmoe.ops.plan import slots_of
 from smartmoe.placement import Placement
-from smartmoe.replicas import HeldExperts
 
 LEAD_CYCLES = 400_000  # before parts that are shorter than their launches
 CASES = {

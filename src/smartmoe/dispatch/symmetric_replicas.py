@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import Variable
 
 from smartmoe.dispatch.symmetric import _allocate, _power_of_two
 from smartmoe.ops.all_to_all import group_rank, group_size
@@ -166,6 +167,11 @@ class SymmetricReplication:
         """What is launched from now on reads whole gradients."""
         self._board.join()
 
+    def leave_grads(self, read: object) -> None:
+        """What is launched behind the backward pass that runs reads whole gradients, as does what follows the next wait."""
+        self._board.keep(read)
+        Variable._execution_engine.queue_callback(self._board.join)
+
     def _return(self, plan, items):
         board, (first, (owned_a, copies_a)), (last, (owned_b, copies_b)) = self._board, items[0], items[-1]
         self._kernels.return_kernel[(_NUM_RETURN_BLOCKS,)](
@@ -198,6 +204,7 @@ class _Board:
         # blocks that have planned; a pair for direct_kernels._signal
         self.planned, self.added = torch.zeros(3, dtype=torch.int32, device=device).split([1, 2])
         self._beside, self._is_apart = torch.cuda.Stream(device, priority=-1), False
+        self._read: list[object] = []  # what holds memory that is read beside the current stream
 
     def beside(self):
         """A context whose work runs beside the current stream, after what is queued there."""
@@ -205,11 +212,16 @@ class _Board:
         self._is_apart = True
         return torch.cuda.stream(self._beside)
 
+    def keep(self, read: object) -> None:
+        """Memory that work beside the current stream reads, so that it is given back behind `join`."""
+        self._read.append(read)
+
     def join(self) -> None:
         """The current stream goes on after what is queued beside it, if anything is."""
         if self._is_apart:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         self._is_apart = False
+        self._read.clear()
 
 
 def _plan_block(num_copies: int, num_planners: int) -> int:

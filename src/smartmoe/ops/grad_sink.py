@@ -18,10 +18,12 @@ from smartmoe.ops.adamw import accumulate_
 class GradSink(Protocol):
     """Where the gradients of one weight [L, ...] are summed. is_urgent: something waits for this gradient, so that it shall
     be computed before that of the rows. held_G: [G] int32, the last G rows are in use where it is not negative, and of the
-    others the gradient may be anything; None = all are in use."""
+    others the gradient may be anything; None = all are in use. may_end_late: nobody reads the sum before the backward pass
+    has ended, so that what is added to it beside the current stream may be there by then only."""
 
     is_urgent: bool
     held_G: torch.Tensor | None
+    may_end_late: bool
 
     def take(self) -> tuple[torch.Tensor | None, bool]:
         """(total [L', ...] float32, contiguous, of the first L' <= L rows, None = of none; whether it is to be overwritten

@@ -224,5 +224,9 @@ class _BufferSink:
     def __init__(self, buffers: GradientBuffers, ref_idx: int):
         self._buffers, self._ref_idx = buffers, ref_idx
 
+    @property
+    def may_end_late(self) -> bool:
+        return self._buffers.early is None and self._buffers.refs[self._ref_idx].grad is not None
+
     def take(self) -> tuple[torch.Tensor, bool]:
         return self._buffers.take(self._ref_idx)

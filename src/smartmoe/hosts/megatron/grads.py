@@ -12,7 +12,7 @@ import torch
 class MainGrad:
     """A parameter's `grad_sink` (ops.grad_sink): its `main_grad`, part of a buffer that Megatron clears before each step."""
 
-    is_urgent, held_G = False, None
+    is_urgent, held_G, may_end_late = False, None, False
 
     def __init__(self, param: torch.nn.Parameter):
         self._param = weakref.proxy(param)
