@@ -208,7 +208,7 @@ def copied_experts(layer, storage) -> dict[int, torch.Tensor]:
 class Total:
     """A sink (ops.grad_sink) that sums in float32; what the first pass does not overwrite is not a number."""
 
-    is_urgent, held_G = False, None
+    is_urgent, held_G, may_end_late = False, None, False
 
     def __init__(self, param):
         self.total, self.is_first = torch.full_like(param, torch.nan, dtype=torch.float32), True
