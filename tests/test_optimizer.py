@@ -128,6 +128,31 @@ def test_the_norm_does_not_depend_on_where_experts_live():
     assert len(norms) == 1
 
 
+def test_small_gradients_of_several_types_are_summed_in_float32(monkeypatch):
+    """And together: torch would add those of another type than the sum's one by one."""
+    added, add = [], torch._foreach_add_
+
+    def note(totals, parts):
+        added.append({part.dtype for part in parts})
+        add(totals, parts)
+
+    monkeypatch.setattr(torch, "_foreach_add_", note)
+    draw, types = torch.Generator().manual_seed(0), [torch.bfloat16, torch.float32, torch.bfloat16]
+    params = [torch.nn.Parameter(torch.zeros(5, dtype=dtype)) for dtype in types]
+    buffers = data.GradientBuffers([(str(idx), param) for idx, param in enumerate(params)], {})
+    buffers._flat["dense"].fill_(torch.nan)  # nobody may read what was there
+    wanted = [torch.zeros(5) for _ in params]
+    for _ in range(3):
+        for param, total in zip(params, wanted, strict=True):
+            part = torch.randn(5, generator=draw).to(param.dtype)
+            (param * part).sum().backward()
+            total += part.float()
+    buffers.complete()
+    assert added == 2 * [{torch.float32}, {torch.float32}]
+    for ref, total in zip(buffers.refs, wanted, strict=True):
+        assert torch.equal(ref.grad, total)
+
+
 def test_small_gradients_may_wait(monkeypatch):
     def masters():
         trainer = make_trainer(make_config())

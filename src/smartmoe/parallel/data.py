@@ -8,6 +8,7 @@ global number of tokens, so gradients are summed, never averaged.
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -109,14 +110,17 @@ class GradientBuffers:
         self._waiting[ref_idx] = part
 
     def flush(self) -> None:
-        """Accumulate the gradients that wait: two calls for all, as a launch from Python takes longer than such a sum."""
-        firsts, others = [], []
+        """Accumulate the gradients that wait: few calls for all, as a launch takes longer than such a sum."""
+        groups = defaultdict(list)
         for ref_idx, part in self._waiting.items():
-            (firsts if self.fill(ref_idx) else others).append((self.refs[ref_idx].grad, part))
+            groups[self.fill(ref_idx), part.dtype].append((self.refs[ref_idx].grad, part))
         self._waiting.clear()
-        for pairs, accumulate in ((firsts, torch._foreach_copy_), (others, torch._foreach_add_)):
-            if pairs:
-                accumulate(*map(list, zip(*pairs, strict=True)))
+        for (is_first, dtype), pairs in groups.items():
+            totals, parts = map(list, zip(*pairs, strict=True))
+            if dtype != torch.float32 and not is_first:  # torch adds those of two dtypes one by one, but copies them together
+                parts, halves = [torch.empty_like(total) for total in totals], parts
+                torch._foreach_copy_(parts, halves)
+            (torch._foreach_copy_ if is_first else torch._foreach_add_)(totals, parts)
 
     def fill(self, ref_idx: int) -> bool:
         """Note that a gradient is about to be written; returns whether it is the first since `zero` and must overwrite."""
