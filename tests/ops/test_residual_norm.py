@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from smartmoe.ops.extension import have_triton
 from smartmoe.ops.residual_norm import residual_norm
+from smartmoe.parallel.data import GradientBuffers
 
 # Largest error relative to the largest value: one rounding of a result whose sums are in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -62,3 +63,19 @@ def test_two_runs_give_the_same_bits():
     norm = torch.nn.LayerNorm(768).to("cuda", torch.bfloat16)
     first, second = (run(x, update, norm, [upstream, upstream], residual_norm) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
+def test_gradients_of_weight_and_bias_go_to_their_sinks(device):
+    x, upstream = (torch.randn(700, 96, device=device, dtype=torch.bfloat16) for _ in range(2))
+    norm = torch.nn.LayerNorm(96).to(device, torch.bfloat16)
+    wide = torch.nn.LayerNorm(96).to(device, torch.float64)
+    wanted = run(x.double(), None, wide, [None, upstream.double()], reference)[3:]
+    buffers = GradientBuffers(list(norm.named_parameters()), {})
+    buffers._flat["dense"].fill_(torch.nan)  # nobody may read what was there
+    for _ in range(3):
+        residual_norm(x, None, norm)[1].backward(upstream)
+    assert norm.weight.grad is None and not buffers._waiting
+    for ref, once in zip(buffers.refs, wanted, strict=True):
+        error = (ref.grad.double() - 3 * once).abs().max() / once.abs().max()
+        assert error < 1e-5, "summed in float32, and not rounded in between"

@@ -2,7 +2,8 @@
 
 R rows (tokens), D model width. On CUDA with Triton the sum is written and normalised in the same pass, and in backward
 the gradient that arrives beside the normalisation is added as the normalisation's is written: 8 instead of 13 passes over
-[R, D]. Elsewhere it is the composition that autograd differentiates.
+[R, D]; gradients of weight and bias go to their sinks (ops.grad_sink), where they have some. Elsewhere it is the composition
+that autograd differentiates.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from smartmoe.ops.extension import have_triton
+from smartmoe.ops.grad_sink import sink_of
+from smartmoe.ops.part_sums import sum_parts
 
 _MAX_WIDTH = 16384
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,17 +42,17 @@ class _ResidualNorm(torch.autograd.Function):
         from smartmoe.ops import residual_norm_kernels as kernels
 
         ctx.set_materialize_grads(False)
-        ctx.has_update = update is not None
+        ctx.has_update, ctx.sinks = update is not None, (sink_of(weight), sink_of(bias))
         total, normed, stats_2R = kernels.forward(x.contiguous(), update, weight, bias, eps)
-        ctx.save_for_backward(total, weight, stats_2R)
+        ctx.save_for_backward(total, weight, bias, stats_2R)
         return total.view(x.shape), normed.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_total, grad_normed):
         from smartmoe.ops import residual_norm_kernels as kernels
 
-        total, weight, stats_2R = ctx.saved_tensors
+        total, weight, bias, stats_2R = ctx.saved_tensors
         if grad_normed is None:
             return grad_total, grad_total if ctx.has_update else None, None, None, None
-        grad, grad_weight, grad_bias = kernels.backward(grad_normed, grad_total, total, weight, stats_2R)
-        return grad, grad if ctx.has_update else None, grad_weight, grad_bias, None
+        grad, part_PN = kernels.backward(grad_normed, grad_total, total, weight, stats_2R)
+        return grad, grad if ctx.has_update else None, *sum_parts(part_PN, (weight, bias), ctx.sinks), None

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCKS_PER_MULTIPROCESSOR = 4
+_BLOCKS_PER_MULTIPROCESSOR, _BACKWARD_WARPS = 4, 4
 
 
 @triton.jit
@@ -32,30 +32,48 @@ def norm_forward_kernel(x, update, weight, bias, total, normed, stats_2R, R, D, 
 
 
 @triton.jit
-def norm_backward_kernel(grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, R, D, P, ROWS, ADDS: tl.constexpr,
+def _load_row(grad_normed, grad_total, total, stats_2R, row, end, d, R, D):
+    """What backward reads of a row, zeros from `end` on."""
+    here = (d < D) & (row < end)
+    at = row * D + d
+    return (
+        tl.load(grad_normed + at, mask=here, other=0.0),
+        tl.load(grad_total + at, mask=here, other=0.0),
+        tl.load(total + at, mask=here, other=0.0),
+        tl.load(stats_2R + row, mask=row < end, other=0.0),
+        tl.load(stats_2R + R + row, mask=row < end, other=0.0),
+    )
+
+
+@triton.jit
+def norm_backward_kernel(grad_normed, grad_total, total, weight, stats_2R, grad, part_PN, R, D, ROWS, ADDS: tl.constexpr,
                     BLOCK_D: tl.constexpr):  # fmt: skip
-    """ROWS consecutive rows a block, P blocks; its sums for weight and bias go to part_2PD [2, P, D] float32."""
+    """ROWS consecutive rows a block, the next one on its way while one is worked on; the block's sums for weight and bias go
+    to its row of part_PN [P, 2 * D] float32."""
     block, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     inside = d < D
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     sum_w = tl.zeros([BLOCK_D], tl.float32)
     sum_b = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(ROWS):
-        row = block * ROWS + i
-        here = inside & (row < R)
-        g = tl.load(grad_normed + row * D + d, mask=here, other=0.0).to(tl.float32)
-        value = tl.load(total + row * D + d, mask=here, other=0.0).to(tl.float32)
-        mean, scale = tl.load(stats_2R + row, mask=row < R, other=0.0), tl.load(stats_2R + R + row, mask=row < R, other=0.0)
-        unit = tl.where(here, (value - mean) * scale, 0.0)
-        sum_w += g * unit
-        sum_b += g
-        g *= w
-        result = (g - (tl.sum(g) + unit * tl.sum(g * unit)) / D) * scale
+    row = block * ROWS
+    end = tl.minimum(row + ROWS, R)
+    g, beside, value, mean, scale = _load_row(grad_normed, grad_total, total, stats_2R, row, end, d, R, D)
+    while row < end:
+        next_g, next_beside, next_value, next_mean, next_scale = _load_row(grad_normed, grad_total, total, stats_2R, row + 1,
+                                                                           end, d, R, D)  # fmt: skip
+        unit = tl.where(inside, (value.to(tl.float32) - mean) * scale, 0.0)
+        slope = g.to(tl.float32)
+        sum_w += slope * unit
+        sum_b += slope
+        slope *= w
+        result = (slope - (tl.sum(slope) + unit * tl.sum(slope * unit)) / D) * scale
         if ADDS:
-            result += tl.load(grad_total + row * D + d, mask=here, other=0.0).to(tl.float32)
-        tl.store(grad + row * D + d, result, mask=here)
-    tl.store(part_2PD + block * D + d, sum_w, mask=inside)
-    tl.store(part_2PD + (P + block) * D + d, sum_b, mask=inside)
+            result += beside.to(tl.float32)
+        tl.store(grad + row * D + d, result, mask=inside)
+        g, beside, value, mean, scale = next_g, next_beside, next_value, next_mean, next_scale
+        row += 1
+    tl.store(part_PN + block * 2 * D + d, sum_w, mask=inside)
+    tl.store(part_PN + block * 2 * D + D + d, sum_b, mask=inside)
 
 
 def forward(x, update, weight, bias, eps: float):
@@ -71,20 +89,19 @@ def forward(x, update, weight, bias, eps: float):
 
 
 def backward(grad_normed, grad_total, total, weight, stats_2R):
-    """(gradient of the sum, of weight, of bias); grad_total may be None."""
+    """(gradient of the sum, parts [P, 2 * D] float32 of the gradients of weight and bias); grad_total may be None."""
     width = total.shape[-1]
     num_rows = total.numel() // width
     rows = triton.cdiv(num_rows, _num_blocks(total.device))
     num_blocks = triton.cdiv(num_rows, rows)
-    part_2PD = total.new_empty(2, num_blocks, width, dtype=torch.float32)
+    part_PN = total.new_empty(num_blocks, 2 * width, dtype=torch.float32)
     grad, grad_normed = torch.empty_like(total), grad_normed.contiguous()
     adds = grad_total is not None
     grad_total = grad_total.contiguous() if adds else grad_normed
-    norm_backward_kernel[(num_blocks,)](grad_normed, grad_total, total, weight, stats_2R, grad, part_2PD, num_rows, width,
-                                   num_blocks, rows, ADDS=adds, BLOCK_D=triton.next_power_of_2(width),
-                                   num_warps=8)  # fmt: skip
-    grad_weight, grad_bias = part_2PD.sum(1).to(weight.dtype)
-    return grad.view(grad_normed.shape), grad_weight, grad_bias
+    norm_backward_kernel[(num_blocks,)](grad_normed, grad_total, total, weight, stats_2R, grad, part_PN, num_rows, width,
+                                   rows, ADDS=adds, BLOCK_D=triton.next_power_of_2(width),
+                                   num_warps=_BACKWARD_WARPS)  # fmt: skip
+    return grad.view(grad_normed.shape), part_PN
 
 
 @functools.cache
