@@ -267,6 +267,17 @@ def test_capacity_drops_copies_in_every_mechanism(mechanism, scope):
     oracle.assert_close(result["x"], plain["x"], torch.float32)
 
 
+def test_it_goes_on_with_the_tokens_that_its_gate_gives():
+    """Through them a gate gets the gradient that its own is added to."""
+    layer = make_layer(make_config())
+    x, _, ids = make_tokens(0)
+    plain, gate = layer(x.float(), ids)[0], layer.gate.forward
+    layer.gate.forward = lambda x_TD, *args, **more: dataclasses.replace(gate(x_TD, *args, **more), x_TD=x_TD.flip(1))
+    changed = layer(x.float(), ids)[0]
+    layer.gate.forward = lambda x_TD, *args, **more: dataclasses.replace(gate(x_TD, *args, **more), x_TD=None)
+    assert torch.equal(layer(x.float(), ids)[0], plain) and not torch.allclose(changed, plain)
+
+
 def test_observers_see_every_forward_and_recomputation():
     result = run_layer(make_layer(make_config()), 0)
     assert (result["num_observed"], result["layer_idx"]) == (1, LAYER_IDX)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from smartmoe.config import GateConfig, ModelConfig
 from smartmoe.ops.all_to_all import group_size
 from smartmoe.ops.capacity import CopyOrder, admitted, capacity_limit, order_copies, rebalance
 from smartmoe.ops.hashing import make_key, normal, uniform
+from smartmoe.ops.top_gate import top_gate
 from smartmoe.ops.wide_linear import wide_linear
 from smartmoe.trace import read_trace
 
@@ -41,12 +42,15 @@ class Routing:
     balance_loss: 0-dim float32, this rank's share: the sum over the ranks of the stage is the loss, not weighted.
     max_copies: a bound on the copies that this rank may send to one expert, where the gate knows one without asking the
         device (capacity of scope "local"); None = no bound known.
+    x_TD: the gate's input [T, D] for whoever goes on with it, where the gate can then add its gradient to the other's; None =
+        it cannot.
     """
 
     expert_idx_TK: torch.Tensor
     weight_TK: torch.Tensor
     balance_loss: torch.Tensor
     max_copies: int | None = None
+    x_TD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,24 +171,31 @@ class Gate(nn.Module, abc.ABC):
 class NaiveGate(Gate):
     """Top-k of the logits, weights = softmax over the chosen ones; no balance loss. FastMoE's NaiveGate."""
 
+    def __init__(self, model, gate, **kwargs):
+        super().__init__(model, gate, **kwargs)
+        self.register_buffer("no_loss", torch.zeros((), device=self.bias_E.device), persistent=False)
+
     def forward(self, x_TD, token_id_T, num_segments=None):
         tokens = Tokens(x_TD, token_id_T, num_segments)
-        expert_idx_TK, weight_TK = self._choose(self._logits(x_TD), tokens)
-        pruned_TK, _, _ = self._prune(expert_idx_TK, tokens)
-        return self._routing(pruned_TK, weight_TK, x_TD.new_zeros((), dtype=torch.float32), x_TD.shape[0])
+        expert_idx_TK, weight_TK, x_TD = self._choose(tokens)
+        if self.capacity is not None:
+            pruned_TK, _, _ = self._prune(expert_idx_TK, tokens)
+            routing = self._routing(pruned_TK, weight_TK, self.no_loss, x_TD.shape[0])
+            return replace(routing, x_TD=x_TD)
+        return Routing(expert_idx_TK, weight_TK.float(), self.no_loss.float(), x_TD=x_TD)
 
-    def _choose(self, logits_TE, tokens):
-        top_TK, expert_idx_TK = logits_TE.topk(self.top_k, dim=-1)
-        return expert_idx_TK, top_TK.softmax(-1)
+    def _choose(self, tokens: Tokens):
+        """(expert_idx_TK, weight_TK, the tokens for whoever goes on with them)."""
+        return top_gate(tokens.x_TD, self.weight_ED, self.bias_E, self.top_k)
 
 
 class ZeroGate(NaiveGate):
     """Every copy goes to expert 0 with weight 1 / k. FastMoE's ZeroGate; its router takes no part."""
 
-    def _choose(self, logits_TE, tokens):
-        shape = (logits_TE.shape[0], self.top_k)
-        zero_TK = torch.zeros(shape, dtype=torch.int64, device=logits_TE.device)
-        return zero_TK, logits_TE.new_full(shape, 1.0 / self.top_k)
+    def _choose(self, tokens):
+        shape, x_TD = (tokens.x_TD.shape[0], self.top_k), tokens.x_TD
+        zero_TK = torch.zeros(shape, dtype=torch.int64, device=x_TD.device)
+        return zero_TK, x_TD.new_full(shape, 1.0 / self.top_k, dtype=torch.float32), x_TD
 
 
 class SwipeGate(NaiveGate):
@@ -192,12 +203,13 @@ class SwipeGate(NaiveGate):
     the experts in the end. Training only. FastMoE's SwipeGate, which levels workers (its expert inside a worker is
     fixed); here experts are levelled."""
 
-    def _choose(self, logits_TE, tokens):
+    def _choose(self, tokens):
+        logits_TE = self._logits(tokens.x_TD)
         expert_idx_TK = logits_TE.topk(self.top_k, dim=-1).indices
         if self.training:
             limit = self._limit(logits_TE.shape[0], 1.0)
             expert_idx_TK = rebalance(self._order(expert_idx_TK, tokens), expert_idx_TK, limit)
-        return expert_idx_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1)
+        return expert_idx_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1), tokens.x_TD
 
 
 class SwitchGate(Gate):
@@ -376,13 +388,13 @@ class TraceGate(NaiveGate):
         self.register_buffer("end_IE", torch.from_numpy(end_IE).to(self.weight_ED.device), persistent=False)
         self.stride = _even_stride(self.tokens_per_iteration)
 
-    def _choose(self, logits_TE, tokens):
-        token_id_T, num = tokens.token_id_T, self.tokens_per_iteration
+    def _choose(self, tokens):
+        logits_TE, token_id_T, num = self._logits(tokens.x_TD), tokens.token_id_T, self.tokens_per_iteration
         iteration_T = token_id_T // num % self.end_IE.shape[0]
         seat_T = token_id_T % num * self.stride % num
         seat_TK = seat_T.unsqueeze(1) + num * torch.arange(self.top_k, device=seat_T.device)
         expert_idx_TK = torch.searchsorted(self.end_IE[iteration_T], seat_TK, right=True)
-        return expert_idx_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1)
+        return expert_idx_TK, logits_TE.gather(1, expert_idx_TK).softmax(-1), tokens.x_TD
 
 
 def _read_trace(gate: GateConfig, model: ModelConfig, layer_idx: int, num_copies: int) -> np.ndarray:

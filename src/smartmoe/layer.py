@@ -237,6 +237,8 @@ class MoELayer(nn.Module):
         routing = self.gate(x_TD, token_id_T, num_segments=token_id_BT.shape[0])
         for observer in self.observers:
             observer(self.layer_idx, routing, token_id_BT)
+        if routing.x_TD is not None:
+            x_TD = routing.x_TD
         if self.replication is None:
             slot_TK = slots_of(routing.expert_idx_TK, self.slot_of_expert_E.unsqueeze(1))
             y_TD = self.dispatcher(x_TD, routing, slot_TK, self.experts)
