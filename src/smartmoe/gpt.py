@@ -13,6 +13,7 @@ from torch import nn
 
 from smartmoe.blocks import Block, DenseMLP, add, run_block
 from smartmoe.config import ModelConfig
+from smartmoe.ops.dense_linear import DenseLinear
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
 from smartmoe.swin_sizes import has_experts
@@ -25,8 +26,8 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig):
         super().__init__()
         self.head_dim = model.hidden_size // model.num_heads
-        self.qkv = nn.Linear(model.hidden_size, 3 * model.hidden_size, bias=False)
-        self.out = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
+        self.qkv = DenseLinear(model.hidden_size, 3 * model.hidden_size)
+        self.out = DenseLinear(model.hidden_size, model.hidden_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.out(attend(self.qkv(x_BTD), self.head_dim))
@@ -72,7 +73,7 @@ class GPT(nn.Module):
             self.blocks[str(idx)] = Block(width, Attention(model), moe, mlp)
         if self.is_last:
             self.final_norm = nn.LayerNorm(model.hidden_size)
-            self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+            self.head = DenseLinear(model.hidden_size, model.vocab_size)
 
     def forward(
         self,
@@ -86,14 +87,16 @@ class GPT(nn.Module):
 
         x: [B, T] int64 tokens for the first stage, [B, T, D] activations for a later one.
         balance_loss: [1] float32, the sum over earlier stages; None for the first.
-        token_id_BT: [B, T] int64, global token ids (sample * seq_len + position).
+        token_id_BT: [B, T] int64, global token ids (sample * seq_len + position), of the same positions in all samples.
         target_BT: [B, T] int64, the next tokens; read by the last stage only.
         Returns (activations [B, T, D], balance loss [1]), or from the last stage (cross-entropy summed over the tokens
         [1] float32, balance loss [1]).
         """
         update = None
         if self.is_first:
-            x, update = self.token_embedding(x), self.position_embedding(token_id_BT % self.seq_len)
+            # backward sorts these numbers: they have few digits, and all samples the positions of one
+            x = self.token_embedding(x.int())
+            update = self.position_embedding((token_id_BT[:1] % self.seq_len).int()).expand_as(x)
             balance_loss = x.new_zeros(1, dtype=torch.float32).requires_grad_()
         for block in self.blocks.values():
             x, update, block_loss = run_block(block, x, update, token_id_BT, self.recompute and self.training)
