@@ -32,6 +32,7 @@ from smartmoe.config import RunConfig
 from smartmoe.dispatch.direct import DirectDispatcher
 from smartmoe.dispatch.symmetric_replicas import SymmetricReplication
 from smartmoe.ops.extension import path_for
+from smartmoe.ops.graph_nodes import replace_memsets
 from smartmoe.parallel.data import GradientBuffers
 from smartmoe.parallel.pipeline_passes import Pass, Source
 from smartmoe.replicas import CollectiveHistory, ExactReplication, HistoryReplication
@@ -87,7 +88,7 @@ class CudaTape:
         torch.cuda.synchronize(self._device)
         gc.collect()
         torch.cuda.empty_cache()  # what passes have needed so far is what the graph needs
-        before, graph = torch.cuda.memory_reserved(self._device), torch.cuda.CUDAGraph()
+        before, graph = torch.cuda.memory_reserved(self._device), torch.cuda.CUDAGraph(keep_graph=True)
         pool = self._pools.get(room) or self._pools.setdefault(room, torch.cuda.graph_pool_handle())
         with torch.cuda.stream(self._stream):
             # other threads, such as the one in which NCCL looks after its collectives, may go on
@@ -101,6 +102,8 @@ class CudaTape:
                     torch._C._cuda_endAllocateToPool(self._device.index or 0, pool)
                 raise
             graph.capture_end()
+        replace_memsets(graph, self._device)
+        graph.instantiate()
         self._graphs.append(graph)
         self.num_bytes += torch.cuda.memory_reserved(self._device) - before
         return graph.replay

@@ -55,4 +55,8 @@ void multiply_activate_into(const Tensor& rows_RD, const Tensor& weight_LDF, con
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,
                       bool is_first, const OptionalTensor& held_G);
 
+// Fills of few bytes in a cudaGraph_t that is not instantiated become kernels, of which the device does more than twice as
+// many in a time.
+void replace_memsets(int64_t graph_address);
+
 }  // namespace smartmoe::bindings

@@ -23,4 +23,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_slope", &b::multiply_slope);
   m.def("multiply_activate_into", &b::multiply_activate_into);
   m.def("multiply_slots", &b::multiply_slots);
+  m.def("replace_memsets", &b::replace_memsets);
 }

@@ -102,4 +102,8 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
                            float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
                            int64_t num_rows, int rows, int columns, cudaStream_t stream);
 
+// The kernel (char* to, unsigned value, unsigned element_size, unsigned num_elements) that writes num_elements times the lowest
+// element_size (1, 2, 4) bytes of value, by one block: for a node of a graph.
+void* fill_function();
+
 }  // namespace smartmoe
