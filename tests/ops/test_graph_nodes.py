@@ -29,7 +29,7 @@ def test_no_small_memset_is_left_and_results_are_the_same(monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     if kernels_for(torch.empty(0, dtype=torch.int64, device=device)) is None:
         pytest.skip("needs the extension")
-    # whole numbers: their sums are the same in any order
+    # whole numbers have the same sums in any order: torch adds gradients of few rows atomically (its pull request 172454)
     x, out = torch.randint(-99, 99, (8192, 32), device=device).float(), torch.empty(17 * 32, device=device)
     tape, wanted = CudaTape(device), torch.empty_like(out)
     with torch.enable_grad():
