@@ -278,6 +278,18 @@ def test_it_goes_on_with_the_tokens_that_its_gate_gives():
     assert torch.equal(layer(x.float(), ids)[0], plain) and not torch.allclose(changed, plain)
 
 
+def test_a_loss_belongs_to_who_asked_for_it():
+    """Who adds to it in place, as training loops do, changes no other pass."""
+    layer = make_layer(make_config())
+    x, _, ids = make_tokens(0)
+    for _ in range(2):
+        y, loss = layer(x.float(), ids)
+        other = layer(x.float(), ids)[1]
+        loss += y.square().mean()
+        loss.backward()
+        assert other == 0
+
+
 def test_observers_see_every_forward_and_recomputation():
     result = run_layer(make_layer(make_config()), 0)
     assert (result["num_observed"], result["layer_idx"]) == (1, LAYER_IDX)

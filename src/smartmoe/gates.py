@@ -171,18 +171,15 @@ class Gate(nn.Module, abc.ABC):
 class NaiveGate(Gate):
     """Top-k of the logits, weights = softmax over the chosen ones; no balance loss. FastMoE's NaiveGate."""
 
-    def __init__(self, model, gate, **kwargs):
-        super().__init__(model, gate, **kwargs)
-        self.register_buffer("no_loss", torch.zeros((), device=self.bias_E.device), persistent=False)
-
     def forward(self, x_TD, token_id_T, num_segments=None):
         tokens = Tokens(x_TD, token_id_T, num_segments)
         expert_idx_TK, weight_TK, x_TD = self._choose(tokens)
+        no_loss = x_TD.new_zeros((), dtype=torch.float32)  # each time another: the caller may add to it in place
         if self.capacity is not None:
             pruned_TK, _, _ = self._prune(expert_idx_TK, tokens)
-            routing = self._routing(pruned_TK, weight_TK, self.no_loss, x_TD.shape[0])
+            routing = self._routing(pruned_TK, weight_TK, no_loss, x_TD.shape[0])
             return replace(routing, x_TD=x_TD)
-        return Routing(expert_idx_TK, weight_TK.float(), self.no_loss.float(), x_TD=x_TD)
+        return Routing(expert_idx_TK, weight_TK.float(), no_loss, x_TD=x_TD)
 
     def _choose(self, tokens: Tokens):
         """(expert_idx_TK, weight_TK, the tokens for whoever goes on with them)."""
