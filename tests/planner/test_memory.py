@@ -151,7 +151,7 @@ def test_stages_of_zero_keep_rows_and_need_room_for_a_block():
             assert (memory.weights, memory.gradients) == kept_bytes(held, plan, 2, zero, replicate), (zero, replicate)
             found[zero, replicate] = memory.transient
     dense, expert = 4 * 64 + 4 * 64**2 + 8 * 65, 4 * (2 * 64 * 128 + 128 + 64)  # of a block
-    gradients = 2 * dense + 4 * expert + 4 * (dense + expert)
+    gradients = 4 * (dense + expert) + 4 * (dense + expert)
     assert found[2, "never"] - found[1, "never"] == gradients
     assert found[3, "never"] - found[1, "never"] == gradients + 2 * 2 * (dense + expert)
     assert found[3, "exact"] - found[1, "exact"] == gradients + 2 * 2 * dense

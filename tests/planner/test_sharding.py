@@ -46,9 +46,9 @@ def test_traffic_of_a_step_and_of_a_pass():
 
 def test_passes_need_room_for_a_block():
     block = Parameters(dense=1e6, expert=2e6, largest=5e5, largest_expert=1e6)
-    # gradients in 16 bits, those of experts in 32 as their products sum them; what travels; weights of two blocks
-    assert pass_bytes(block, PLAN, 2, 2) == 2 * 1e6 + 4 * 2e6 + 4 * 3e6
-    assert pass_bytes(block, PLAN, 2, 3) == 2 * 1e6 + 4 * 2e6 + 4 * 3e6 + 2 * 2 * 3e6
+    # gradients in 32 bits, as operations sum them; what travels; weights of two blocks
+    assert pass_bytes(block, PLAN, 2, 2) == 4 * 3e6 + 4 * 3e6
+    assert pass_bytes(block, PLAN, 2, 3) == 4 * 3e6 + 4 * 3e6 + 2 * 2 * 3e6
     assert pass_bytes(block, PLAN, 2, 1) == pass_bytes(block, ParallelPlan(), 2, 3) == 0
     large = Parameters(dense=1e9, largest=1e8)
-    assert pass_bytes(large, PLAN, 2, 2) == 2 * 1e9 + 2 * 4 * 1e8
+    assert pass_bytes(large, PLAN, 2, 2) == 4 * 1e9 + 2 * 4 * 1e8

@@ -88,7 +88,8 @@ def held(plan: ParallelPlan, setting: LayerSetting, parameters: list[Parameters]
     stages = []
     for pp_stage in range(plan.pp):
         mine = sum(parameters[pp_stage :: plan.pp], Parameters())
-        # products of experts add gradients to their sums themselves, all others hand them over
+        # products of experts add gradients to their sums themselves, as on GPUs attention's and the head's do; embeddings, of
+        # the head's size, hand them over
         largest = mine.largest if setting.layer.experts == "grouped" else max(mine.largest, mine.largest_expert)
         # replica slots: weights, and where they stay for a step float32 sums of their gradients (config.replica_bytes): too
         # much where kernels carry these (replicas.SymmetricHistory), which stage those of one layer in the training dtype

@@ -46,13 +46,12 @@ def kept_bytes(
 def pass_bytes(
     unit: Parameters, plan: ParallelPlan, dtype_bytes: int, zero: int, replicate: str = "never"
 ) -> float:
-    """The most that a pass takes for a unit, a block for instance: its gradients whole, what travels of them, and with ZeRO-3
-    the weights of this and of the next unit."""
-    numel = {kind: numel for kind, numel, _, _ in _in_passes(unit, plan, zero, replicate)}
+    """The most that a pass takes for a unit, a block for instance: its gradients whole, in float32 as nearly all are summed by
+    the operations that compute them, what travels of them, and with ZeRO-3 the weights of this and of the next unit."""
+    total = sum(numel for _, numel, _, _ in _in_passes(unit, plan, zero, replicate))
     away = sum(numel for _, numel, _, _ in _away(unit, plan, zero, replicate))
-    total = sum(numel.values())
     staged = min(UNDER_WAY * max(BUCKET_BYTES, 4 * max(unit.largest, unit.largest_expert)), 4 * total)
-    return dtype_bytes * total + (4 - dtype_bytes) * numel.get("expert", 0.0) + staged + 2 * dtype_bytes * away
+    return 4 * total + staged + 2 * dtype_bytes * away
 
 
 def pass_traffic(
