@@ -210,6 +210,7 @@ def test_what_travels_is_waited_for_and_what_comes_twice_is_added(monkeypatch):
         buffers.add_all()
     assert [share.grad.tolist() for share in buffers.shares] == [[2 * 27.0] * 2, [0.0] * 2, [4.0] * 2]
     assert not exchanges.under_way and exchanges.most == zero_passes.MAX_UNDER_WAY
+    assert not any(param.grad_sink.may_end_late for param in (a, b, c))  # nor may gradients still be on their way then
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs

@@ -147,6 +147,13 @@ def test_bfloat16_gradients_are_summed_in_float32_without_being_rounded_first():
     assert all(torch.equal(got[name], grad) and grad.dtype == torch.float32 for name, grad in wanted.items())
 
 
+def test_a_sum_that_is_reduced_while_the_pass_runs_may_not_end_late():
+    buffers, params, _ = buffers_of("cpu", torch.float32, 16, with_sink=True)
+    assert all(param.grad_sink.may_end_late for param in params)
+    buffers.reduce_early(num_passes=1)
+    assert not any(param.grad_sink.may_end_late for param in params)
+
+
 def test_a_second_backward_pass_adds_again():
     buffers, params, _ = buffers_of("cpu", torch.float32, 8, with_sink=True)
     y = on_cpu(torch.randn(4, 8), torch.tensor([1, 3, 0]), *params).square().sum()
