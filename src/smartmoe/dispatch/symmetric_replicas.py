@@ -30,8 +30,8 @@ _COPY_ALIGNMENT = 16
 # Planning: blocks, counts that each of them reads, copies that it holds at a time.
 _MOST_PLANNERS, _COUNTS_READ, _PLAN_BLOCKS, _PLAN_WARPS = 32, 8192, (256, 4096), 4
 # Weights and gradients travel beside products: few blocks with much under way take fewest multiprocessors.
-_NUM_PULL_BLOCKS, _PULL_WORDS, _PULL_WARPS = 8, 32768, 16
-_NUM_RETURN_BLOCKS, _RETURN_BYTES, _RETURN_WARPS = 16, 32768, 8
+_NUM_PULL_BLOCKS, _PULL_WORDS, _PULL_WARPS = 12, 32768, 16
+_NUM_RETURN_BLOCKS, _RETURN_BYTES, _RETURN_WARPS = 32, 32768, 8
 _BOARDS: dict[tuple, _Board] = {}
 
 
