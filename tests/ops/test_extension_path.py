@@ -132,7 +132,7 @@ def test_registered_operations_pass_torchs_own_checks():
             torch.library.opcheck(op.default, args)
     torch.library.opcheck(torch.ops.smartmoe.count_slots.default, (slot_TK, 3))
     torch.library.opcheck(torch.ops.smartmoe.ends_of.default, (torch.tensor([2, 0, 3]),))
-    torch.library.opcheck(torch.ops.smartmoe.routing_plan.default, (slot_TK, 3, 0, 5))
+    torch.library.opcheck(torch.ops.smartmoe.routing_plan.default, (slot_TK, 3, 0, 5, False))
     w1, b1, w2, b2 = _leaves([w.float() for w in oracle.make_weights(3, 16, 24)])
     rows, hidden, end_L = torch.randn(8, 16), torch.randn(8, 24), torch.tensor([3, 3, 8], dtype=torch.int32)
     act = torch.randn(8, 24)

@@ -16,7 +16,8 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor slots_of(const Tensor& expert_idx_TK, const Tensor& table_EB, const OptionalTensor& token_id_T);
 Tensor count_slots(const Tensor& slot_TK, int64_t num_slots);
 Tensor ends_of(const Tensor& count_S);
-std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows);
+std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows,
+                                             bool early);
 
 Tensor permute(const Tensor& x_TD, const Tensor& copy_of_row_R, const Tensor& row_of_copy_TK, bool padded);
 Tensor gather_sum(const Tensor& rows_RD, const Tensor& row_of_copy_TK, const OptionalTensor& weight_TK);

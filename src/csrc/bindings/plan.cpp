@@ -42,7 +42,8 @@ Tensor ends_of(const Tensor& count_S) {
   return end_S;
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_slots, int64_t capacity, int64_t num_rows,
+                                             bool early) {
   check(slot_TK, "slot_TK", 2, at::kLong);
   TORCH_CHECK(capacity == 0 || num_rows == num_slots * capacity, "num_rows: expected num_slots * capacity");
   const c10::cuda::CUDAGuard guard(slot_TK.device());
@@ -52,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> plan_rows(const Tensor& slot_TK, int64_t num_
       at::empty({smartmoe::plan_blocks(slot_TK.numel(), num_slots) * num_slots}, slot_TK.options().dtype(at::kInt));
   checked(smartmoe::plan_rows(slot_TK.const_data_ptr<int64_t>(), slot_TK.numel(), num_slots, capacity, num_rows,
                               workspace.mutable_data_ptr<int>(), count_S.mutable_data_ptr<int64_t>(),
-                              copy_of_row_R.mutable_data_ptr<int64_t>(), row_of_copy_TK.mutable_data_ptr<int64_t>(), stream()),
+                              copy_of_row_R.mutable_data_ptr<int64_t>(), row_of_copy_TK.mutable_data_ptr<int64_t>(), early,
+                              stream()),
           "plan_rows");
   return {count_S, copy_of_row_R, row_of_copy_TK};
 }

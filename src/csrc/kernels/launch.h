@@ -35,9 +35,11 @@ int plan_blocks(int64_t num_copies, int num_slots);
 
 // Stable counting sort of the copies by slot: copy_of_row_R [R] int64 (-1 in a row without a copy), row_of_copy_N [N]
 // int64 (R or more for a copy without a row), count_S [S] int64. capacity 0: rows lie close, slot after slot; else slot s
-// has the rows from s * capacity on, and R = S * capacity. Two launches.
+// has the rows from s * capacity on, and R = S * capacity. Two launches; early (from compute capability 9.0 on): each may
+// begin while the kernel before it runs, waits for it before it touches anything, and lets the next begin at once.
 cudaError_t plan_rows(const int64_t* slot_N, int64_t num_copies, int num_slots, int64_t capacity, int64_t num_rows,
-                      int* workspace, int64_t* count_S, int64_t* copy_of_row_R, int64_t* row_of_copy_N, cudaStream_t stream);
+                      int* workspace, int64_t* count_S, int64_t* copy_of_row_R, int64_t* row_of_copy_N, bool early,
+                      cudaStream_t stream);
 
 // rows[row_of_copy[t, k]] = x[t], each token read once; rows without a copy are not touched.
 cudaError_t permute(const void* x_TD, const int64_t* row_of_copy_TK, void* rows_RD, int64_t num_tokens, int top_k,

@@ -34,8 +34,17 @@ __global__ void count_slots_kernel(const int64_t* slot_N, int64_t num_copies, in
   }
 }
 
+// Of a kernel that `launch` may begin early: let the next begin, too, and wait for the one before. Nothing when it did not.
+__device__ __forceinline__ void follow() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
 __global__ void count_chunks_kernel(const int64_t* slot_N, int64_t num_copies, int64_t chunk, int num_slots, int* count_BS) {
   extern __shared__ int count_S[];
+  follow();
   const int64_t begin = blockIdx.x * chunk;
   count_chunk(slot_N, begin, min(begin + chunk, num_copies), num_slots, count_S);
   for (int s = threadIdx.x; s < num_slots; s += blockDim.x) count_BS[int64_t(blockIdx.x) * num_slots + s] = count_S[s];
@@ -86,6 +95,7 @@ __global__ void place_kernel(const int64_t* slot_N, const int* count_BS, PlanSiz
   const int num_slots = size.num_slots, num_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int *total_S = shared, *before_S = total_S + num_slots, *start_S = before_S + num_slots, *next_WS = start_S + num_slots;
   __shared__ int num_kept;
+  follow();
   for (int s = threadIdx.x; s < num_slots; s += blockDim.x) {
     int total = 0, before = 0;
 #pragma unroll 8
@@ -163,6 +173,22 @@ __global__ void slots_kernel(const int64_t* expert_N, const int64_t* table_EB, c
   slot_N[i] = expert < 0 ? -1 : table_EB[expert * num_buckets + bucket];
 }
 
+template <typename... Parameters>
+cudaError_t launch(bool early, cudaStream_t stream, int blocks, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
+                   Parameters... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // As many warps as the tables of all of them leave room for in 48 KB.
 int plan_warps(int num_slots) {
   int warps = 16;
@@ -206,18 +232,17 @@ cudaError_t slots_of(const int64_t* expert_N, const int64_t* table_EB, const int
 }
 
 cudaError_t plan_rows(const int64_t* slot_N, int64_t num_copies, int num_slots, int64_t capacity, int64_t num_rows,
-                      int* workspace, int64_t* count_S, int64_t* copy_of_row_R, int64_t* row_of_copy_N, cudaStream_t stream) {
+                      int* workspace, int64_t* count_S, int64_t* copy_of_row_R, int64_t* row_of_copy_N, bool early,
+                      cudaStream_t stream) {
   if (num_slots > kMaxSlots) return cudaErrorInvalidValue;
   if (num_slots == 0) return cudaSuccess;
   const int blocks = plan_blocks(num_copies, num_slots), warps = plan_warps(num_slots);
   const PlanSizes size{num_copies, plan_chunk(num_copies, num_slots), capacity, num_rows, num_slots};
-  count_chunks_kernel<<<blocks, kCountThreads, num_slots * sizeof(int), stream>>>(slot_N, num_copies, size.chunk, num_slots,
-                                                                                  workspace);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = launch(early, stream, blocks, kCountThreads, num_slots * sizeof(int), count_chunks_kernel, slot_N,
+                                   num_copies, size.chunk, num_slots, workspace);
   if (error != cudaSuccess) return error;
-  place_kernel<<<blocks, 32 * warps, (3 + warps) * num_slots * sizeof(int), stream>>>(slot_N, workspace, size, count_S,
-                                                                                      copy_of_row_R, row_of_copy_N);
-  return cudaGetLastError();
+  return launch(early, stream, blocks, 32 * warps, (3 + warps) * num_slots * sizeof(int), place_kernel, slot_N,
+                static_cast<const int*>(workspace), size, count_S, copy_of_row_R, row_of_copy_N);
 }
 
 }  // namespace smartmoe

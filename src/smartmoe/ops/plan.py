@@ -62,14 +62,15 @@ def ends_of(count_S: torch.Tensor) -> torch.Tensor:
     return _ends_of(count_S)
 
 
-def make_plan(slot_TK: torch.Tensor, num_slots: int, num_rows: int) -> RoutingPlan:
+def make_plan(slot_TK: torch.Tensor, num_slots: int, num_rows: int, early: bool = False) -> RoutingPlan:
     """Lay the kept copies out by slot, inside a slot in the order of tokens and then of k.
 
     slot_TK: [T, K] int64, -1 = dropped; num_rows: how many copies are kept (from the counts, known on the host by
     then), or any other number R of rows to lay them out in: what does not fit is dropped, and rows that are left over
-    lie behind the others. No host synchronisation.
+    lie behind the others. No host synchronisation. early: the kernels may begin while the one before them runs, and let a
+    next one that asks for it begin while they run (compute capability 9.0); they wait before they read.
     """
-    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, 0, num_rows)
+    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, 0, num_rows, early)
     return RoutingPlan(copy_of_row_R, row_of_copy_TK, count_S=count_S)
 
 
@@ -78,7 +79,7 @@ def make_padded_plan(slot_TK: torch.Tensor, num_slots: int, capacity: int) -> Ro
 
     Row s * capacity + c holds copy c of slot s. A copy beyond the capacity of its slot would be dropped.
     """
-    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, capacity, num_slots * capacity)
+    count_S, copy_of_row_R, row_of_copy_TK = _routing_plan(slot_TK, num_slots, capacity, num_slots * capacity, False)
     return RoutingPlan(copy_of_row_R, row_of_copy_TK, padded=True, count_S=count_S)
 
 
@@ -100,14 +101,14 @@ def _run_ends(count_S):
     return kernels.ends_of(count_S.contiguous()) if kernels else count_S.cumsum(0, dtype=torch.int32)
 
 
-def _run_plan(slot_TK, num_slots, capacity, num_rows):
+def _run_plan(slot_TK, num_slots, capacity, num_rows, early):
     kernels = kernels_for(slot_TK) if 0 < num_slots <= MAX_KERNEL_SLOTS else None
     if kernels:
-        return kernels.plan_rows(slot_TK.contiguous(), num_slots, capacity, num_rows)
+        return kernels.plan_rows(slot_TK.contiguous(), num_slots, capacity, num_rows, early)
     return plan_reference(slot_TK, num_slots, capacity, num_rows)
 
 
-def _fake_plan(slot_TK, num_slots, capacity, num_rows):
+def _fake_plan(slot_TK, num_slots, capacity, num_rows, early):
     return slot_TK.new_empty(num_slots), slot_TK.new_empty(num_rows), torch.empty_like(slot_TK)
 
 
@@ -127,7 +128,7 @@ _ends_of = register(
     lambda count_S: count_S.new_empty(count_S.shape, dtype=torch.int32),
 )
 _routing_plan = register(
-    "routing_plan(Tensor slot_TK, int num_slots, int capacity, int num_rows) -> (Tensor, Tensor, Tensor)",
+    "routing_plan(Tensor slot_TK, int num_slots, int capacity, int num_rows, bool early) -> (Tensor, Tensor, Tensor)",
     _run_plan,
     _fake_plan,
 )
