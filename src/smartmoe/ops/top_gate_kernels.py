@@ -9,7 +9,7 @@ import triton.language as tl
 from smartmoe.ops.wide_linear_kernels import stack_parts
 
 _BLOCK_T = 64
-_TOKENS_OF_PART = 256
+_TOKENS_OF_PART = 384
 _MOST_NUMBERS = 1 << 12  # of a tile of weights
 _NEVER = tl.constexpr(-(2**63) + 1)
 
@@ -51,62 +51,72 @@ def choose_kernel(x_TD, part_3ED, bias_E, expert_TK, weight_TK, T, D, E, K: tl.c
 
 
 @triton.jit
-def _grad_logits(expert_TK, weight_TK, grad_TK, t, e, end, K: tl.constexpr, BLOCK_T: tl.constexpr, E_PAD: tl.constexpr):
-    """The gradient of the logits of some tokens, [BLOCK_T, E_PAD], zero from `end` on."""
+def _grad_logits(expert_TK, weight_TK, grad_TK, t, e, T, K: tl.constexpr, BLOCK_T: tl.constexpr, E_PAD: tl.constexpr):
+    """The gradient of the logits of some tokens, [BLOCK_T, E_PAD], zero from T on."""
     mean = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
         at = t * K + k
-        mean += tl.load(weight_TK + at, mask=t < end, other=0.0) * tl.load(grad_TK + at, mask=t < end, other=0.0)
+        mean += tl.load(weight_TK + at, mask=t < T, other=0.0) * tl.load(grad_TK + at, mask=t < T, other=0.0)
     grad = tl.zeros([BLOCK_T, E_PAD], tl.float32)
     for k in tl.static_range(K):
         at = t * K + k
-        slope = tl.load(grad_TK + at, mask=t < end, other=0.0) - mean
-        slope *= tl.load(weight_TK + at, mask=t < end, other=0.0)
-        expert = tl.load(expert_TK + at, mask=t < end, other=-1).to(tl.int32)
+        slope = tl.load(grad_TK + at, mask=t < T, other=0.0) - mean
+        slope *= tl.load(weight_TK + at, mask=t < T, other=0.0)
+        expert = tl.load(expert_TK + at, mask=t < T, other=-1).to(tl.int32)
         grad += tl.where(e[None, :] == expert[:, None], slope[:, None], 0.0)
     return grad
 
 
 @triton.jit
-def input_gradient_kernel(part_3ED, expert_TK, weight_TK, grad_TK, beside_TD, grad_TD, T, D, E, K: tl.constexpr,
+def input_gradient_kernel(part_3ED, expert_TK, weight_TK, grad_TK, beside_TD, grad_TD, grad_3TE, T, D, E, K: tl.constexpr,
                           E_PAD: tl.constexpr, ADDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The gradient of x, plus beside_TD where it ADDS: BLOCK_D columns of BLOCK_T tokens a block."""
+    """The gradient of x, plus beside_TD where it ADDS: BLOCK_D columns of BLOCK_T tokens a block. The first block of tokens
+    leaves the gradient of their logits in grad_3TE [3, T, E_PAD], as bfloat16 parts, the largest first."""
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, E_PAD)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     here, at = (t < T)[:, None] & (d < D)[None, :], t.to(tl.int64)[:, None] * D + d[None, :]
+    if ADDS:  # on the way while the other is computed
+        beside = tl.load(beside_TD + at, mask=here, other=0.0)
     w_at, is_weight = part_3ED + e[:, None] * D + d[None, :], (e < E)[:, None] & (d < D)[None, :]
     w0 = tl.load(w_at, mask=is_weight, other=0.0)
     w1 = tl.load(w_at + E * D, mask=is_weight, other=0.0)
     grad = _grad_logits(expert_TK, weight_TK, grad_TK, t, e, T, K, BLOCK_T, E_PAD)
     g0 = grad.to(tl.bfloat16)
+    grad -= g0.to(tl.float32)
+    g1 = grad.to(tl.bfloat16)
     # what is missing is 2^-16 of the result, which is rounded to 2^-9
     result = tl.dot(g0, w1)
-    result = tl.dot((grad - g0.to(tl.float32)).to(tl.bfloat16), w0, result)
+    result = tl.dot(g1, w0, result)
     result = tl.dot(g0, w0, result)
     if ADDS:
-        result += tl.load(beside_TD + at, mask=here, other=0.0).to(tl.float32)
+        result += beside.to(tl.float32)
     tl.store(grad_TD + at, result, mask=here)
+    if tl.program_id(1) == 0:
+        to, is_token = grad_3TE + t.to(tl.int64)[:, None] * E_PAD + e[None, :], (t < T)[:, None] & (e < E_PAD)[None, :]
+        tl.store(to, g0, mask=is_token)
+        tl.store(to + T * E_PAD, g1, mask=is_token)
+        tl.store(to + 2 * T * E_PAD, (grad - g1.to(tl.float32)).to(tl.bfloat16), mask=is_token)
 
 
 @triton.jit
-def weight_gradient_kernel(x_TD, expert_TK, weight_TK, grad_TK, part_PN, T, D, E, K: tl.constexpr, E_PAD: tl.constexpr,
-                           TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def weight_gradient_kernel(x_TD, grad_3TE, part_PN, T, D, E, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
+                           BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """What TOKENS tokens give to BLOCK_D columns of the weights' gradient a block, and to the biases', in their row of part_PN
     [P, E * D + E] float32."""
     part, column = tl.program_id(0), tl.program_id(1)
     d, e = column * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, E_PAD)
     sum_DE, sum_TE = tl.zeros([BLOCK_D, E_PAD], tl.float32), tl.zeros([BLOCK_T, E_PAD], tl.float32)
-    end = tl.minimum((part + 1) * TOKENS, T)
     for start in range(0, TOKENS, BLOCK_T):
-        t = part * TOKENS + start + tl.arange(0, BLOCK_T)
-        at = t.to(tl.int64)[:, None] * D + d[None, :]
-        x_DT = tl.trans(tl.load(x_TD + at, mask=(t < end)[:, None] & (d < D)[None, :], other=0.0))
-        grad = _grad_logits(expert_TK, weight_TK, grad_TK, t, e, end, K, BLOCK_T, E_PAD)
-        sum_TE += grad
-        g0 = grad.to(tl.bfloat16)
-        grad -= g0.to(tl.float32)
-        g1 = grad.to(tl.bfloat16)
-        sum_DE = tl.dot(x_DT, (grad - g1.to(tl.float32)).to(tl.bfloat16), sum_DE)
+        t = (part * TOKENS + start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        is_token = (t < T)[:, None]
+        x = tl.load(x_TD + t[:, None] * D + d[None, :], mask=is_token & (d < D)[None, :], other=0.0)
+        from_TE = grad_3TE + t[:, None] * E_PAD + e[None, :]
+        g0 = tl.load(from_TE, mask=is_token, other=0.0)
+        g1 = tl.load(from_TE + T * E_PAD, mask=is_token, other=0.0)
+        g2 = tl.load(from_TE + 2 * T * E_PAD, mask=is_token, other=0.0)
+        sum_TE += g2.to(tl.float32) + g1.to(tl.float32) + g0.to(tl.float32)
+        x_DT = tl.trans(x)
+        sum_DE = tl.dot(x_DT, g2, sum_DE)
         sum_DE = tl.dot(x_DT, g1, sum_DE)
         sum_DE = tl.dot(x_DT, g0, sum_DE)
     row = part_PN + part.to(tl.int64) * (D + 1) * E
@@ -137,16 +147,16 @@ def backward(x_TD, part_3ED, expert_TK, weight_TK, grad_TK, beside_TD) -> tuple[
     """(gradient of x plus beside_TD, which may be None, parts [P, E * D + E] float32 of the gradients of weight and bias)."""
     (num_tokens, width), num_experts = x_TD.shape, part_3ED.shape[0] // 3
     pad, grad_TK, grad_TD = _experts_pad(num_experts), grad_TK.contiguous(), torch.empty_like(x_TD)
-    sizes = {"K": expert_TK.shape[1], "E_PAD": pad, "BLOCK_T": _BLOCK_T, "BLOCK_D": min(_MOST_NUMBERS // pad, 128)}
+    sizes = {"E_PAD": pad, "BLOCK_T": _BLOCK_T, "BLOCK_D": min(_MOST_NUMBERS // pad, 128)}
     columns, num_parts = triton.cdiv(width, sizes["BLOCK_D"]), triton.cdiv(num_tokens, _TOKENS_OF_PART)
     beside = x_TD if beside_TD is None else beside_TD.contiguous()
+    grad_3TE = torch.empty(3, num_tokens, pad, dtype=torch.bfloat16, device=x_TD.device)
     input_gradient_kernel[(triton.cdiv(num_tokens, _BLOCK_T), columns)](
-        part_3ED, expert_TK, weight_TK, grad_TK, beside, grad_TD, num_tokens, width, num_experts,
-        ADDS=beside_TD is not None, num_warps=4, **sizes,
+        part_3ED, expert_TK, weight_TK, grad_TK, beside, grad_TD, grad_3TE, num_tokens, width, num_experts,
+        K=expert_TK.shape[1], ADDS=beside_TD is not None, num_warps=4, **sizes,
     )  # fmt: skip
     part_PN = torch.empty(num_parts, num_experts * (width + 1), dtype=torch.float32, device=x_TD.device)
     weight_gradient_kernel[(num_parts, columns)](
-        x_TD, expert_TK, weight_TK, grad_TK, part_PN, num_tokens, width, num_experts, TOKENS=_TOKENS_OF_PART, num_warps=4,
-        **sizes,
-    )  # fmt: skip
+        x_TD, grad_3TE, part_PN, num_tokens, width, num_experts, TOKENS=_TOKENS_OF_PART, num_warps=4, num_stages=3, **sizes
+    )
     return grad_TD, part_PN
