@@ -30,13 +30,17 @@ class PlainProducts:
         return hidden, ffn.activate_rows(hidden, bias, end_L, activation)
 
     @classmethod
-    def multiply_slope(cls, grad, weight, bias, end_L, hidden, activation, reuse):
+    def multiply_slope(cls, grad, weight, bias, end_L, hidden, activation, reuse, total, is_first):
         grad_act = cls.multiply_rows(grad, weight, None, end_L, True)
-        return ffn.activate_rows_backward(hidden, bias, grad_act, end_L, activation, False)
+        grad_hidden, act, grad_bias = ffn.activate_rows_backward(hidden, bias, grad_act, end_L, activation, False)
+        return grad_hidden, act, cls._add(grad_bias, total, is_first)
 
     @classmethod
     def multiply_slots(cls, rows, grad, end_L, total, is_first, held_G):
-        part = torch.stack([rows[a:b].t() @ grad[a:b] for _, a, b in cls._bounds(end_L)])
+        return cls._add(torch.stack([rows[a:b].t() @ grad[a:b] for _, a, b in cls._bounds(end_L)]), total, is_first)
+
+    @staticmethod
+    def _add(part, total, is_first):
         if total is None:
             return part
         num = total.shape[0]
@@ -92,7 +96,7 @@ def test_what_the_products_add_is_what_the_hooks_would(run, products, monkeypatc
     monkeypatch.setattr(ffn, "products_for", lambda *factors: products)
     wanted, all_came = gradients(run, "cpu", torch.float32, 8, with_sink=False)
     got, came = gradients(run, "cpu", torch.float32, 8, with_sink=True)
-    assert came == sorted(["b1", "b2"] * 4) and len(all_came) == 16
+    assert came == (sorted(["b1", "b2"] * 4) if run is on_cpu else []) and len(all_came) == 16
     for name, grad in wanted.items():
         assert torch.equal(got[name], grad), name
 
@@ -183,6 +187,6 @@ def test_on_a_gpu_both_ways_agree():
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-6)):
         wanted, _ = gradients(on_cpu, "cuda", dtype, 64, with_sink=False)
         got, came = gradients(on_cpu, "cuda", dtype, 64, with_sink=True)
-        assert came == sorted(["b1", "b2"] * 4)
+        assert came == []
         for name, grad in wanted.items():
             assert (got[name] - grad).norm() <= tolerance * grad.norm(), name

@@ -224,7 +224,7 @@ def test_products_end_and_are_right(sizes, activation, bias):
             assert halves[0][: known.start].isnan().all() and halves[0][num_rows:].isnan().all()
         assert torch.equal(kernels.multiply_rows(rows, turned, None, end, True)[:num_rows], plain[:num_rows])
         place = hidden.clone()
-        grad, again, grad_b1 = kernels.multiply_slope(rows, second, b1, end, place, activation, True)
+        grad, again, grad_b1 = kernels.multiply_slope(rows, second, b1, end, place, activation, True, None, False)
         assert grad.data_ptr() == place.data_ptr() and grad[num_rows:].isnan().all()
     close_in_norm(plain[:num_rows], want.double(), torch.bfloat16, "rows")
     biased = kernels.multiply_rows(rows, first, b1, end, False)[:num_rows]
@@ -240,7 +240,8 @@ def test_products_end_and_are_right(sizes, activation, bias):
         sums = torch.zeros(num_slots, wide, device="cuda", dtype=torch.double).index_add_(0, slot_R, argument.grad)
         close_in_norm(grad_b1, sums, torch.bfloat16, "gradient of the bias")
         for _ in range(3):
-            assert torch.equal(kernels.multiply_slope(rows, second, b1, end, hidden, activation, False)[2], grad_b1)
+            *_, again_b1 = kernels.multiply_slope(rows, second, b1, end, hidden, activation, False, None, False)
+            assert torch.equal(again_b1, grad_b1)
 
 
 # slots, mean rows, rows and columns of a slot's result: all of a tile's edges; the trainer's, many tiles a block; two bands;
@@ -284,6 +285,27 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
     held = torch.tensor([-1, 3], device="cuda", dtype=torch.int32)  # of the last two slots the first is not in use
     every, some = extension._C.multiply_slots(*args, None), extension._C.multiply_slots(*args, held)
     assert torch.equal(every[:-2], some[:-2]) and torch.equal(every[-1], some[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_slots", [1, 31, 33, 300])
+def test_sums_of_rows_are_written_or_added_in_float32(num_slots, dtype):
+    count = torch.randint(200, (num_slots,), generator=torch.Generator().manual_seed(num_slots))
+    count[num_slots // 2 :: 3] = 0
+    num_rows, end = int(count.sum()), count.cumsum(0).int().cuda()
+    rows = torch.randn(num_rows + 77, 1540, device="cuda").to(dtype)
+    rows[num_rows:] = float("nan")
+    slot_R = torch.repeat_interleave(count.cuda())
+    want = torch.zeros(num_slots, 1540, device="cuda", dtype=torch.double).index_add_(0, slot_R, rows[:num_rows].double())
+    alone = extension._C.sum_slots(rows, end, None, False)
+    assert alone.dtype == dtype
+    close(alone, want, dtype, "sums")
+    for num_totals in {0, 1, num_slots - 1, num_slots}:
+        total = torch.full((num_totals, 1540), torch.nan, device="cuda")
+        for times in (1, 2):
+            rest = extension._C.sum_slots(rows, end, total, times == 1)
+            assert torch.equal(rest, alone[num_totals:])
+            close(total, times * want[:num_totals], torch.float32, "added sums")
 
 
 def test_tiles_in_halves_have_the_same_bits():

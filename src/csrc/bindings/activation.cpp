@@ -24,10 +24,18 @@ Tensor empty_pieces(const Tensor& rows, const Tensor& end_L) {
   return at::empty({smartmoe::num_pieces(rows.size(0), end_L.size(0)), rows.size(1)}, rows.options().dtype(at::kFloat));
 }
 
-Tensor sum_of_pieces(const Tensor& partial, const Tensor& rows, const Tensor& end_L) {
-  Tensor sum = at::empty({end_L.size(0), rows.size(1)}, rows.options());
-  checked(smartmoe::sum_slots(partial.const_data_ptr<float>(), end_L.const_data_ptr<int>(), end_L.size(0),
-                              sum.mutable_data_ptr(), rows.size(0), rows.size(1), dtype_of(rows), stream()),
+Tensor sum_of_pieces(const Tensor& partial, const Tensor& rows, const Tensor& end_L, const OptionalTensor& total_LD,
+                     bool is_first) {
+  const int64_t num_slots = end_L.size(0), num_totals = total_LD ? total_LD->size(0) : 0;
+  if (total_LD) {
+    check(*total_LD, "total_LD", 2, at::kFloat);
+    TORCH_CHECK(num_totals <= num_slots, "total_LD: expected at most ", num_slots, " slots, got ", num_totals);
+    check_size(*total_LD, "total_LD", {num_totals, rows.size(1)});
+  }
+  Tensor sum = at::empty({num_slots - num_totals, rows.size(1)}, rows.options());
+  checked(smartmoe::sum_slots(partial.const_data_ptr<float>(), end_L.const_data_ptr<int>(), num_slots, sum.mutable_data_ptr(),
+                              total_LD ? total_LD->mutable_data_ptr<float>() : nullptr, num_totals, is_first, rows.size(0),
+                              rows.size(1), dtype_of(rows), stream()),
           "sum_slots");
   return sum;
 }
@@ -72,7 +80,7 @@ void add_bias_(const Tensor& rows_RD, const Tensor& bias_LD, const Tensor& end_L
           "add_bias_");
 }
 
-Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L) {
+Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L, const OptionalTensor& total_LD, bool is_first) {
   check_slots(rows_RD, std::nullopt, end_L);
   const c10::cuda::CUDAGuard guard(rows_RD.device());
   Tensor partial = empty_pieces(rows_RD, end_L);
@@ -80,7 +88,7 @@ Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L) {
                                partial.mutable_data_ptr<float>(), rows_RD.size(0), rows_RD.size(1), dtype_of(rows_RD),
                                stream()),
           "sum_slots");
-  return sum_of_pieces(partial, rows_RD, end_L);
+  return sum_of_pieces(partial, rows_RD, end_L, total_LD, is_first);
 }
 
 }  // namespace smartmoe::bindings

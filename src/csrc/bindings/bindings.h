@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> activate_backward(const Tensor& hidden_RF, co
                                                      const Tensor& grad_out_RF, const Tensor& end_L,
                                                      const std::string& activation, bool reuse);
 void add_bias_(const Tensor& rows_RD, const Tensor& bias_LD, const Tensor& end_L);
-Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L);
+// The sums of the first slots go into total (float32, may be absent), written if is_first, else added; returns the others'.
+Tensor sum_slots(const Tensor& rows_RD, const Tensor& end_L, const OptionalTensor& total_LD, bool is_first);
 
 // Products on compute capability 9.0, bfloat16. can_multiply: a bool for the device of `like`, said by the host.
 Tensor can_multiply(const Tensor& like);
@@ -43,10 +44,11 @@ Tensor multiply_rows(const Tensor& rows_RX, const Tensor& weight_LXY, const Opti
 std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
                                              const Tensor& end_L, const std::string& activation);
 // Returns the gradient of hidden (in its memory with `reuse`) from that of the rows behind the second matrix, the activation
-// of hidden + bias, and the gradient of the bias (empty without one).
+// of hidden + bias, and the gradient of the bias (empty without one), but what goes into total, as in sum_slots.
 std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
                                                   const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
-                                                  const std::string& activation, bool reuse);
+                                                  const std::string& activation, bool reuse, const OptionalTensor& total_LF,
+                                                  bool is_first);
 // The same for slots first_slot .. last_slot - 1 alone, into given tensors of all rows.
 void multiply_activate_into(const Tensor& rows_RD, const Tensor& weight_LDF, const OptionalTensor& bias_LF,
                             const Tensor& end_L, const std::string& activation, int64_t first_slot, int64_t last_slot,

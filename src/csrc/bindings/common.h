@@ -50,6 +50,7 @@ inline void checked(cudaError_t error, const char* what) {
 
 // Room for a sum of each piece of the rows, and the sums of each slot's pieces in the dtype of the rows.
 Tensor empty_pieces(const Tensor& rows, const Tensor& end_L);
-Tensor sum_of_pieces(const Tensor& partial, const Tensor& rows, const Tensor& end_L);
+Tensor sum_of_pieces(const Tensor& partial, const Tensor& rows, const Tensor& end_L,
+                     const OptionalTensor& total_LD = std::nullopt, bool is_first = false);
 
 }  // namespace smartmoe::bindings

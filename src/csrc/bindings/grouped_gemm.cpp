@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor> multiply_activate(const Tensor& rows_RD, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const Tensor& weight_LFD,
                                                   const OptionalTensor& bias_LF, const Tensor& end_L, const Tensor& hidden_RF,
-                                                  const std::string& activation, bool reuse) {
+                                                  const std::string& activation, bool reuse, const OptionalTensor& total_LF,
+                                                  bool is_first) {
   check_products(grad_RD, weight_LFD, end_L, 2);
   const int kind = activation_of(activation);
   const int64_t num_slots = end_L.size(0), num_rows = grad_RD.size(0), width = weight_LFD.size(1);
@@ -100,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> multiply_slope(const Tensor& grad_RD, const T
                                   empty_counter(grad_RD).mutable_data_ptr<int>(), num_rows, grad_RD.size(1), width,
                                   true, kind, stream()),
           "multiply_slope");
-  return {grad_hidden, act, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L) : at::empty({0}, hidden_RF.options())};
+  return {grad_hidden, act, bias_LF ? sum_of_pieces(partial, hidden_RF, end_L, total_LF, is_first)
+                                    : at::empty({0}, hidden_RF.options())};
 }
 
 Tensor multiply_slots(const Tensor& rows_RX, const Tensor& grad_RY, const Tensor& end_L, const OptionalTensor& total_LXY,

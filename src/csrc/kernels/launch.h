@@ -78,9 +78,10 @@ cudaError_t activate_backward(const void* hidden_RF, const void* bias_LF, const 
 cudaError_t sum_pieces(const void* rows_RD, const int* end_L, int num_slots, float* partial_PD, int64_t num_rows, int width,
                        int dtype, cudaStream_t stream);
 
-// sum[l] = the sum of slot l's pieces in a fixed order, 0 for an empty slot: [L, width] of dtype.
-cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, void* sum_LD, int64_t num_rows, int width,
-                      int dtype, cudaStream_t stream);
+// The sum of slot l's pieces in a fixed order, 0 for an empty slot, [width]. Of the first num_totals slots it becomes total[l]
+// (float32) or, unless is_first, is added to it; of the others sum[l - num_totals], of dtype.
+cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, void* sum_LD, float* total_LD, int num_totals,
+                      bool is_first, int64_t num_rows, int width, int dtype, cudaStream_t stream);
 
 // Whether the products below run on the current device: compute capability 9.0, and compiled for sm_90a.
 bool can_multiply();

@@ -25,17 +25,13 @@ __device__ __forceinline__ int64_t first_piece(const int* end_L, int slot) {
   return slot_start(end_L, slot) / P + slot;
 }
 
-// The rows of a piece, empty for a number that belongs to none.
+// The rows of a piece, empty for a number that belongs to none. For all threads of a block, x along whole warps: the lanes of a
+// warp ask for as many slots at once, since one after the other takes as long as reading the rows.
 template <int P>
 __device__ __forceinline__ RowRange rows_of_piece(const int* end_L, int num_slots, int64_t num_rows, int64_t piece) {
-  int low = 0, high = num_slots - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (first_piece<P>(end_L, middle) <= piece) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
+  int low = -1;
+  for (int slot = threadIdx.x % 32; slot - static_cast<int>(threadIdx.x % 32) < num_slots; slot += 32) {
+    low += __popc(__ballot_sync(0xffffffffu, slot < num_slots && first_piece<P>(end_L, slot) <= piece));
   }
   const int64_t begin = slot_start(end_L, low) + (piece - first_piece<P>(end_L, low)) * P;
   const int64_t slot_end = min(int64_t(end_L[low]), num_rows);

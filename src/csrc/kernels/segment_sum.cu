@@ -7,9 +7,9 @@ namespace {
 constexpr int kTurns = 8;  // rows of a thread that are under way together, as in activation.cu
 
 template <typename T, int N>
-__global__ void __launch_bounds__(256) sum_pieces_kernel(const T* __restrict__ rows_RD, const int* __restrict__ end_L,
-                                                         int num_slots, float* __restrict__ partial_PD, int64_t num_rows,
-                                                         int width, int num_chunks) {
+__global__ void __launch_bounds__(256, 6) sum_pieces_kernel(const T* __restrict__ rows_RD, const int* __restrict__ end_L,
+                                                            int num_slots, float* __restrict__ partial_PD, int64_t num_rows,
+                                                            int width, int num_chunks) {
   __shared__ float shared[256 * N];
   const int64_t piece = blockIdx.x / num_chunks;
   const RowRange rows = rows_of_piece<kPieceRows>(end_L, num_slots, num_rows, piece);
@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(256) sum_pieces_kernel(const T* __restrict__ r
 
 constexpr int kSumColumns = 32, kSumLanes = 8;
 
-// A block sums the pieces of one slot for 32 columns; lane y takes pieces y, y + 8, ...
+// A block sums the pieces of one slot for 32 columns; lane y takes pieces y, y + 8, ... The first num_totals slots go to total.
 template <typename T>
 __global__ void __launch_bounds__(kSumColumns * kSumLanes)
     sum_slots_kernel(const float* __restrict__ partial_PD, const int* __restrict__ end_L, T* __restrict__ sum_LD,
-                     int64_t num_rows, int width) {
+                     float* __restrict__ total_LD, int num_totals, bool is_first, int64_t num_rows, int width) {
   __shared__ float shared[kSumLanes][kSumColumns];
   const int slot = blockIdx.y, column = blockIdx.x * kSumColumns + threadIdx.x;
   const int64_t count = max(min(int64_t(end_L[slot]), num_rows) - slot_start(end_L, slot), int64_t(0));
@@ -55,7 +55,12 @@ __global__ void __launch_bounds__(kSumColumns * kSumLanes)
   if (threadIdx.y == 0 && column < width) {
     float total = 0.f;
     for (int y = 0; y < kSumLanes; ++y) total += shared[y][threadIdx.x];
-    sum_LD[int64_t(slot) * width + column] = from_float<T>(total);
+    if (slot < num_totals) {
+      float* place = total_LD + int64_t(slot) * width + column;
+      *place = is_first ? total : *place + total;
+    } else {
+      sum_LD[int64_t(slot - num_totals) * width + column] = from_float<T>(total);
+    }
   }
 }
 
@@ -80,13 +85,14 @@ cudaError_t sum_pieces(const void* rows_RD, const int* end_L, int num_slots, flo
   });
 }
 
-cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, void* sum_LD, int64_t num_rows, int width,
-                      int dtype, cudaStream_t stream) {
+cudaError_t sum_slots(const float* partial_PD, const int* end_L, int num_slots, void* sum_LD, float* total_LD, int num_totals,
+                      bool is_first, int64_t num_rows, int width, int dtype, cudaStream_t stream) {
   if (num_slots == 0 || width == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const dim3 threads(kSumColumns, kSumLanes), blocks(ceil_div(width, kSumColumns), num_slots);
-    sum_slots_kernel<T><<<blocks, threads, 0, stream>>>(partial_PD, end_L, static_cast<T*>(sum_LD), num_rows, width);
+    sum_slots_kernel<T><<<blocks, threads, 0, stream>>>(partial_PD, end_L, static_cast<T*>(sum_LD), total_LD, num_totals,
+                                                        is_first, num_rows, width);
     return cudaGetLastError();
   });
 }

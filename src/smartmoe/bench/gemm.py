@@ -94,7 +94,7 @@ class Bench:
                 return partial(own.multiply_activate, rows, weight, None, end, activation)
             return lambda: _with(multiply(), lambda hidden: activate_rows(hidden, None, end, activation))
         if way == "own":
-            return lambda: own.multiply_slope(rows, weight, None, end, self.hidden_RW, activation, False)[:2]
+            return lambda: own.multiply_slope(rows, weight, None, end, self.hidden_RW, activation, False, None, False)[:2]
         return lambda: activate_rows_backward(self.hidden_RW, None, multiply(), end, activation)[:2]
 
     def floor_ms(self, product: str, ceiling_tflops: float, ceiling_tbytes: float) -> float | None:

@@ -84,13 +84,13 @@ class _Sum:
 
 
 def expert_weights(site: Site, slots: int, width: int, ffn: int, activation: str) -> list[torch.Tensor]:
-    """Both matrices and biases. ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu). The
-    gradients of the matrices are added to float32 sums, as in training."""
+    """Both matrices and biases. ffn: the width of one expert's inside (its first matrix is twice as wide for swiglu). Their
+    gradients are added to float32 sums, as in training."""
     wide = ffn * (2 if activation == "swiglu" else 1)
     shapes = ((slots, width, wide), (slots, wide), (slots, ffn, width), (slots, width))
     weights = [site.randn(*shape, grad=True) for shape in shapes]
-    for matrix in weights[::2]:
-        matrix.grad_sink = _Sum(matrix)
+    for weight in weights:
+        weight.grad_sink = _Sum(weight)
     return weights
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from smartmoe.ops.extension import kernels_for
+from smartmoe.ops.grad_sink import GradSink, add_to_sink
 
 _ONES_WIDTH = 8
 
@@ -74,12 +75,23 @@ def sum_rows(rows_RD, end_L) -> torch.Tensor:
     """The sum of each slot's rows: [L, D] of the dtype of the rows, 0 for an empty slot."""
     kernels = kernels_for(rows_RD)
     if kernels:
-        return kernels.sum_slots(rows_RD, end_L)
+        return kernels.sum_slots(rows_RD, end_L, None, False)
     if not rows_RD.shape[0]:
         return rows_RD.new_zeros(end_L.shape[0], rows_RD.shape[1])
     # a grouped product with ones: no atomics, and the counts stay on the device where the product leaves them there
     ones = rows_RD.new_ones(rows_RD.shape[0], _ONES_WIDTH)
     return F.grouped_mm(ones.t(), rows_RD, offs=end_L)[:, 0].contiguous()
+
+
+def give_sums(sink: GradSink, rows_RD, end_L) -> None:
+    """Give `sum_rows` to a sink: what is added to sums is not rounded to the dtype of the rows."""
+    kernels = kernels_for(rows_RD)
+    if not kernels:
+        add_to_sink(sink, sum_rows(rows_RD, end_L))
+        return
+    rest = kernels.sum_slots(rows_RD, end_L, *sink.take())
+    if rest.shape[0]:
+        sink.keep(rest)
 
 
 def _biased(rows, bias_LF, end_L):

@@ -22,6 +22,7 @@ from smartmoe.ops.activation import (
     activate_rows,
     activate_rows_backward,
     add_bias_rows,
+    give_sums,
     sum_rows,
     widening,
 )
@@ -43,7 +44,8 @@ def expert_ffn(rows_RD, count_L, w1_LDF, b1_LF, w2_LFD, b2_LD, activation: str, 
     may be 0). Their sum is R; on CUDA with impl "grouped" it may be less: the rows behind are then neither read nor
     written, in forward and backward, and hold anything in the result and in the gradient.
     w1_LDF: [L, D, F] ([L, D, 2F] for swiglu), b1_LF, w2_LFD, b2_LD (the biases may both be None): dtype of the rows. With
-    impl "grouped" the gradients of w1 and w2 go into their sinks where they have one (ops.grad_sink), and autograd gets none.
+    impl "grouped" their gradients go into their sinks where they have one (ops.grad_sink; on a CPU those of w1 and w2), and
+    autograd gets none.
     Returns [R, D]. impl "grouped": two grouped GEMMs, no host synchronisation on CUDA in bfloat16 where torch has them
     (ops.extension.choose_path); "loop": one GEMM pair for each expert, reads the counts on the host (FastMoE's form in
     the SmartMoE artifact); "batched": two batched products, of R / L rows for each slot, as buffers of equal size have; count_L
@@ -170,19 +172,28 @@ def _run_activated_matmul(hidden, act, end_L, b1, w2, b2, activation):
     return _times_weights(act, w2, end_L, bias=b2)
 
 
-def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False, sink=None):
+def _run_activated_matmul_backward(grad, hidden, end_L, b1, w2, activation, has_b2, reuse=False, sinks=(None, None, None)):
     grad = grad.contiguous()
-    none = grad.new_empty(0)
-    grad_b2 = sum_rows(grad, end_L) if has_b2 else none
+    none, (sink_b1, sink, sink_b2) = grad.new_empty(0), sinks
+    grad_b2 = none
+    if sink_b2 is not None:
+        give_sums(sink_b2, grad, end_L)
+    elif has_b2:
+        grad_b2 = sum_rows(grad, end_L)
     kernels = products_for(grad, w2, b1) if grad.shape[0] else None
     if kernels:
-        grad_hidden, act, grad_b1 = kernels.multiply_slope(grad, w2, b1, end_L, hidden, activation, reuse)
+        total_b1 = (None, False) if sink_b1 is None else sink_b1.take()
+        grad_hidden, act, grad_b1 = kernels.multiply_slope(grad, w2, b1, end_L, hidden, activation, reuse, *total_b1)
+        if sink_b1 is not None and grad_b1.shape[0]:
+            sink_b1.keep(grad_b1)
         if reuse:
             torch.autograd.graph.increment_version(hidden)
     else:
         grad_act = _times_weights(grad, w2, end_L, transposed=True)
         grad_hidden, act, grad_b1 = activate_rows_backward(hidden, b1, grad_act, end_L, activation, reuse)
         del grad_act
+        if sink_b1 is not None:
+            add_to_sink(sink_b1, grad_b1)
     return grad_hidden, none if grad_b1 is None else grad_b1, _weight_gradient(act, grad, end_L, sink), grad_b2
 
 
@@ -203,18 +214,20 @@ def _matmul_activate_gradients(ctx, grad_hidden, _):
 
 def _setup_activated_matmul(ctx, inputs, output):
     hidden, _, end_L, b1, w2, b2, ctx.activation = inputs
-    ctx.has_b1, ctx.has_b2, ctx.sink = b1 is not None, b2 is not None, sink_of(w2)
+    ctx.sinks = sink_of(b1), sink_of(w2), sink_of(b2)
+    ctx.has_b2 = b2 is not None
+    ctx.gives_b1, ctx.gives_b2 = b1 is not None and ctx.sinks[0] is None, ctx.has_b2 and ctx.sinks[2] is None
     ctx.save_for_backward(hidden, end_L, b1, w2)
 
 
 def _activated_matmul_gradients(ctx, grad):
     args = (grad, *ctx.saved_tensors, ctx.activation, ctx.has_b2)
-    if ctx.sink is None:
+    if ctx.sinks == (None, None, None):
         grads = _activated_matmul_backward(*args)
     else:
-        grads = _run_activated_matmul_backward(*args, reuse=True, sink=ctx.sink)
+        grads = _run_activated_matmul_backward(*args, reuse=True, sinks=ctx.sinks)
     grad_hidden, grad_b1, grad_w2, grad_b2 = grads
-    return grad_hidden, None, None, grad_b1 if ctx.has_b1 else None, grad_w2, grad_b2 if ctx.has_b2 else None, None
+    return grad_hidden, None, None, grad_b1 if ctx.gives_b1 else None, grad_w2, grad_b2 if ctx.gives_b2 else None, None
 
 
 def _fake_like(tensor):
