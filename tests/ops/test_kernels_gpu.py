@@ -245,7 +245,7 @@ def test_products_end_and_are_right(sizes, activation, bias):
 
 
 # slots, mean rows, rows and columns of a slot's result: all of a tile's edges; the trainer's, many tiles a block; two bands;
-# many tiles that take no time, in which one warpgroup runs ahead of the other
+# many tiles that take no time
 TOTAL_SIZES = [(5, 700, 328, 1032), (64, 130, 256, 768), (130, 20, 72, 40), (16, 1024, 1536, 3072), (3, 100, 128, 136),
                (3, 300, 3400, 264), (40, 20, 328, 1544)]  # fmt: skip
 

@@ -18,12 +18,11 @@ constexpr int kRowBytes = kTileColumns * 2, kHalfBytes = 64 * kRowBytes;  // wha
 constexpr int kWriters = 3;                                               // warps
 constexpr int kSumBytes = (kWriters - 1) * 2 * kRowBytes * 2;             // of two packs of columns in float32
 constexpr int kLeastNarrow = 40;   // tiles at the end that come in halves, if any
-constexpr int kFewBlocks = 8;      // in depth, up to which memory brings a tile of sums later than its factors
 constexpr int kAhead = 2;          // tiles that are known before they are begun
 constexpr int kMostSorted = 1024;  // slots that are put in order of size
 constexpr int kMostBand = 24;      // tiles that follow each other down a column: 132 at a time read least with 12 to 24
 constexpr int kSharedBytes = kStages * (kABytes + kBBytes) + kWarpgroups * kHalfBytes + kSumBytes +
-                             (2 * (kStages + kAhead) + 3 * kWarpgroups) * 8 + (kAhead + 3 + kMostSorted) * 4;
+                             2 * (kStages + kWarpgroups + kAhead) * 8 + (kAhead + 3 + kMostSorted) * 4;
 
 // What is multiplied. Rows: out[r] = rows[r] matrix of r's slot; the matrix is [depth, columns], or with RowsTransposed
 // [columns, depth]. Weights: out[slot] = sum over the slot's rows r of a[r]^T b[r].
@@ -140,7 +139,6 @@ struct Walk<kWeights> {
   }
 
   __device__ __forceinline__ bool is_total(const Tile& tile) const { return tile.slot < size.num_totals; }
-  __device__ __forceinline__ bool is_added(const Tile& tile) const { return tile.slot < size.num_added; }
 
   // At least one, so that the result of an empty slot is written.
   __device__ __forceinline__ int blocks_deep(const Tile& tile) const {
@@ -156,7 +154,7 @@ struct Ring {
 };
 
 struct Shared {
-  uint32_t a, b, result, sums, full, empty, done, written, turn, told, heard, tile, narrow, order;
+  uint32_t a, b, result, sums, full, empty, done, written, told, heard, tile, narrow, order;
   __device__ __forceinline__ explicit Shared(uint32_t base)
       : a(base),
         b(a + kStages * kABytes),
@@ -166,24 +164,23 @@ struct Shared {
         empty(full + kStages * 8),
         done(empty + kStages * 8),
         written(done + kWarpgroups * 8),
-        turn(written + kWarpgroups * 8),
-        told(turn + kWarpgroups * 8),
+        told(written + kWarpgroups * 8),
         heard(told + kAhead * 8),
         tile(heard + kAhead * 8),
         narrow(tile + kAhead * 4),
         order(narrow + 8) {}
 
-  // 16 bytes of a row of an area, in an order that spares the banks
-  __device__ __forceinline__ uint32_t piece(int area, int row, int column16) const {
-    return result + area * kHalfBytes + row * kRowBytes + ((column16 ^ (row & 7)) << 4);
+  // 16 bytes of a row of a half, in an order that spares the banks
+  __device__ __forceinline__ uint32_t piece(int half, int row, int column16) const {
+    return result + half * kHalfBytes + row * kRowBytes + ((column16 ^ (row & 7)) << 4);
   }
 
-  // The same as the copy engine stores it, in boxes of 128 bytes a row.
-  __device__ __forceinline__ uint32_t boxed(int area, int row, int column16) const {
-    return box(area, column16 / 8) + row * 128 + ((column16 % 8 ^ (row & 7)) << 4);
+  // The same as the copy engine stores it, in boxes of 64 columns.
+  __device__ __forceinline__ uint32_t boxed(int half, int row, int column16) const {
+    return box(half, column16 / 8) + row * 128 + ((column16 % 8 ^ (row & 7)) << 4);
   }
-  __device__ __forceinline__ uint32_t box(int area, int number) const {
-    return result + area * kHalfBytes + number * kBoxBytes;
+  __device__ __forceinline__ uint32_t box(int half, int number) const {
+    return result + half * kHalfBytes + number * kBoxBytes;
   }
 };
 

@@ -106,37 +106,56 @@ __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t sh
   threads_sync(3, 32 * kWriters);  // before the next sums are left there
 }
 
-__device__ __forceinline__ void wait_area(const Shared& at, int area, int& parity) {
-  barrier_wait(at.done + area * 8, parity >> area & 1);
-  parity ^= 1 << area;
+__device__ __forceinline__ void wait_half(const Shared& at, int half, int& parity) {
+  barrier_wait(at.done + half * 8, parity >> half & 1);
+  parity ^= 1 << half;
 }
 
-// A writing warp's part of a tile of weights: for each area one of them has the copy engine store it in four boxes, or add it.
-// In float32 a half of a tile takes both areas, each with a half of the columns, and the other half comes after it.
-__device__ __forceinline__ void write_boxes(const CUtensorMap* map, int slot, const Tile& tile, int columns_left, int rows_left,
-                                            bool is_total, bool is_added, const Shared& at, int& parity) {
-  static_assert(kWarpgroups == 2 && kWarpgroups <= kWriters, "a warp for each area");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups, width = is_total ? kBox / 2 : kBox;
-  for (int half = 0; half < kWarpgroups; ++half) {
-    for (int area = is_total ? 0 : half; area <= (is_total ? 1 : half); ++area) {
-      wait_area(at, area, parity);
-      if (warp == area && lane == 0 && half * 64 < rows_left) {
-        const int first = is_total ? area * (kTileColumns / 2) : 0;
-        for (int box = 0; box < 4 && first + box * width < columns_left; ++box) {
-          const int x = tile.column + first + box * width, y = tile.row + half * 64;
-          if (is_added) {
-            add_box(at.box(area, box), map, x, y, slot);
-          } else {
-            store_box(at.box(area, box), map, x, y, slot);
-          }
+// A writing warp's part of a tile in float32: the columns come in two parts.
+__device__ __forceinline__ void write_total(float* total, int pitch, int num_columns, int rows_left, bool is_first,
+                                            const Shared& at, int& parity) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int column = part * (kTileColumns / 2) + lane * 4;
+#pragma unroll
+    for (int half = 0; half < kWarpgroups; ++half) {
+      const int num_rows = min(64, rows_left - half * 64);
+      if (num_rows <= 0) break;
+      wait_half(at, half, parity);
+#pragma unroll 8
+      for (int row = warp; row < num_rows && column < num_columns; row += kWriters) {
+        const uint4 four = load_shared(at.piece(half, row, lane));
+        float* to = total + int64_t(half * 64 + row) * pitch + column;
+        if (is_first) {
+          *reinterpret_cast<uint4*>(to) = four;
+        } else {
+          add_global(to, four);
         }
-        boxes_read();
       }
       __syncwarp();
-      if (lane == 0 && is_total && half == 0) barrier_arrive(at.turn + area * 8);
+      if (lane == 0) barrier_arrive(at.written + half * 8);
     }
   }
-  for (int half = 0; half < kWarpgroups && lane == 0; ++half) barrier_arrive(at.written + half * 8);
+}
+
+// A writing warp's part of a tile of weights in bfloat16: one of them has the copy engine store a half.
+__device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_columns, const Tile& tile, int num_totals,
+                                            int rows_left, const Shared& at, int& parity) {
+  static_assert(kWarpgroups <= kWriters, "a warp for each half");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+#pragma unroll
+  for (int half = 0; half < kWarpgroups && half * 64 < rows_left; ++half) {
+    wait_half(at, half, parity);
+    if (warp == half && lane == 0) {
+      for (int box = 0; box < kTileColumns / kBox && box * kBox < num_columns; ++box) {
+        store_box(at.box(half, box), map, tile.column + box * kBox, tile.row + half * 64, tile.slot - num_totals);
+      }
+      boxes_read();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at.written + half * 8);
+  }
 }
 
 template <bool GATED>
@@ -180,7 +199,7 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
   for (int half = 0; half * 64 < num_rows; ++half) {
     const int end = min(half * 64 + 64, num_rows);
     float sum[2][8] = {};
-    wait_area(at, half, parity);
+    wait_half(at, half, parity);
 #pragma unroll 1
     for (int row0 = half * 64 + warp; row0 < end; row0 += kStep) {
       const bool is_last = row0 + kStep >= end;
@@ -211,8 +230,7 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
 // A writing warp's part: every third row of each half of a tile, 16 bytes a thread and row. ACT kIdentity: the products, and
 // the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: see write_slopes.
 template <Kind KIND, int ACT>
-__device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, const CUtensorMap* map_total,
-                                      Walk<KIND> walk, const Shared& at) {
+__device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, Walk<KIND> walk, const Shared& at) {
   constexpr bool kGated = ACT == kSwiglu && KIND == kRows, kForward = KIND == kRows && ACT != kIdentity;
   // the two halves of a gated product lie 16 pieces apart: half a warp has a row
   constexpr int kLanes = kGated ? 16 : 32, kStep = kWriters * 32 / kLanes, kTurns = kGated ? 4 : 8;
@@ -227,10 +245,13 @@ __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMa
     walk.seek(index, tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : tile.end - tile.begin) - tile.row;
     const int columns_left = min(columns - tile.column, tile.is_narrow ? kTileColumns / 2 : kTileColumns);
+    if (walk.is_total(tile)) {
+      float* total = pointers.total + (int64_t(tile.slot) * walk.size.rows + tile.row) * columns + tile.column;
+      write_total(total, columns, columns_left, rows_left, tile.slot >= walk.size.num_added, at, parity);
+      continue;
+    }
     if constexpr (KIND == kWeights) {
-      const bool is_total = walk.is_total(tile);
-      write_boxes(is_total ? map_total : map_out, is_total ? tile.slot : tile.slot - walk.size.num_totals, tile,
-                  columns_left, rows_left, is_total, walk.is_added(tile), at, parity);
+      write_boxes(map_out, columns_left, tile, walk.size.num_totals, rows_left, at, parity);
       continue;
     }
     if constexpr (KIND == kRowsTransposed && ACT != kIdentity) {
@@ -246,7 +267,7 @@ __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMa
       const int num_rows = min(64, rows_left - half * 64);
       if (num_rows <= 0) break;
       const int64_t above = tile.begin + tile.row + half * 64;
-      wait_area(at, half, parity);
+      wait_half(at, half, parity);
 #pragma unroll kTurns
       for (int row = first_row; row < num_rows && valid; row += kStep) {
         Pair product{load_shared(at.piece(half, row, piece)), {}};

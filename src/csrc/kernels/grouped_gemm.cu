@@ -4,9 +4,7 @@
 // One block a multiprocessor stays for many tiles of 128 x 256. One thread fetches blocks of depth 64 of both factors into
 // stages of shared memory; two warpgroups multiply them, each 64 rows of the tile, and leave the result in shared memory,
 // from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied;
-// weights are stored by the copy engine, which takes them out of shared memory sooner than they reach memory. It also adds
-// them to sums in float32, in the L2 cache, which reads the sums of a tile while that is multiplied: else all would wait for
-// memory at the ends of tiles. In float32 a warpgroup's result fills what both have in bfloat16, so they take turns.
+// weights in bfloat16 are stored by the copy engine, which takes them out of shared memory sooner than they reach memory.
 // A warpgroup whose rows all lie behind the slot's last one does not multiply. Counts are read on the device; a block takes
 // its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first.
 // Those come in halves that would leave much of the device idle, if whole: the last ones of rows, and of weights the last deep
@@ -24,29 +22,10 @@ namespace {
 
 #ifdef SMARTMOE_MULTIPLIES
 
-// Have the L2 cache read the i-th of so many parts of a tile's sums. Boxes cost the copy engine least, which fetches factors
-// meanwhile; where these are few, whole rows let memory work best.
-__device__ __forceinline__ void fetch_sums(const CUtensorMap* map, const float* total, const Sizes& size, const Tile& tile,
-                                           int i, int parts) {
-  const int num_columns = tile.is_narrow ? kTileColumns / 2 : kTileColumns;
-  if (parts > kFewBlocks) {
-    const int across = num_columns / (kBox / 2), num_boxes = across * kTileRows / 64;
-    for (int box = i * num_boxes / parts; box < (i + 1) * num_boxes / parts; ++box) {
-      prefetch_box(map, tile.column + box % across * (kBox / 2), tile.row + box / across * 64, tile.slot);
-    }
-    return;
-  }
-  const int end = min((i + 1) * kTileRows / parts, size.rows - tile.row), columns_left = size.columns - tile.column;
-  for (int row = i * kTileRows / parts; row < end && columns_left > 0; ++row) {
-    const int64_t first = (int64_t(tile.slot) * size.rows + tile.row + row) * size.columns + tile.column;
-    prefetch(total + first, min(num_columns, columns_left) * 4);
-  }
-}
-
 // The fetching thread's part.
 template <Kind KIND, int ACT>
-__device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMap* map_b, const CUtensorMap* map_total,
-                                      Walk<KIND> walk, const Shared& at, const Pointers& pointers) {
+__device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMap* map_b, Walk<KIND> walk, const Shared& at,
+                                      int* counter) {
   [[maybe_unused]] constexpr bool kGated = KIND == kRows && ACT == kSwiglu;
   Ring ring;
   Tile tile;
@@ -57,7 +36,7 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
     const int blocks = walk.blocks_deep(tile);
     for (int i = 0; i < blocks; ++i, ring.step()) {
       // early enough that the answer is there when it is needed
-      if (i == max(0, blocks - kStages)) index = gridDim.x + atomicAdd(pointers.counter, 1);
+      if (i == max(0, blocks - kStages)) index = gridDim.x + atomicAdd(counter, 1);
       const int depth = i * kDepth;
       const uint32_t a = at.a + ring.stage * kABytes, b = at.b + ring.stage * kBBytes, full = at.full + ring.stage * 8;
       barrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
@@ -81,9 +60,6 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
           const int x = kGated && box >= 2 ? walk.size.columns + (box - 2) * kBox : box * kBox;
           load_box(b + box * kBoxBytes, map_b, full, tile.column + x, y, z);
         }
-      }
-      if constexpr (KIND == kWeights) {
-        if (walk.is_added(tile)) fetch_sums(map_total, pointers.total, walk.size, tile, i, blocks);
       }
     }
   }
@@ -132,11 +108,18 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
   Ring ring;
   Tile tile;
   Turns turns;
-  int written_parity = 1, turn_parity = 0;
+  int written_parity = 1;
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
     walk.seek(index, tile);
     const int count = tile.end - tile.begin, blocks = walk.blocks_deep(tile);
     const int rows_left = (KIND == kWeights ? walk.size.rows : count) - tile.row;
+    if (rows_left <= warpgroup * 64) {
+      for (int i = 0; i < blocks; ++i, ring.step()) {
+        barrier_wait(at.full + ring.stage * 8, ring.parity);
+        release(ring.stage);
+      }
+      continue;
+    }
     const auto multiply_all = [&](auto narrow) {
       int last = -1;
       for (int i = 0; i < blocks; ++i, ring.step()) {
@@ -151,41 +134,36 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
       products_wait<0>();
       release(last);
     };
-    if (rows_left <= warpgroup * 64) {
-      for (int i = 0; i < blocks; ++i, ring.step()) {
-        barrier_wait(at.full + ring.stage * 8, ring.parity);
-        release(ring.stage);
-      }
-      if (KIND != kWeights) continue;  // of weights both take part, or parities would not tell a tile from the next but one
-    } else if (tile.is_narrow) {
+    if (tile.is_narrow) {
       multiply_all(std::true_type());
     } else {
       multiply_all(std::false_type());
     }
-    barrier_wait(at.written + warpgroup * 8, written_parity);
-    written_parity ^= 1;
-    const auto end_writing = [&](int area) {
-      if (KIND == kWeights) fence_shared();
+    const auto begin_writing = [&] {
+      barrier_wait(at.written + warpgroup * 8, written_parity);
+      written_parity ^= 1;
+    };
+    const auto end_writing = [&] {
       __syncwarp();
-      if (lane == 0) barrier_arrive(at.done + area * 8);
+      if (lane == 0) barrier_arrive(at.done + warpgroup * 8);
     };
     // A thread has, in sums 4 j to 4 j + 3, columns 8 j + 2 (lane % 4) + {0, 1} of row lane / 4 and then of row lane / 4 + 8.
     const int first_row = thread % 128 / 32 * 16;
     if (walk.is_total(tile)) {
-      // in float32 there is room for one warpgroup
+      // in float32 there is room for half of the columns
 #pragma unroll
-      for (int area = 0; area < 2; ++area) {
-        if (warpgroup) barrier_wait(at.turn + area * 8, turn_parity);
+      for (int part = 0; part < 2; ++part) {
+        begin_writing();
 #pragma unroll
         for (int i = 0; i < 64; i += 2) {
           const int row = first_row + i / 2 % 2 * 8 + lane / 4, piece = i / 4 * 2 + lane % 4 / 2;
-          store_shared(at.boxed(area, row, piece) + lane % 2 * 8, sum[area * 64 + i], sum[area * 64 + i + 1]);
+          store_shared(at.piece(warpgroup, row, piece) + lane % 2 * 8, sum[part * 64 + i], sum[part * 64 + i + 1]);
         }
-        end_writing(area);
+        end_writing();
       }
-      turn_parity ^= 1;
       continue;
     }
+    begin_writing();
     // its lane names a row of one of four 8 x 8 matrices
     const int row = first_row + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
@@ -196,7 +174,8 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
                      pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
                      pack_bf16(sum[i + 6], sum[i + 7]));
     }
-    end_writing(warpgroup);
+    if (KIND == kWeights) fence_shared();
+    end_writing();
   }
 }
 
@@ -219,8 +198,8 @@ __device__ __forceinline__ Walk<KIND> start_walk(const int* end_L, const Sizes& 
 template <Kind KIND, int ACT>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                        const __grid_constant__ CUtensorMap map_out, const __grid_constant__ CUtensorMap map_total,
-                        const int* __restrict__ end_L, const Pointers pointers, const Sizes size) {
+                        const __grid_constant__ CUtensorMap map_out, const int* __restrict__ end_L, const Pointers pointers,
+                        const Sizes size) {
 #ifdef SMARTMOE_MULTIPLIES
   extern __shared__ __align__(1024) uint8_t shared[];
   const Shared at(shared_address(shared));
@@ -236,7 +215,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int half = 0; half < kWarpgroups; ++half) {
       barrier_init(at.done + half * 8, 4);
       barrier_init(at.written + half * 8, kWriters);
-      barrier_init(at.turn + half * 8, kWriters);
     }
     fence_barriers();
   }
@@ -248,9 +226,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     give_registers<152>();
     if (threadIdx.x < kWrite) {
-      write<KIND, ACT>(pointers, &map_out, &map_total, walk, at);
+      write<KIND, ACT>(pointers, &map_out, walk, at);
     } else if (threadIdx.x == kWrite) {
-      fetch<KIND, ACT>(&map_a, &map_b, &map_total, walk, at, pointers);
+      fetch<KIND, ACT>(&map_a, &map_b, walk, at, pointers.counter);
     }
   }
 #endif
@@ -272,22 +250,19 @@ Encode encoder() {
   return found;
 }
 
-// bf16 values [z, y, x], or float32, contiguous, in boxes of [1, box_y, 128 bytes]; fetched are zeros beyond the edges.
-bool make_map(CUtensorMap* map, const void* data, int64_t x, int64_t y, int64_t z, int box_y, bool is_float = false) {
-  const int bytes = is_float ? 4 : 2;
+// bf16 values [z, y, x], contiguous, fetched in boxes of [1, box_y, 64]; zeros beyond the edges.
+bool make_map(CUtensorMap* map, const void* data, int64_t x, int64_t y, int64_t z, int box_y) {
   const cuuint64_t sizes[] = {cuuint64_t(x), cuuint64_t(y), cuuint64_t(z)};
-  const cuuint64_t steps[] = {cuuint64_t(x * bytes), cuuint64_t(x * y * bytes)};
-  const cuuint32_t box[] = {cuuint32_t(128 / bytes), cuuint32_t(box_y), 1}, ones[] = {1, 1, 1};
-  const auto type = is_float ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encoder()(map, type, 3, const_cast<void*>(data), sizes, steps, box, ones,
+  const cuuint64_t steps[] = {cuuint64_t(x * 2), cuuint64_t(x * y * 2)};
+  const cuuint32_t box[] = {kBox, cuuint32_t(box_y), 1}, ones[] = {1, 1, 1};
+  return encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data), sizes, steps, box, ones,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <Kind KIND, int ACT>
-cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUtensorMap& map_out,
-                   const CUtensorMap& map_total, const int* end_L, const Pointers& pointers, const Sizes& size,
-                   cudaStream_t stream) {
+cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUtensorMap& map_out, const int* end_L,
+                   const Pointers& pointers, const Sizes& size, cudaStream_t stream) {
   const auto kernel = grouped_gemm_kernel<KIND, ACT>;
   int device = 0, num_sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -295,7 +270,7 @@ cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUt
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   clear_kernel<<<1, 1, 0, stream>>>(pointers.counter);
-  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, map_out, map_total, end_L, pointers, size);
+  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, map_out, end_L, pointers, size);
   return cudaGetLastError();
 }
 
@@ -325,7 +300,7 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
   const Pointers pointers{static_cast<__nv_bfloat16*>(out_RY), static_cast<const __nv_bfloat16*>(bias_LY),
                           static_cast<__nv_bfloat16*>(act_RY), static_cast<const __nv_bfloat16*>(hidden_RY), partial_PY,
                           nullptr, nullptr, counter};
-  const auto run = [&](auto kernel) { return kernel(map_a, map_b, map_a, map_a, end_L, pointers, size, stream); };
+  const auto run = [&](auto kernel) { return kernel(map_a, map_b, map_a, end_L, pointers, size, stream); };
   switch (activation) {
     case kIdentity:
       return transposed ? run(launch<kRowsTransposed, kIdentity>) : run(launch<kRows, kIdentity>);
@@ -343,11 +318,10 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
                            float* total_LXY, int num_totals, bool is_first, const int* held_G, int num_held, int* counter,
                            int64_t num_rows, int rows, int columns, cudaStream_t stream) {
   if (num_slots == 0) return cudaSuccess;
-  CUtensorMap map_a, map_b, map_out, map_total;
+  CUtensorMap map_a, map_b, map_out;
   const bool made = make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) &&
                     make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth) &&
-                    (num_slots == num_totals || make_map(&map_out, out_LXY, columns, rows, num_slots - num_totals, 64)) &&
-                    (num_totals == 0 || make_map(&map_total, total_LXY, columns, rows, num_totals, 64, true));
+                    (num_slots == num_totals || make_map(&map_out, out_LXY, columns, rows, num_slots - num_totals, 64));
   if (!made) return cudaErrorInvalidValue;
   Pointers pointers{};
   pointers.out = static_cast<__nv_bfloat16*>(out_LXY);
@@ -355,7 +329,7 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
   pointers.held = held_G;
   pointers.counter = counter;
   const Sizes size{num_slots, rows, columns, 0, num_totals, is_first ? 0 : num_totals, 0, num_slots - num_held};
-  return launch<kWeights, kIdentity>(map_a, map_b, map_out, map_total, end_L, pointers, size, stream);
+  return launch<kWeights, kIdentity>(map_a, map_b, map_out, end_L, pointers, size, stream);
 }
 
 }  // namespace smartmoe

@@ -62,24 +62,6 @@ __device__ __forceinline__ void store_box(uint32_t from, const void* map, int x,
                : "memory");
 }
 
-// The same in float32, added to what is there.
-__device__ __forceinline__ void add_box(uint32_t from, const void* map, int x, int y, int z) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(from), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-
-// Have the L2 cache read the box of the map at (x, y, z); nobody waits for it.
-__device__ __forceinline__ void prefetch_box(const void* map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x), "r"(y), "r"(z) : "memory");
-}
-
-// The same of so many bytes, a multiple of 16.
-__device__ __forceinline__ void prefetch(const float* from, int num_bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
-}
-
 // What this thread has stored in boxes was read from shared memory.
 __device__ __forceinline__ void boxes_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -119,6 +101,13 @@ __device__ __forceinline__ void store_shared(uint32_t to, const float* four) {
 
 __device__ __forceinline__ void store_shared(uint32_t to, float low, float high) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
+}
+
+// *to += four, where the sums lie: nothing is read here. to: of 16 bytes.
+__device__ __forceinline__ void add_global(float* to, const uint4& four) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(__uint_as_float(four.x)),
+               "f"(__uint_as_float(four.y)), "f"(__uint_as_float(four.z)), "f"(__uint_as_float(four.w))
+               : "memory");
 }
 
 // Products of a warpgroup.
