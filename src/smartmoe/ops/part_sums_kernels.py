@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK_N, _MOST_ROWS = 32, 128
+_MOST_ROWS = 512
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def sum_parts_kernel(part_PN, first, second, P, N, A, FILLS_FIRST: tl.constexpr,
 def sum_parts(part_PN: torch.Tensor, first: tuple[torch.Tensor, bool], second: tuple[torch.Tensor, bool]) -> None:
     """first, second: (contiguous tensor, whether it is overwritten and not added to)."""
     num_rows, width = part_PN.shape
-    sum_parts_kernel[(triton.cdiv(width, _BLOCK_N),)](
+    block = 16 if num_rows > 128 else 32  # columns: enough blocks, and all rows under way at once
+    sum_parts_kernel[(triton.cdiv(width, block),)](
         part_PN, first[0], second[0], num_rows, width, first[0].numel(), FILLS_FIRST=first[1], FILLS_SECOND=second[1],
-        BLOCK_P=min(triton.next_power_of_2(num_rows), _MOST_ROWS), BLOCK_N=_BLOCK_N,
+        BLOCK_P=min(triton.next_power_of_2(num_rows), _MOST_ROWS), BLOCK_N=block,
     )  # fmt: skip
