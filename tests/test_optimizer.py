@@ -72,29 +72,15 @@ def test_the_norm_of_what_nobody_shares_may_be_begun_before():
     assert trainer.optimizer.grad_norm() < wanted, "nothing is kept for the next step"
 
 
-def test_a_gpu_updates_the_largest_first_small_ones_together_and_each_with_its_decay(monkeypatch):
+def test_a_gpu_updates_the_largest_first_and_each_with_its_decay(monkeypatch):
     trainer = make_trainer(make_config())
     masters = [id(master) for master in trainer.optimizer.masters]
-    found, together = [], []
-
-    def note(master, *others):
-        found.append((id(master), master.numel(), others[-1]))
-
-    def note_all(_, members, scale, how):
-        together.append(len(members))
-        for tensors in members:
-            note(*tensors, scale, how)
-
-    monkeypatch.setattr(optimizer, "SMALL", 600)
+    found = []
     monkeypatch.setattr(optimizer, "can_fuse", lambda master: True)
-    monkeypatch.setattr(optimizer, "adamw_", note)
-    monkeypatch.setattr(optimizer.ManyAdamW, "update", note_all)
+    monkeypatch.setattr(optimizer, "adamw_", lambda master, *others: found.append((id(master), master.numel(), others[-1])))
     trainer.run_iteration()
     sizes = [numel for _, numel, _ in found]
-    num_large = len(sizes) - sum(together)
-    assert num_large > 1 < len(together) < 3 and min(sizes[:num_large]) >= 600 > max(sizes[num_large:])
-    assert sizes[:num_large] == sorted(sizes[:num_large], reverse=True)
-    assert sorted(key for key, _, _ in found) == sorted(masters)
+    assert sizes == sorted(sizes, reverse=True) and sorted(key for key, _, _ in found) == sorted(masters)
     decay_of = {key: how.weight_decay for key, _, how in found}
     for key, ref in zip(masters, trainer.optimizer.buffers.refs, strict=True):
         is_vector = ref.local.dim() - (ref.kind == "expert") < 2

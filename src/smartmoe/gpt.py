@@ -14,7 +14,6 @@ from torch import nn
 from smartmoe.blocks import Block, DenseMLP, add, run_block
 from smartmoe.config import ModelConfig
 from smartmoe.ops.dense_linear import DenseLinear
-from smartmoe.ops.lookup import Embedding
 from smartmoe.ops.residual_norm import residual_norm
 from smartmoe.ops.token_loss import summed_cross_entropy
 from smartmoe.swin_sizes import has_experts
@@ -65,8 +64,8 @@ class GPT(nn.Module):
         self.is_first = layer_idxs[0] == 0
         self.is_last = layer_idxs[-1] == model.num_layers - 1
         if self.is_first:
-            self.token_embedding = Embedding(model.vocab_size, model.hidden_size)
-            self.position_embedding = Embedding(model.seq_len, model.hidden_size, distinct=True)
+            self.token_embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+            self.position_embedding = nn.Embedding(model.seq_len, model.hidden_size)
         self.blocks, width = nn.ModuleDict(), model.hidden_size
         for idx in layer_idxs:
             moe = make_moe(idx) if has_experts(model, idx) else None

@@ -7,7 +7,6 @@ entry per logical expert and layer, one per tensor slice, one per stage. So a mi
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,11 +15,9 @@ import torch.distributed as dist
 
 from smartmoe.config import Workload
 from smartmoe.mesh import Mesh
-from smartmoe.ops.adamw import Hyperparameters, ManyAdamW, adamw_, can_fuse
+from smartmoe.ops.adamw import Hyperparameters, adamw_, can_fuse
 from smartmoe.parallel.data import GradientBuffers, ParamRef, Share
 from smartmoe.placement import Placement
-
-SMALL = 1 << 18  # numbers of a parameter; those of fewer are updated together
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,8 @@ class MixedAdamW:
         buffers.adopt(self.masters)
         self._decayed = [idx for idx, ref in enumerate(buffers.refs) if _is_matrix(ref)]
         self._others = [idx for idx, ref in enumerate(buffers.refs) if not _is_matrix(ref)]
-        # the largest first: a GPU is busy with them while the host launches the others
+        # the largest first: a GPU is busy with them while the host launches the others, one by one
         self._by_size = sorted(range(len(buffers.refs)), key=lambda idx: -self.masters[idx].numel())
-        self._small: dict[tuple[bool, bool], ManyAdamW] = defaultdict(ManyAdamW)
         groups = ((self._decayed, workload.weight_decay), (self._others, 0.0))
         self.adamw = torch.optim.AdamW(
             [{"params": [self.masters[idx] for idx in members], "weight_decay": decay} for members, decay in groups],
@@ -136,18 +132,12 @@ class MixedAdamW:
         work, decayed = self.workload, set(self._decayed)
         with_ = Hyperparameters(lr, work.adam_beta1, work.adam_beta2, work.adam_eps, work.weight_decay, self.num_steps)
         without_decay = replace(with_, weight_decay=0.0)
-        small = defaultdict(list)
         for idx in self._by_size:
             master, share, state = self.masters[idx], self.buffers.shares[idx], self.adamw.state[self.masters[idx]]
             is_apart = share.num == 1 and master.data_ptr() != share.value.data_ptr()
             weight = share.value if is_apart else None
-            tensors = master, share.grad, state["exp_avg"], state["exp_avg_sq"], weight
-            if master.numel() < SMALL:
-                small[idx in decayed, is_apart].append(tensors)
-            else:
-                adamw_(*tensors, grad_scale, with_ if idx in decayed else without_decay)
-        for (is_decayed, is_apart), members in small.items():
-            self._small[is_decayed, is_apart].update(members, grad_scale, with_ if is_decayed else without_decay)
+            how = with_ if idx in decayed else without_decay
+            adamw_(master, share.grad, state["exp_avg"], state["exp_avg_sq"], weight, grad_scale, how)
         self.buffers.publish(self.masters, only_cut=True)
 
     def _adjust_loss_scale(self, overflow: bool) -> None:
@@ -252,10 +242,7 @@ class GradientNorm:
                 for expert in placement.expert_of_slot[first_slot : first_slot + placement.slots_per_rank]:
                     place = (layer_of(name) * self._num_experts + expert) * self._num_shares + self._share_idx
                     entries.append(self._num_entries if expert < 0 else self._first_expert + place)
-            where = torch.tensor(entries)
-            if self._mesh.device.type == "cuda":  # so that the host need not wait until gradients are there
-                where = where.pin_memory().to(self._mesh.device, non_blocking=True)
-            self._where = placements, where
+            self._where = placements, torch.tensor(entries, device=self._mesh.device)
         return self._where[1]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smartmoe.ops.adamw import Hyperparameters, ManyAdamW, accumulate_, adamw_
+from smartmoe.ops.adamw import Hyperparameters, accumulate_, adamw_
 from smartmoe.ops.extension import have_triton
 
 on_gpu = [
@@ -38,25 +38,6 @@ def test_it_is_adamw(dtype, numel, decay):
     state = torch_adamw.state[wanted]
     torch.testing.assert_close(moments[0], state["exp_avg"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(moments[1], state["exp_avg_sq"], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
-def test_many_at_once_are_updated_as_each_alone(device):
-    sizes, many = [5, 0, 2048, 70_000, 1], ManyAdamW()
-    for dtype in (torch.bfloat16, None):
-        flat = torch.rand(4, sum(sizes), device=device)  # off 16 bytes
-        weights = [None if dtype is None else torch.empty(size, device=device, dtype=dtype) for size in sizes]
-        alone = [[*fours, weight] for *fours, weight in zip(*(row.clone().split(sizes) for row in flat), weights, strict=True)]
-        together = [list(fours) for fours in zip(*(row.split(sizes) for row in flat), strict=True)]
-        for five, weight in zip(together, weights, strict=True):
-            five.append(None if weight is None else torch.empty_like(weight))
-        for step in (1, 2):
-            how = Hyperparameters(1e-2, 0.9, 0.95, 1e-8, 0.1, step)
-            many.update(together, 0.37, how)
-            for five in alone:
-                adamw_(*five, 0.37, how)
-        for got, wanted in zip(together, alone, strict=True):
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])

@@ -7,13 +7,11 @@ gradients for clipping and one that converts the masters are 42.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from smartmoe.ops.extension import have_triton
-from smartmoe.ops.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,10 @@ def adamw_(master, grad, exp_avg, exp_avg_sq, weight: torch.Tensor | None, grad_
     """
     from smartmoe.ops.adamw_kernels import update
 
-    update(master, grad, exp_avg, exp_avg_sq, weight, *_numbers(grad_scale, with_))
-
-
-class ManyAdamW:
-    """`adamw_` of many parameters in one launch, where a launch for each would take longer than the update."""
-
-    def __init__(self):
-        self._places: list[int] = []
-        self._spans: Spans | None = None
-
-    def update(self, tensors: Sequence[Sequence[torch.Tensor | None]], grad_scale: float, with_: Hyperparameters) -> None:
-        """tensors: for each of at least one parameter the first five arguments of `adamw_`; all weights are of one type."""
-        from smartmoe.ops.adamw_kernels import SPAN, update_spans
-
-        places = [0 if tensor is None else tensor.data_ptr() for five in tensors for tensor in five]
-        if self._spans is None or self._places != places:
-            self._places, self._spans = places, Spans.of(list(zip(*tensors, strict=True)), SPAN)
-        like = next((five[4] for five in tensors if five[4] is not None), tensors[0][0])
-        update_spans(self._spans, like, *_numbers(grad_scale, with_))
-
-
-def _numbers(grad_scale: float, with_: Hyperparameters) -> tuple[float, ...]:
     correction = math.sqrt(1 - with_.beta2**with_.step)
     rate = with_.lr / (1 - with_.beta1**with_.step)
-    return grad_scale, rate, 1 - with_.lr * with_.weight_decay, with_.beta1, with_.beta2, with_.eps, 1 / correction
+    numbers = (grad_scale, rate, 1 - with_.lr * with_.weight_decay, with_.beta1, with_.beta2, with_.eps, 1 / correction)
+    update(master, grad, exp_avg, exp_avg_sq, weight, *numbers)
 
 
 def accumulate_(total: torch.Tensor, part: torch.Tensor, is_first: bool) -> None:
