@@ -8,12 +8,15 @@ import sys
 
 import torch
 
+from smartmoe.dispatch import direct
 from tests.dispatch import test_direct, test_symmetric_replicas
 from tests.dist import SHARED_GPU, gpu_of, spawn
 
 
 def run(world_rank, num_ranks):
-    test_direct._interleave(world_rank, num_ranks, "cuda")
+    for early in (False, True):
+        direct._TRANSPORTS.clear()
+        test_direct._interleave(world_rank, num_ranks, "cuda", early)
     test_symmetric_replicas._balanced(world_rank, num_ranks)
     print(f"rank {world_rank}: exchanged", flush=True)
 
@@ -25,7 +28,9 @@ def plant(world_rank):
         slot, room_for_one = (torch.zeros(num, dtype=torch.int64, device=gpu_of(world_rank)) for num in (1024, 1))
         weight, weight_out = (torch.zeros(1024, device=gpu_of(world_rank)) for _ in range(2))
         odd, state = (torch.zeros(3, dtype=torch.int32, device=gpu_of(world_rank)) for _ in range(2))
-        announce_kernel[(1,)](slot, weight, room_for_one, weight_out, odd, slot, state, 0, 1024, 1024, 1, 0, W=1, BLOCK=1024)
+        announce_kernel[(1,)](
+            slot, weight, room_for_one, weight_out, odd, slot, state, 0, 1024, 1024, 1, 0, W=1, BLOCK=1024, EARLY=False
+        )  # fmt: skip
         torch.cuda.synchronize()
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,8 @@ from tests.dispatch import cases
 from tests.dist import gpu_backend, gpu_of, spawn
 
 WIDTH, TOKENS, TOP_K, SLOTS = 64, 48, 3, 4
+# tokens leave when their plan is there, or before; one rank sends none
+BOTH_WAYS = pytest.mark.parametrize("num_ranks,early", [(1, False), (2, False), (4, False), (2, True), (4, True)])
 
 
 def _group(num_ranks):
@@ -122,15 +123,16 @@ def test_gloo_gives_the_oracles_answer(num_ranks):
     _compare_table(answers_W, num_ranks, torch.float32)
 
 
-def _carry_tables(world_rank, num_ranks, dtypes):
+def _carry_tables(world_rank, num_ranks, dtypes, early):
+    _begin_early(early)
     return [_carry_table(world_rank, num_ranks, "cuda", dtype, ("grouped", "loop")) for dtype in dtypes]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_gpus_give_the_oracles_answer(num_ranks):
+@BOTH_WAYS
+def test_gpus_give_the_oracles_answer(num_ranks, early):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    tables_W = spawn(_carry_tables, num_ranks, num_ranks, dtypes, backend=_gpus(num_ranks), timeout_s=240)
+    tables_W = spawn(_carry_tables, num_ranks, num_ranks, dtypes, early, backend=_gpus(num_ranks), timeout_s=240)
     for dtype, answers_W in zip(dtypes, zip(*tables_W, strict=True), strict=True):
         _compare_table(answers_W, num_ranks, dtype)
 
@@ -198,9 +200,10 @@ def check_overflow(seen, num_ranks):
     assert seen["again"] is None and seen["asked"] == (needed, 0)
 
 
-def _odd(world_rank, num_ranks, device_type):
+def _odd(world_rank, num_ranks, device_type, early=False):
     """A routing with weights that are not numbers, as behind a layer that ran out of room: NaN comes out where it belongs
     and nothing is learnt from it."""
+    _begin_early(early)
     device = _device(device_type, world_rank)
     dispatcher = _hasty(num_ranks)
     x, slot, weight, grad = _routed(num_ranks, world_rank, device)
@@ -223,7 +226,9 @@ def _odd(world_rank, num_ranks, device_type):
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_routing_without_numbers_asks_for_no_room(device_type):
     num_ranks = 2 if device_type == "cuda" else 3
-    spawn(_odd, num_ranks, num_ranks, device_type, backend=_gpus(num_ranks) if device_type == "cuda" else "gloo")
+    backend = _gpus(num_ranks) if device_type == "cuda" else "gloo"
+    for early in (False, True) if device_type == "cuda" else (False,):
+        spawn(_odd, num_ranks, num_ranks, device_type, early, backend=backend)
 
 
 def _careful(world_rank, num_ranks):
@@ -319,24 +324,6 @@ def test_a_batch_larger_than_the_first_is_refused():
     roomy.dispatch(x[:9], slot[:9], weight[:9])
 
 
-def test_rows_reach_the_kernel_aligned(monkeypatch):
-    """A view may begin anywhere; the kernel reads 16 bytes at once from it as from the buffers of other ranks."""
-    seen = []
-    kernel = {(1,): lambda own_TD, *args, **more: seen.append(own_TD)}
-    monkeypatch.setattr(dispatch, "direct_kernels", SimpleNamespace(spread_kernel=kernel), raising=False)
-    monkeypatch.setattr(symmetric, "why_unavailable", lambda group: None)
-    monkeypatch.setattr(symmetric.SymmetricTransport, "_follow", lambda self: None)
-    x_TD = torch.arange(2 * 16 + 1, dtype=torch.bfloat16)[1:].view(2, 16)
-    slot_TK = torch.zeros(2, 1, dtype=torch.int64)
-    transport = symmetric.SymmetricTransport(None, 1, 2, x_TD, 1)
-    transport.max_blocks = 1
-    plan = make_local_plan(CollectiveTransport(None, 1, 2), slot_TK, torch.ones(2, 1), 2)
-    transport.bring(x_TD, slot_TK, plan)
-    assert seen[0].data_ptr() % 16 == 0 and seen[0].equal(x_TD)
-    transport.bring(seen[0], slot_TK, plan)
-    assert seen[1] is seen[0]
-
-
 def test_the_plan_keeps_what_fits_and_counts_what_does_not():
     local = torch.tensor([[1, -1], [0, 1], [1, 0], [-1, -1]])
     weight = torch.rand(4, 2)
@@ -371,15 +358,23 @@ def test_direct_is_built_by_name_with_its_bound():
 # Repeated calls: order of the exchange, memory that is reused.
 
 
+def _begin_early(early):
+    """Let tokens leave before their plan is there however few they are, where kernels can begin early."""
+    symmetric._EARLY_BYTES, symmetric._EARLY_TOP_K = (0, 99) if early else (1 << 40, 1)
+
+
 def _in_three_turns():
-    """Let the kernels divide the few tokens of these tests into three turns, and read one turn behind the pushes."""
+    """Let the kernels divide the few tokens of these tests into three turns, and read one turn behind the pushes; where they
+    begin early, two turns behind at first."""
     symmetric._TILE_ELEMENTS = TOKENS // 3 * WIDTH
-    symmetric._LAG_BYTES = 4 * symmetric._TILE_ELEMENTS
+    symmetric._LAG_BYTES, symmetric._LEAST_LAG_BYTES = 0, 4 * symmetric._TILE_ELEMENTS
+    symmetric._AHEAD_BYTES = symmetric._SUMS_AHEAD_BYTES = 8 * symmetric._TILE_ELEMENTS
+    symmetric._BEHIND_BYTES = 4 * symmetric._TILE_ELEMENTS
 
 
-def _steady(world_rank, num_ranks, device_type, turns):
+def _steady(world_rank, num_ranks, device_type, turns, early=False):
     """Random routings of every kind twice over, with calls left half done between them."""
-    _in_three_turns()
+    _in_three_turns(), _begin_early(early)
     device = _device(device_type, world_rank)
     dispatcher = DirectDispatcher(_group(num_ranks), SLOTS, row_factor=num_ranks, max_tokens=TOKENS)
     kinds = ("random", "skewed", "hot", "one rank", "drops", "nothing")
@@ -401,16 +396,16 @@ def test_gloo_exchanges_repeat():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_a_thousand_routings_repeat_on_gpus(num_ranks):
+@BOTH_WAYS
+def test_a_thousand_routings_repeat_on_gpus(num_ranks, early):
     backend = _gpus(num_ranks)
     num_rounds = 1000 if backend == "nccl" else 100
-    spawn(_steady, num_ranks, num_ranks, "cuda", range(num_rounds), backend=backend, timeout_s=150)
+    spawn(_steady, num_ranks, num_ranks, "cuda", range(num_rounds), early, backend=backend, timeout_s=150)
 
 
-def _interleave(world_rank, num_ranks, device_type):
+def _interleave(world_rank, num_ranks, device_type, early=False):
     """Two layers, forward of both before backward of both, with and without recomputation."""
-    _in_three_turns()
+    _in_three_turns(), _begin_early(early)
     device = _device(device_type, world_rank)
     layers = [DirectDispatcher(_group(num_ranks), SLOTS, row_factor=num_ranks) for _ in range(2)]
     routed = [_routed(num_ranks, 10 * layer + world_rank, device, "skewed") for layer in range(2)]
@@ -437,10 +432,10 @@ def test_gloo_layers_interleave():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_layers_interleave_on_gpus(num_ranks):
+@BOTH_WAYS
+def test_layers_interleave_on_gpus(num_ranks, early):
     backend = _gpus(num_ranks)
-    spawn(_interleave, num_ranks, num_ranks, "cuda", backend=backend, timeout_s=120)
+    spawn(_interleave, num_ranks, num_ranks, "cuda", early, backend=backend, timeout_s=120)
 
 
 # Memory.
@@ -478,8 +473,9 @@ def test_peak_memory_is_that_of_the_rows_in_use(num_ranks):
 # No host in between.
 
 
-def _captured(world_rank, num_ranks):
+def _captured(world_rank, num_ranks, early):
     """Forward and backward without a host synchronisation, then from a CUDA graph with other routings."""
+    _begin_early(early)
     device = gpu_of(world_rank)
     case = cases.Case("graph", (32,) * num_ranks, 4 * num_ranks, 2)
     weights = oracle.slots_of_rank(case.weights(), case.placement(), world_rank, torch.bfloat16, device)
@@ -531,12 +527,12 @@ def _captured(world_rank, num_ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks):
+@BOTH_WAYS
+def test_no_host_synchronisation_and_replays_of_a_graph(num_ranks, early):
     backend = _gpus(num_ranks)
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped GEMM keeps counts on the device from compute capability 9.0")
-    assert all(spawn(_captured, num_ranks, num_ranks, backend=backend, timeout_s=120))
+    assert all(spawn(_captured, num_ranks, num_ranks, early, backend=backend, timeout_s=120))
 
 
 def _stay_away(world_rank):

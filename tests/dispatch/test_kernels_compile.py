@@ -15,11 +15,11 @@ POINTERS = {
     "i32": "state odd num_rows num_needed told most primary_E replica_N ended",
 }
 KERNELS = [
-    ("announce_kernel", {"W": 2, "BLOCK": 512}),
-    ("spread_kernel", {**SIZES, "WEIGH": False, "BOUND": True, "L_PAD": 16, "BLOCK_W": 128}),
-    ("spread_kernel", {**SIZES, "WEIGH": True, "BOUND": False, "L_PAD": 16, "BLOCK_W": 128}),
-    ("sum_kernel", {**SIZES, "WEIGHTED": True, "GRADS": False}),
-    ("sum_kernel", {**SIZES, "WEIGHTED": False, "GRADS": True}),
+    ("announce_kernel", {"W": 2, "BLOCK": 512, "EARLY": True}),
+    ("spread_kernel", {**SIZES, "WEIGH": False, "BOUND": True, "EARLY": True, "L_PAD": 16, "BLOCK_W": 128}),
+    ("spread_kernel", {**SIZES, "WEIGH": True, "BOUND": False, "EARLY": False, "L_PAD": 16, "BLOCK_W": 128}),
+    ("sum_kernel", {**SIZES, "WEIGHTED": True, "GRADS": False, "MIXED": True}),
+    ("sum_kernel", {**SIZES, "WEIGHTED": False, "GRADS": True, "MIXED": False}),
     ("meet_kernel", {"W": 2}),
     ("plan_kernel", {"BUCKETS": 256, "NEAR": 256, "W": 2, "W_PAD": 2, "E_PAD": 32, "N_PAD": 4, "P": 32, "BLOCK": 512}),
     ("pull_kernel", {"BLOCK": 4096}),

@@ -96,6 +96,21 @@ def test_kernels_give_the_right_answers_in_the_interpreter(num_ranks, tmp_path, 
         test_direct.check_overflow(seen, num_ranks)
 
 
+def _begun_early(world_rank, num_ranks, folder):
+    import triton.language as tl
+
+    transports = interpret(folder)
+    tl.extra.cuda.gdc_wait = tl.extra.cuda.gdc_launch_dependents = lambda: None
+    symmetric._can_begin_early = lambda device: True
+    test_direct._steady(world_rank, num_ranks, "cpu", (0, 4), early=True)
+    assert all(transport.begins_early for transport in transports.values())
+
+
+def test_kernels_that_begin_early_give_the_right_answers_in_the_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spawn(_begun_early, 3, 3, str(tmp_path), fresh=True)
+
+
 def _late_words():
     """Announcements of the call before lie where those of the other rank come a little later, in odd and in even calls."""
     from smartmoe.dispatch.direct_kernels import announce_kernel
@@ -121,7 +136,7 @@ def _late_words():
         late.start()
         announce_kernel[(1,)](
             torch.tensor(mine[0]), torch.tensor(mine[1], dtype=dtype), local, weight, odd, peers, state, 0, room, room,
-            slots_per_rank, 0, W=2, BLOCK=4,
+            slots_per_rank, 0, W=2, BLOCK=4, EARLY=False,
         )  # fmt: skip
         late.join()
         assert local.tolist() == [slot if slot < slots_per_rank else -1 for slot in mine[0] + theirs[0]], call
@@ -151,8 +166,8 @@ def _late_needs():
         late = threading.Timer(0.1, tell)
         late.start()
         sum_kernel[(1,)](
-            rows, row_NK, weight, y, y, slot, used, used, told, most, peers, state, 0, room, room, 1, room, 2, 1, 0, 0, 32, 48,
-            K=1, W=2, WEIGHTED=True, GRADS=False, K_PAD=1, W_PAD=2, BLOCK_T=2, BLOCK_D=2,
+            rows, row_NK, weight, y, y, slot, used, used, told, most, peers, state, 0, room, room, 1, room, 2, 1, 0, 0, 0, 0,
+            32, 48, K=1, W=2, WEIGHTED=True, GRADS=False, MIXED=False, K_PAD=1, W_PAD=2, BLOCK_T=2, BLOCK_D=2,
         )  # fmt: skip
         late.join()
         assert state[1] == call and not y[:2].any() and (y[2:] == 1).all() == fits and y[2:].isnan().all() != fits
@@ -168,6 +183,7 @@ def _edges():
     buffers = torch.full((2, 32), nan)
     mine, theirs = buffers
     mine.view(torch.int32)[24:28] = 9  # whatever is waited for has come
+    theirs.view(torch.int32)[24:28] = 0
     mine[:6] = torch.arange(7.0, 13.0)
     own = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [nan, nan]])[:room]
     slot = torch.tensor([[0], [0], [-1]])
@@ -183,8 +199,8 @@ def _edges():
     def spread(weigh):
         spread_kernel[(1,)](
             own, slot, rows, weighed if weigh else rows, row_NK, weight_NK, wanted, count, num_rows, num_needed, odd, told,
-            peers, state, 0, room, room, 1, used, width, 1, offset["tokens"], offset["grads"], offset["flags"],
-            WEIGH=weigh, BOUND=not weigh, L_PAD=1, BLOCK_W=2, **blocks,
+            peers, state, 0, room, room, 1, used, width, 1, 1, 0, offset["tokens"], offset["grads"], offset["flags"],
+            WEIGH=weigh, BOUND=not weigh, EARLY=False, L_PAD=1, BLOCK_W=2, **blocks,
         )  # fmt: skip
 
     spread(weigh=False)
@@ -199,11 +215,46 @@ def _edges():
     y, grad = torch.full((2, 2 * room), nan)
     sum_kernel[(1,)](
         rows, row_NK, weight_NK, y, grad, slot, num_rows, num_needed, told, told, peers, state, 0, room, room, 1, used, width,
-        1, offset["sums"], offset["grads"], offset["needed"], offset["flags"], WEIGHTED=False, GRADS=True, **blocks,
+        1, 0, 0, offset["sums"], offset["grads"], offset["needed"], offset["flags"], WEIGHTED=False, GRADS=True, MIXED=False,
+        **blocks,
     )  # fmt: skip
     assert y.tolist() == [*own[:2].flatten().tolist(), 0, 0] and grad[:room].tolist() == [*dots[:2], 0]
     assert theirs[8:12].equal(mine[:4]) and theirs[12:16].isnan().all() and grad[room:].isnan().all()
     assert theirs[24:].view(torch.int32)[:2].tolist() == [3, 3] and state.tolist() == [0, 3, 0]
+
+
+def _check_order(num_turns, pushes, reads, lag, behind, share, mixed):
+    """Every push and every read comes once, those of one kind in turn, and no read before all pushes of its turn."""
+    from tests.dispatch.order_kernel import order_kernel
+
+    num_pieces = num_turns * (pushes + reads)
+    is_push, turn, part = torch.zeros(3, num_pieces, dtype=torch.int32)
+    order_kernel[(1,)](
+        is_push, turn, part, num_turns, lag, behind, share, PUSHES=pushes, READS=reads, MIXED=mixed,
+        BLOCK=1 << (num_pieces - 1).bit_length(),
+    )  # fmt: skip
+    case, is_push = (num_turns, pushes, reads, lag, behind, mixed), is_push.bool()
+    for chosen, many in ((is_push, pushes), (~is_push, reads)):
+        number = turn[chosen] * many + part[chosen]
+        assert number.equal(torch.arange(num_turns * many, dtype=torch.int32)), case
+    assert (is_push.cumsum(0)[~is_push] >= (turn[~is_push] + 1) * pushes).all(), case
+    assert is_push[: lag * pushes].all() and not is_push[-behind * reads :].any(), case
+
+
+def _orders(_):
+    _let_scalars_be_indices()
+    kinds = [(1, num_ranks) for num_ranks in (2, 3, 4, 8)] + [(num_ranks - 1, 1) for num_ranks in (2, 3, 4, 8)]
+    for num_turns in (1, 2, 3, 7, 20):
+        for lag in {1, 2, 5, num_turns} & set(range(1, num_turns + 1)):
+            for pushes, reads in [*kinds, (0, 1)]:
+                _check_order(num_turns, pushes, reads, lag, lag, 0, mixed=False)
+    one = SimpleNamespace(block_tokens=1, width=1, dtype=torch.int8)
+    one._turns_of = lambda num_bytes: symmetric.SymmetricTransport._turns_of(one, num_bytes)
+    for one._num_turns in (1, 2, 3, 7, 20, 12288):
+        for ahead, symmetric._BEHIND_BYTES in ((1, 1), (2, 1), (5, 2), (5, 5), (3072, 256)):
+            for pushes, reads in kinds:
+                order = symmetric.SymmetricTransport._mixed_order(one, ahead, pushes, reads)
+                _check_order(one._num_turns, pushes, reads, *order, mixed=True)
 
 
 def _alone(_):
@@ -211,6 +262,11 @@ def _alone(_):
     _late_words()
     _late_needs()
     _edges()
+
+
+def test_pieces_come_in_an_order_in_which_no_two_ranks_can_wait_for_each_other(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spawn(_orders, 1, fresh=True)
 
 
 def test_what_comes_late_is_waited_for_and_edges_are_kept(monkeypatch):

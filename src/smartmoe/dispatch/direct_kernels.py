@@ -3,13 +3,20 @@
 Addresses: peers_W [W] int64 holds the address of every rank's copy of one symmetric buffer; a kernel adds the byte offset
 of a region, a multiple of 16. Flags hold the number of the call that last raised them, are raised with release order over
 the system and read with acquire order; they are never reset, so graph replays and plain calls mix. Everything is summed in
-float32 in a fixed order; nothing is added atomically.
+float32 in a fixed order; no values are added atomically.
 
 The kernels that move rows are one launch for both ends of the link. Their work is divided into pieces: a push stores the
 rows of a few tokens into a peer's memory and raises the flag of these tokens there; a read waits for such a flag and uses
 what came. Blocks take pieces by a counter, in an order in which the pushes are `lag` ahead of the reads. So the link is busy
 from the first to the last moment, what arrives is used while the rest is on its way, and a block that waits for a peer never
 keeps a push of this rank from being done: whatever number of blocks runs, no two ranks can wait for each other.
+
+Only reads need the plan of the rows. With EARLY, `spread_kernel` and the kernels of the plan begin while those before them run
+(programmatic dependent launch), so that tokens are on their way while the routing is announced, counted and placed; the reads
+catch up (`_mixed_piece`). The announcement itself begins behind everything before it, so what pushes touch is complete. Each
+kernel behind it waits, before it touches what others of them write, until the one before it is complete, and each ends after
+that: what is complete behind the last of them is complete behind all. But a peer that sees flags of an early call knows nothing
+of the announcement before it: see SymmetricTransport.announce.
 state: [3] int32, blocks done in this call, number of calls, pieces taken.
 
 A rank that has died or left its loop answers nothing any more. Who waits for it polls MOST_POLLS times, some ten minutes, says
@@ -73,13 +80,14 @@ def _wait(peers_W, state, flag_offset, me, W: tl.constexpr):
 
 
 @triton.jit
-def _raise(peers_W, rank, flag_offset, at, call, W: tl.constexpr, W_PAD: tl.constexpr):
-    """Raise flag `at` of rank `rank`, or of all others than -1 - rank, behind all stores of this block so far."""
+def _raise(peers_W, rank, flag_offset, at, W: tl.constexpr, W_PAD: tl.constexpr):
+    """Raise flag `at` of rank `rank`, or of all others than -1 - rank, behind all stores of this block so far: once in each
+    call, so that one more is the call's number. To exchange the two would send an answer back over the link."""
     tl.debug_barrier()
     w = tl.arange(0, W_PAD)
     raised = (w < W) & tl.where(rank >= 0, w == rank, w != -1 - rank)
     address = tl.load(peers_W + w, mask=raised, other=0) + flag_offset
-    tl.atomic_xchg(address.to(tl.pointer_type(tl.int32)) + at, call, mask=raised, sem="release", scope="sys")
+    tl.atomic_add(address.to(tl.pointer_type(tl.int32)) + at, 1, mask=raised, sem="release", scope="sys")
 
 
 @triton.jit
@@ -128,6 +136,20 @@ def _piece(taken, num_turns, lag, PUSHES: tl.constexpr, READS: tl.constexpr):
 
 
 @triton.jit
+def _mixed_piece(taken, num_turns, ahead, behind, share, PUSHES: tl.constexpr, READS: tl.constexpr):
+    """As `_piece`, in another order: the pushes of `ahead` turns, pushes and reads evenly mixed, the reads of `behind` turns;
+    1 <= behind <= ahead <= num_turns. So no read comes before the pushes of its turn. share: of pushes in the mixture, in 2^31,
+    rounded up."""
+    first, pushes = ahead * PUSHES, (num_turns - ahead) * PUSHES
+    mixed = tl.maximum(taken - first, 0)
+    pushed, pushed_then = tl.umulhi(2 * mixed, share), tl.umulhi(2 * mixed + 2, share)
+    is_first, is_last = taken < first, mixed >= pushes + (num_turns - behind) * READS
+    is_push = is_first | ((is_last == 0) & (pushed_then > pushed))
+    push, read = tl.where(is_first, taken, first + pushed), mixed - tl.where(is_last, pushes, pushed)
+    return is_push, tl.where(is_push, push // PUSHES, read // READS), tl.where(is_push, push % PUSHES, read % READS)
+
+
+@triton.jit
 def _finish(state, call):
     """The last block of a call counts it."""
     tl.debug_barrier()
@@ -147,7 +169,7 @@ def meet_kernel(peers_W, state, me, flag_offset, W: tl.constexpr):
 
 @triton.jit
 def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state, me, num_copies, room, slots_per_rank,
-                    copy_offset, W: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    copy_offset, W: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Tell all ranks the slots and weights of this one's copies, and lay out those of all: local_N [W * room], slots of this
     rank or -1, and weight_out_N. odd: [1] int32, takes the number of the call when some weight is not a number.
 
@@ -162,6 +184,8 @@ def announce_kernel(slot_N, weight_N, local_N, weight_out_N, odd, peers_W, state
     for step in tl.static_range(W - 1):
         peer = (me + 1 + step) % W
         tl.store(_peer(peers_W, peer, copy_offset, tl.int64) + me * room + i, word, mask=inside)
+    if EARLY:  # the words are ahead of the tokens
+        tl.extra.cuda.gdc_launch_dependents()
     for step in tl.static_range(W):
         source = (me + step) % W
         if step > 0:
@@ -276,29 +300,40 @@ def _weigh(grads_TD, rows_RD, grad_RD, out_N, row_N, weight_N, used, first, t, c
 
 @triton.jit
 def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, wanted_L, count_L, num_rows, num_needed, odd, told,
-                  peers_W, state, me, num_tokens, capacity, slots_per_rank, R, D, lag, token_offset, grad_offset, flag_offset,
-                  K: tl.constexpr, W: tl.constexpr, WEIGH: tl.constexpr, BOUND: tl.constexpr, L_PAD: tl.constexpr,
-                  K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_W: tl.constexpr):  # fmt: skip
+                  peers_W, state, me, num_tokens, capacity, slots_per_rank, R, D, lag, behind, share, token_offset, grad_offset,
+                  flag_offset, K: tl.constexpr, W: tl.constexpr, WEIGH: tl.constexpr, BOUND: tl.constexpr,
+                  EARLY: tl.constexpr, L_PAD: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """Bring each token to the ranks of its copies, and there into their rows. Rows that are not in use stay unwritten.
 
     WEIGH: the tokens are gradients of the output, and the rows get theirs in grad_RD: see `_weigh`. Otherwise rows_RD gets
-    the tokens. BOUND: the plan has only wanted_L, the rows that slots would have, and the rest is made here: see `_bound`."""
+    the tokens. BOUND: the plan has only wanted_L, the rows that slots would have, and the rest is made here: see `_bound`.
+    EARLY, with BOUND: begun before the plan is there. lag, behind, share: `_piece` takes the first, `_mixed_piece` all."""
     call = tl.load(state + 1) + 1
     num_turns = tl.cdiv(capacity, BLOCK_T)
     PUSHES: tl.constexpr = 1 if W > 1 else 0
     taken = tl.atomic_add(state + 2, 1, sem="relaxed")
-    if BOUND:
+    if EARLY:
+        used = -1
+    elif BOUND:
         used = _bound(wanted_L, count_L, num_rows, num_needed, odd, told, slots_per_rank, R, taken == 0, L_PAD)
     else:
         used = tl.load(num_rows)
     while taken < num_turns * (PUSHES + W):
-        is_push, turn, part = _piece(taken, num_turns, lag, PUSHES, W)
+        if EARLY:
+            is_push, turn, part = _mixed_piece(taken, num_turns, lag, behind, share, PUSHES, W)
+        else:
+            is_push, turn, part = _piece(taken, num_turns, lag, PUSHES, W)
         if is_push:
             _push_tokens(own_TD, slot_TK, peers_W, turn, me, num_tokens, capacity, slots_per_rank, D, token_offset, K, W,
                          K_PAD, BLOCK_T, BLOCK_D)  # fmt: skip
-            _raise(peers_W, -1 - me, flag_offset, me * num_turns + turn, call, W, W_PAD)
+            _raise(peers_W, -1 - me, flag_offset, me * num_turns + turn, W, W_PAD)
         else:
+            if EARLY:
+                if used < 0:  # the first read of this block
+                    tl.extra.cuda.gdc_wait()
+                    is_writer = (turn == 0) & (part == 0)
+                    used = _bound(wanted_L, count_L, num_rows, num_needed, odd, told, slots_per_rank, R, is_writer, L_PAD)
             source = (me + part) % W
             if part > 0:
                 w = tl.arange(0, W_PAD)
@@ -315,6 +350,8 @@ def spread_kernel(own_TD, slot_TK, rows_RD, grad_RD, row_N, weight_N, wanted_L, 
                 t_T = t + tl.arange(0, BLOCK_T)
                 _lay_out(tokens_TD, rows_RD, row_N, used, first, t_T, t_T < capacity, D, K, BLOCK_T, BLOCK_D)
         taken = tl.atomic_add(state + 2, 1, sem="relaxed")
+    if EARLY:  # of a block that had no reads, too
+        tl.extra.cuda.gdc_wait()
     _finish(state, call)
 
 
@@ -346,21 +383,25 @@ def _word(num_needed, R):
 
 @triton.jit
 def sum_kernel(rows_RD, row_N, weight_N, y_TD, grad_TK, slot_TK, num_rows, num_needed, told, most, peers_W, state, me,
-               capacity, num_tokens, slots_per_rank, R, D, lag, part_offset, grad_offset, needed_offset, flag_offset,
-               K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr, GRADS: tl.constexpr, K_PAD: tl.constexpr,
-               W_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+               capacity, num_tokens, slots_per_rank, R, D, lag, behind, share, part_offset, grad_offset, needed_offset,
+               flag_offset, K: tl.constexpr, W: tl.constexpr, WEIGHTED: tl.constexpr, GRADS: tl.constexpr,
+               MIXED: tl.constexpr, K_PAD: tl.constexpr, W_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
     """Sum the rows of each token over k, bring the sum to the token's rank and sum there over ranks, in ascending order.
 
     With weights, all ranks tell each other how many rows they needed (`_word`): y is NaN when some rank ran out of rows,
     and the host is told, [2] int32, the rows that were needed and not there, and the most that any call needed, which `most`
     [1] int32 keeps. With GRADS, grad_TK gets the weights' gradients that came by the last call with WEIGH of
-    `spread_kernel`: zero where a copy is dropped."""
+    `spread_kernel`: zero where a copy is dropped. MIXED: pieces come as `_mixed_piece` has them."""
     call = tl.load(state + 1) + 1
     used = tl.load(num_rows)
     num_turns = tl.cdiv(capacity, BLOCK_T)
     taken = tl.atomic_add(state + 2, 1, sem="relaxed")
     while taken < num_turns * W:
-        is_push, turn, part = _piece(taken, num_turns, lag, W - 1, 1)
+        if MIXED:
+            is_push, turn, part = _mixed_piece(taken, num_turns, lag, behind, share, W - 1, 1)
+        else:
+            is_push, turn, part = _piece(taken, num_turns, lag, W - 1, 1)
         if is_push:
             peer = (me + 1 + part) % W
             t = turn * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -379,7 +420,7 @@ def sum_kernel(rows_RD, row_N, weight_N, y_TD, grad_TK, slot_TK, num_rows, num_n
             if WEIGHTED:
                 if turn == 0:
                     tl.store(_peer(peers_W, peer, needed_offset, tl.int32) + me, _word(num_needed, R))
-            _raise(peers_W, peer, flag_offset, me * num_turns + turn, call, W, W_PAD)
+            _raise(peers_W, peer, flag_offset, me * num_turns + turn, W, W_PAD)
         else:
             poison = 0.0
             if W > 1:

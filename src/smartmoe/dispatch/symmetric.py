@@ -20,8 +20,16 @@ _ALIGNMENT = 256
 _TILE_ELEMENTS = 2048  # of a tile that a block moves at once: larger ones take so many registers that few blocks run
 _NUM_WARPS = 4
 _BLOCKS_PER_PROCESSOR = 16  # as many as can run at once
-_LAG_BYTES = 6 << 20  # of tokens, by which pushes are ahead of reads: they keep the link busy and stay in the cache
+# by which pushes are ahead of reads, to keep the link busy and what came in the cache: of tokens with a row for each copy; of
+# tokens at least
+_LAG_BYTES, _LEAST_LAG_BYTES = 12 << 20, 2 << 20
+# of a rank's tokens, and copies of each: then tokens leave before their plan is there. With more copies, reads, which write a
+# row for each, are what takes the time
+_EARLY_BYTES, _EARLY_TOP_K = 64 << 20, 1
+# by which pushes are ahead then: at first, while the plan is made; at the end; of sums at first
+_AHEAD_BYTES, _BEHIND_BYTES, _SUMS_AHEAD_BYTES = 24 << 20, 2 << 20, 6 << 20
 _WEIGH_ELEMENTS, _LEAST_COLUMNS = 2048, 64  # of a tile of `weigh`: twice the elements are slower where top_k is 8
+_WEIGH_REGISTERS = 64  # left alone the compiler takes 64 to 96, by chance, and fewer blocks run at once
 _ANNOUNCED = 512  # copies whose slots a block announces
 _REASONS: dict[tuple, str | None] = {}
 _log = logging.getLogger(__name__)
@@ -110,6 +118,9 @@ class SymmetricTransport:
     between them. All calls must be made in the same order on all ranks and on one stream at a time. Building it is
     collective and must not be captured in a CUDA graph.
 
+    begins_early: there are so many tokens that `bring` begins while the plan that was just announced for it is made. Its
+    tokens must be there before the announcement then. Only the kernels of that plan run beside it.
+
     max_blocks: thread blocks of a call that moves rows, by default enough to fill the GPU: fewer leave room for what
     runs beside it.
     """
@@ -129,8 +140,13 @@ class SymmetricTransport:
         self.block_d = _column_block(self.width, 2048 if self.num_ranks <= 2 else 512)
         self.block_tokens = max(2, _TILE_ELEMENTS // self.block_d)
         self._num_turns = -(-capacity // self.block_tokens)
-        lag = _LAG_BYTES // (self.block_tokens * self.width * self.dtype.itemsize)
-        self._lag = min(max(lag, 1), self._num_turns) if self.num_ranks > 1 else 0
+        self._lag = self._turns_of(max(_LAG_BYTES // (1 + top_k), _LEAST_LAG_BYTES)) if self.num_ranks > 1 else 0
+        self.begins_early = (
+            self.num_ranks > 1
+            and capacity * self.width * self.dtype.itemsize >= _EARLY_BYTES
+            and top_k <= _EARLY_TOP_K
+            and _can_begin_early(self.device)
+        )
         self.max_blocks = _BLOCKS_PER_PROCESSOR * _num_processors(self.device)
         self._layout()
         # triples for _finish: calls that move rows, announcements; a pair for meetings
@@ -172,12 +188,17 @@ class SymmetricTransport:
     def announce(self, slot_TK, weight_TK) -> tuple[torch.Tensor, torch.Tensor]:
         """As CollectiveTransport.announce."""
         self._follow()
+        if self.begins_early and self.is_open:
+            # a call was left without its answer: peers may still be in its announcement, though their tokens came
+            self._meet()
+            self.is_open = False
         shape = self.num_ranks * self.capacity, self.top_k
         local_NK = torch.empty(shape, dtype=torch.int64, device=self.device)
         weight_NK = torch.empty(shape, dtype=torch.float32, device=self.device)
         self._kernels.announce_kernel[(self._num_announcers,)](
             slot_TK, weight_TK, local_NK, weight_NK, self.odd, self.peers_W, self._told, self.ep_rank, slot_TK.numel(),
             self.capacity * self.top_k, self.slots_per_rank, self.offset["copies"], W=self.num_ranks, BLOCK=_ANNOUNCED,
+            EARLY=self.begins_early,
         )  # fmt: skip
         return local_NK, weight_NK
 
@@ -207,11 +228,13 @@ class SymmetricTransport:
         y_TD = torch.empty(slot_TK.shape[0], self.width, dtype=self.dtype, device=self.device)
         on_host, most = (self.odd, self.odd) if told is None else (told.on_host, told.most)
         self._begin(opens=False)
+        order = self._mixed_order(_SUMS_AHEAD_BYTES, self.num_ranks - 1, 1) if self.begins_early else (self._lag, 0, 0)
         self._kernels.sum_kernel[self._grid(self.num_ranks)](
             rows_RD, plan.row_NK, plan.weight_NK, y_TD, y_TD if grad_TK is None else grad_TK, slot_TK, plan.num_rows,
             plan.num_needed, on_host, most, self.peers_W, self._calls, self.ep_rank, self.capacity, slot_TK.shape[0],
-            self.slots_per_rank, plan.row_bound, self.width, self._lag, self.offset["sums"], self.offset["grads"],
-            self.offset["needed"], self.offset["flags"], WEIGHTED=told is not None, GRADS=grad_TK is not None, **self._sizes(),
+            self.slots_per_rank, plan.row_bound, self.width, *order, self.offset["sums"], self.offset["grads"],
+            self.offset["needed"], self.offset["flags"], WEIGHTED=told is not None, GRADS=grad_TK is not None,
+            MIXED=self.begins_early, **self._sizes(),
         )  # fmt: skip
         return y_TD
 
@@ -220,16 +243,32 @@ class SymmetricTransport:
         torch.cuda.current_stream(self.device).synchronize()
 
     def _spread(self, own_TD, slot_TK, rows_RD, grad_RD, plan, wanted_L=None, weigh=False):
+        # only right behind what makes the plan: a meeting or a copy between the two would not be complete
+        early = self.begins_early and wanted_L is not None and not self.is_open and own_TD.data_ptr() % 16 == 0
         if own_TD.data_ptr() % 16:  # the kernel takes rows of this rank and of others for aligned alike
             own_TD = own_TD.clone()
         self._begin(opens=True)
+        order = self._mixed_order(_AHEAD_BYTES, 1, self.num_ranks) if early else (self._lag, 0, 0)
+        options = {"launch_pdl": True} if early else {}
+        if weigh and self.block_tokens * _power_of_two(self.top_k) * _LEAST_COLUMNS <= _WEIGH_ELEMENTS:
+            options["maxnreg"] = _WEIGH_REGISTERS
         self._kernels.spread_kernel[self._grid(self.num_ranks + 1)](
             own_TD, slot_TK, rows_RD, grad_RD, plan.row_NK, plan.weight_NK, plan.count_L if wanted_L is None else wanted_L,
             plan.count_L, plan.num_rows, plan.num_needed, self.odd, self._told, self.peers_W, self._calls, self.ep_rank,
-            own_TD.shape[0], self.capacity, self.slots_per_rank, plan.row_bound, self.width, self._lag, self.offset["tokens"],
+            own_TD.shape[0], self.capacity, self.slots_per_rank, plan.row_bound, self.width, *order, self.offset["tokens"],
             self.offset["grads"], self.offset["flags"], WEIGH=weigh, BOUND=wanted_L is not None,
-            L_PAD=_power_of_two(self.slots_per_rank), BLOCK_W=self._weigh_columns(), **self._sizes(),
+            EARLY=early, L_PAD=_power_of_two(self.slots_per_rank), BLOCK_W=self._weigh_columns(), **self._sizes(),
+            **options,
         )  # fmt: skip
+
+    def _turns_of(self, num_bytes: int) -> int:
+        return min(max(num_bytes // (self.block_tokens * self.width * self.dtype.itemsize), 1), self._num_turns)
+
+    def _mixed_order(self, ahead_bytes: int, pushes: int, reads: int) -> tuple[int, int, int]:
+        """What `_mixed_piece` takes of turns with so many pushes and reads: ahead, behind, share."""
+        ahead, behind = self._turns_of(ahead_bytes), self._turns_of(_BEHIND_BYTES)
+        pushes, reads = (self._num_turns - ahead) * pushes, (self._num_turns - behind) * reads
+        return ahead, behind, -(-(pushes << 31) // max(pushes + reads, 1))
 
     def _weigh_columns(self) -> int:
         """Columns of a tile that has all copies of block_tokens tokens."""
@@ -256,10 +295,11 @@ class SymmetricTransport:
         self._follow()
         if self.is_open == opens and self.num_ranks > 1:
             # a call was left without its answer: peers may still read the region that this one fills
-            self._kernels.meet_kernel[(1,)](
-                self.peers_W, self._met, self.ep_rank, self.offset["met"], W=self.num_ranks
-            )
+            self._meet()
         self.is_open = opens
+
+    def _meet(self) -> None:
+        self._kernels.meet_kernel[(1,)](self.peers_W, self._met, self.ep_rank, self.offset["met"], W=self.num_ranks)
 
 
 def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
@@ -295,6 +335,11 @@ def _allocate(num_bytes: int, device, group) -> tuple[torch.Tensor, list[int]]:
 
 def _num_processors(device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _can_begin_early(device) -> bool:
+    """Whether a kernel may begin before the one before it is complete (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _power_of_two(number: int) -> int:
