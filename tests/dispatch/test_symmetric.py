@@ -76,7 +76,7 @@ def test_tokens_leave_early_only_right_behind_what_makes_their_plan(monkeypatch)
         seen.clear()
         local_NK, weight_NK = transport.announce(slot_TK, weight_TK)
         plan = make_local_plan(transport, local_NK.fill_(-1), weight_NK, 4)
-        assert planned.pop() == transport.begins_early == seen[-1][1]["EARLY"]
+        assert planned.pop() is True and seen[-1][1]["EARLY"] == transport.begins_early
         between(plan)
         rows_RD = transport.bring(tokens_TD, slot_TK, plan)
         how = seen[-1][1]

@@ -118,8 +118,9 @@ class SymmetricTransport:
     between them. All calls must be made in the same order on all ranks and on one stream at a time. Building it is
     collective and must not be captured in a CUDA graph.
 
-    begins_early: there are so many tokens that `bring` begins while the plan that was just announced for it is made. Its
-    tokens must be there before the announcement then. Only the kernels of that plan run beside it.
+    plans_early: a plan's kernels begin while those before them run, which saves their launches.
+    begins_early: there are so many tokens that `bring` begins, too, while the plan that was just announced for it is made.
+    Its tokens must be there before the announcement then. Only the kernels of that plan run beside it.
 
     max_blocks: thread blocks of a call that moves rows, by default enough to fill the GPU: fewer leave room for what
     runs beside it.
@@ -141,11 +142,12 @@ class SymmetricTransport:
         self.block_tokens = max(2, _TILE_ELEMENTS // self.block_d)
         self._num_turns = -(-capacity // self.block_tokens)
         self._lag = self._turns_of(max(_LAG_BYTES // (1 + top_k), _LEAST_LAG_BYTES)) if self.num_ranks > 1 else 0
+        self.plans_early = _can_begin_early(self.device)
         self.begins_early = (
-            self.num_ranks > 1
+            self.plans_early
+            and self.num_ranks > 1
             and capacity * self.width * self.dtype.itemsize >= _EARLY_BYTES
             and top_k <= _EARLY_TOP_K
-            and _can_begin_early(self.device)
         )
         self.max_blocks = _BLOCKS_PER_PROCESSOR * _num_processors(self.device)
         self._layout()

@@ -53,7 +53,7 @@ class LocalPlan:
 
 def make_local_plan(transport, local_NK: torch.Tensor, weight_NK: torch.Tensor, row_bound: int) -> LocalPlan:
     """Lay the copies that `announce` told of out as at most `row_bound` rows. No host synchronisation."""
-    plan = make_plan(local_NK, transport.slots_per_rank, row_bound, early=transport.begins_early)
+    plan = make_plan(local_NK, transport.slots_per_rank, row_bound, early=transport.plans_early)
     sizes = transport.bound(plan.count_S, weight_NK, row_bound)
     return LocalPlan(plan.row_of_copy_TK, plan.copy_of_row_R, weight_NK, *sizes)
 
@@ -67,7 +67,7 @@ class CollectiveTransport:
     """
 
     shared_bytes = 0  # no rank stores into another's memory
-    is_open = begins_early = False  # every call is complete in itself
+    is_open = plans_early = False  # every call is complete in itself
 
     def __init__(self, group, slots_per_rank: int, capacity: int):
         self.group, self.slots_per_rank, self.capacity = group, slots_per_rank, capacity
