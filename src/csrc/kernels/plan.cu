@@ -173,6 +173,15 @@ __global__ void slots_kernel(const int64_t* expert_N, const int64_t* table_EB, c
   slot_N[i] = expert < 0 ? -1 : table_EB[expert * num_buckets + bucket];
 }
 
+// Whether `follow` waits: in code that was compiled for an older target it is empty, also on a GPU that could.
+bool can_follow() {
+  static const bool can = [] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, place_kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  }();
+  return can;
+}
+
 template <typename... Parameters>
 cudaError_t launch(bool early, cudaStream_t stream, int blocks, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
                    Parameters... arguments) {
@@ -238,6 +247,7 @@ cudaError_t plan_rows(const int64_t* slot_N, int64_t num_copies, int num_slots, 
   if (num_slots == 0) return cudaSuccess;
   const int blocks = plan_blocks(num_copies, num_slots), warps = plan_warps(num_slots);
   const PlanSizes size{num_copies, plan_chunk(num_copies, num_slots), capacity, num_rows, num_slots};
+  early = early && can_follow();
   const cudaError_t error = launch(early, stream, blocks, kCountThreads, num_slots * sizeof(int), count_chunks_kernel, slot_N,
                                    num_copies, size.chunk, num_slots, workspace);
   if (error != cudaSuccess) return error;
