@@ -5,11 +5,16 @@ namespace smartmoe {
 namespace {
 
 constexpr int kTurns = 8;  // rows of a thread that are under way together, as in activation.cu
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kLeastBlocks = 4;  // of 256 threads on a processor: more have no room
+#else
+constexpr int kLeastBlocks = 6;
+#endif
 
 template <typename T, int N>
-__global__ void __launch_bounds__(256, 6) sum_pieces_kernel(const T* __restrict__ rows_RD, const int* __restrict__ end_L,
-                                                            int num_slots, float* __restrict__ partial_PD, int64_t num_rows,
-                                                            int width, int num_chunks) {
+__global__ void __launch_bounds__(256, kLeastBlocks)
+    sum_pieces_kernel(const T* __restrict__ rows_RD, const int* __restrict__ end_L, int num_slots,
+                      float* __restrict__ partial_PD, int64_t num_rows, int width, int num_chunks) {
   __shared__ float shared[256 * N];
   const int64_t piece = blockIdx.x / num_chunks;
   const RowRange rows = rows_of_piece<kPieceRows>(end_L, num_slots, num_rows, piece);
