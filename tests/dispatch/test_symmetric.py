@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from smartmoe import dispatch
@@ -37,6 +38,9 @@ def test_pushes_are_ahead_by_fewer_tokens_where_each_has_more_rows(monkeypatch):
     x_TD = torch.zeros(1, 2048, dtype=torch.bfloat16)
     transports = [symmetric.SymmetricTransport(None, 4, 1 << 16, x_TD, top_k) for top_k in (1, 2, 8)]
     assert [transport._lag * transport.block_tokens * 4096 >> 20 for transport in transports] == [6, 4, 2]
+    ahead, behind, share = transports[0]._mixed_order(24 << 20, 1, 2)
+    assert [turns * transports[0].block_tokens * 4096 >> 20 for turns in (ahead, behind)] == [24, 2]
+    assert share / 2**31 == pytest.approx((256 - 24) / (256 - 24 + 2 * (256 - 2)), rel=1e-6)
 
 
 def test_tokens_leave_early_only_right_behind_what_makes_their_plan(monkeypatch):

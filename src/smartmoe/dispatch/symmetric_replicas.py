@@ -158,7 +158,7 @@ class SymmetricReplication:
     def return_grads(self, plan: StepPlan, grads: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Start to add the gradients of replicas, [G, ...], to those of their owners, [L, ...], in place: number of a storage
         -> (owners', replicas'), contiguous. Collective; finished after `wait_grads`."""
-        items = sorted(grads.items(), key=lambda item: -self._sizes[item[0]])  # two large ones together
+        items = sorted(grads.items(), key=lambda item: (-self._sizes[item[0]], item[0]))  # two large ones together
         with self._board.beside():
             for first in range(0, len(items), 2):
                 self._return(plan, items[first : first + 2])
