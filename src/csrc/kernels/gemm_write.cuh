@@ -80,16 +80,29 @@ __device__ __forceinline__ uint4 slopes_of(const uint4& grad, Pair& hidden, cons
   return out;
 }
 
+// The number of this warp among those that write a half: that do nothing else, or (OWN) of the warpgroup whose half it is.
+__device__ __forceinline__ int writing_warp() { return threadIdx.x / 32 % 4; }
+
+// The halves of a tile that this warp has a part in.
+template <bool OWN>
+__device__ __forceinline__ int first_half() {
+  return OWN ? threadIdx.x / 128 : 0;
+}
+template <bool OWN>
+__device__ __forceinline__ int end_half() {
+  return OWN ? threadIdx.x / 128 + 1 : kWarpgroups;
+}
+
 // Add the writing warps' sums of a half, in the order of the warps, and store them from the first.
 template <int PARTS>
 __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t shared, float* to, int64_t step, bool valid) {
-  const int warp = (threadIdx.x / 32 - 4 * kWarpgroups), lane = threadIdx.x % 32;
+  const int warp = writing_warp(), lane = threadIdx.x % 32, barrier = 1 + threadIdx.x / 128;
   const auto place = [&](int other, int part) { return shared + (((other - 1) * PARTS + part) * 32 + lane) * 32; };
   for (int part = 0; warp && part < PARTS; ++part) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) store_shared(place(warp, part) + i * 4, &sum[part][i]);
   }
-  threads_sync(3, 32 * kWriters);
+  threads_sync(barrier, 32 * kWriters);
 #pragma unroll
   for (int part = 0; part < PARTS && !warp && valid; ++part) {
 #pragma unroll
@@ -103,7 +116,7 @@ __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t sh
       *reinterpret_cast<float4*>(to + part * step + i) = total;
     }
   }
-  threads_sync(3, 32 * kWriters);  // before the next sums are left there
+  threads_sync(barrier, 32 * kWriters);  // before the next sums are left there
 }
 
 __device__ __forceinline__ void wait_half(const Shared& at, int half, int& parity) {
@@ -111,10 +124,16 @@ __device__ __forceinline__ void wait_half(const Shared& at, int half, int& parit
   parity ^= 1 << half;
 }
 
+// A writing warp is done with a half.
+__device__ __forceinline__ void give_back(const Shared& at, int half) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(at.written + half * 8);
+}
+
 // A writing warp's part of a tile in float32: the columns come in two parts.
 __device__ __forceinline__ void write_total(float* total, int pitch, int num_columns, int rows_left, bool is_first,
                                             const Shared& at, int& parity) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+  const int lane = threadIdx.x % 32, warp = writing_warp();
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     const int column = part * (kTileColumns / 2) + lane * 4;
@@ -133,8 +152,7 @@ __device__ __forceinline__ void write_total(float* total, int pitch, int num_col
           add_global(to, four);
         }
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.written + half * 8);
+      give_back(at, half);
     }
   }
 }
@@ -143,7 +161,7 @@ __device__ __forceinline__ void write_total(float* total, int pitch, int num_col
 __device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_columns, const Tile& tile, int num_totals,
                                             int rows_left, const Shared& at, int& parity) {
   static_assert(kWarpgroups <= kWriters, "a warp for each half");
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+  const int lane = threadIdx.x % 32, warp = writing_warp();
 #pragma unroll
   for (int half = 0; half < kWarpgroups && half * 64 < rows_left; ++half) {
     wait_half(at, half, parity);
@@ -153,8 +171,7 @@ __device__ __forceinline__ void write_boxes(const CUtensorMap* map, int num_colu
       }
       boxes_read();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at.written + half * 8);
+    give_back(at, half);
   }
 }
 
@@ -174,12 +191,12 @@ __device__ __forceinline__ void put(__nv_bfloat16* to, int columns, const Pair& 
 // A writing warp's part of a tile of gradients of an activation, every third row of it: written are those of the
 // activation's argument, and the activation. A group of rows is on its way from memory while the one before is written: the
 // few counters of loads make a wait for one a wait for all that are under way, so none may have begun shortly before.
-template <int ACT>
+template <int ACT, bool OWN>
 __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Tile& tile, int columns, const Shared& at,
                                              int& parity) {
   constexpr bool kGated = ACT == kSwiglu;
-  constexpr int kGroup = kGated ? 3 : 4, kStep = kGroup * kWriters;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4 * kWarpgroups;
+  constexpr int kGroup = kGated ? (OWN ? 2 : 3) : 4, kStep = kGroup * kWriters;
+  const int lane = threadIdx.x % 32, warp = writing_warp(), begin = first_half<OWN>() * 64;
   const int column = tile.column + lane * 8, pitch = kGated ? 2 * columns : columns;
   const bool valid = column < columns && !(tile.is_narrow && lane >= kTileColumns / 16);
   const int num_rows = min(kTileRows, tile.end - tile.begin - tile.row);
@@ -194,17 +211,17 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
     }
   };
   Pair hidden[kGroup];
-  load_group(hidden, warp, min(64, num_rows));
+  load_group(hidden, begin + warp, min(begin + 64, num_rows));
 #pragma unroll 1
-  for (int half = 0; half * 64 < num_rows; ++half) {
+  for (int half = first_half<OWN>(); half < end_half<OWN>() && half * 64 < num_rows; ++half) {
     const int end = min(half * 64 + 64, num_rows);
     float sum[2][8] = {};
-    wait_half(at, half, parity);
+    if (!OWN) wait_half(at, half, parity);
 #pragma unroll 1
     for (int row0 = half * 64 + warp; row0 < end; row0 += kStep) {
       const bool is_last = row0 + kStep >= end;
       Pair next[kGroup];
-      load_group(next, is_last ? half * 64 + 64 + warp : row0 + kStep, is_last ? num_rows : end);
+      load_group(next, is_last ? half * 64 + 64 + warp : row0 + kStep, is_last ? (OWN ? 0 : num_rows) : end);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int row = row0 + i * kWriters;
@@ -217,72 +234,80 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
         hidden[i] = next[i];
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(at.written + half * 8);
+    if (!OWN) give_back(at, half);
     if (pointers.partial) {
       // as pieces.cuh numbers them: a half is a piece
       const int64_t number = tile.begin / kPieceRows + tile.slot + tile.row / kPieceRows + half;
-      store_sums<kGated ? 2 : 1>(sum, at.sums, pointers.partial + number * pitch + column, columns, valid);
+      // a warpgroup has no more use for its part of a stage
+      const uint32_t sums = OWN ? at.a + half * kBoxBytes : at.sums;
+      store_sums<kGated ? 2 : 1>(sum, sums, pointers.partial + number * pitch + column, columns, valid);
     }
   }
 }
 
-// A writing warp's part: every third row of each half of a tile, 16 bytes a thread and row. ACT kIdentity: the products, and
-// the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: see write_slopes.
-template <Kind KIND, int ACT>
-__device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, Walk<KIND> walk, const Shared& at) {
+// A writing warp's part of a tile of rows: every third row of each half, 16 bytes a thread and row. ACT kIdentity: the
+// products, and the bias. kRows: the products, and the activation of them and the bias. kRowsTransposed: see write_slopes.
+template <Kind KIND, int ACT, bool OWN>
+__device__ __forceinline__ void write_rows(const Pointers& pointers, const Sizes& size, const Tile& tile, const Shared& at,
+                                           int& parity) {
+  if constexpr (KIND == kRowsTransposed && ACT != kIdentity) {
+    write_slopes<ACT, OWN>(pointers, tile, size.columns, at, parity);
+    return;
+  }
   constexpr bool kGated = ACT == kSwiglu && KIND == kRows, kForward = KIND == kRows && ACT != kIdentity;
   // the two halves of a gated product lie 16 pieces apart: half a warp has a row
   constexpr int kLanes = kGated ? 16 : 32, kStep = kWriters * 32 / kLanes, kTurns = kGated ? 4 : 8;
   const int lane = threadIdx.x % 32, piece = lane % kLanes;
-  const int first_row = (threadIdx.x / 32 - 4 * kWarpgroups) * (32 / kLanes) + lane / kLanes;
-  const int columns = walk.size.columns;
+  const int first_row = writing_warp() * (32 / kLanes) + lane / kLanes;
+  const int columns = size.columns, column = tile.column + piece * 8;
   const int64_t pitch = kGated ? 2 * columns : columns;  // of the products, the bias
+  const bool valid = column < columns && !(tile.is_narrow && piece >= kTileColumns / 16);
+  Pair bias{};
+  if (pointers.bias && valid) bias = get<kGated>(pointers.bias + tile.slot * pitch + column, columns);
+#pragma unroll
+  for (int half = first_half<OWN>(); half < end_half<OWN>(); ++half) {
+    const int num_rows = min(64, tile.end - tile.begin - tile.row - half * 64);
+    if (num_rows <= 0) break;
+    const int64_t above = tile.begin + tile.row + half * 64;
+    if (!OWN) wait_half(at, half, parity);
+#pragma unroll kTurns
+    for (int row = first_row; row < num_rows && valid; row += kStep) {
+      Pair product{load_shared(at.piece(half, row, piece)), {}};
+      __nv_bfloat16* out = pointers.out + (above + row) * pitch + column;
+      if constexpr (kForward) {
+        if constexpr (kGated) product.second = load_shared(at.piece(half, row, piece + 16));
+        put<kGated>(out, columns, product);
+        *reinterpret_cast<uint4*>(pointers.act + (above + row) * columns + column) = activation_of<ACT>(product, bias);
+      } else {
+        if (pointers.bias) product.first = add(product.first, bias.first);
+        put<kGated>(out, columns, product);
+      }
+    }
+    if (!OWN) give_back(at, half);
+  }
+}
+
+// The part of a warp that does nothing but write.
+template <Kind KIND, int ACT>
+__device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMap* map_out, Walk<KIND> walk, const Shared& at) {
+  const Sizes& size = walk.size;
   Tile tile;
   Turns turns;
   int parity = 0;
-  for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
+  for (int index = turns.hear(at), next; index >= 0; index = next) {
+    next = turns.hear(at);
     walk.seek(index, tile);
-    const int rows_left = (KIND == kWeights ? walk.size.rows : tile.end - tile.begin) - tile.row;
-    const int columns_left = min(columns - tile.column, tile.is_narrow ? kTileColumns / 2 : kTileColumns);
-    if (walk.is_total(tile)) {
-      float* total = pointers.total + (int64_t(tile.slot) * walk.size.rows + tile.row) * columns + tile.column;
-      write_total(total, columns, columns_left, rows_left, tile.slot >= walk.size.num_added, at, parity);
-      continue;
-    }
     if constexpr (KIND == kWeights) {
-      write_boxes(map_out, columns_left, tile, walk.size.num_totals, rows_left, at, parity);
-      continue;
-    }
-    if constexpr (KIND == kRowsTransposed && ACT != kIdentity) {
-      write_slopes<ACT>(pointers, tile, columns, at, parity);
-      continue;
-    }
-    const int column = tile.column + piece * 8;
-    const bool valid = column < columns && !(tile.is_narrow && piece >= kTileColumns / 16);
-    Pair bias{};
-    if (pointers.bias && valid) bias = get<kGated>(pointers.bias + tile.slot * pitch + column, columns);
-#pragma unroll
-    for (int half = 0; half < kWarpgroups; ++half) {
-      const int num_rows = min(64, rows_left - half * 64);
-      if (num_rows <= 0) break;
-      const int64_t above = tile.begin + tile.row + half * 64;
-      wait_half(at, half, parity);
-#pragma unroll kTurns
-      for (int row = first_row; row < num_rows && valid; row += kStep) {
-        Pair product{load_shared(at.piece(half, row, piece)), {}};
-        __nv_bfloat16* out = pointers.out + (above + row) * pitch + column;
-        if constexpr (kForward) {
-          if constexpr (kGated) product.second = load_shared(at.piece(half, row, piece + 16));
-          put<kGated>(out, columns, product);
-          *reinterpret_cast<uint4*>(pointers.act + (above + row) * columns + column) = activation_of<ACT>(product, bias);
-        } else {
-          if (pointers.bias) product.first = add(product.first, bias.first);
-          put<kGated>(out, columns, product);
-        }
+      const int rows_left = size.rows - tile.row;
+      const int columns_left = min(size.columns - tile.column, tile.is_narrow ? kTileColumns / 2 : kTileColumns);
+      if (walk.is_total(tile)) {
+        float* total = pointers.total + (int64_t(tile.slot) * size.rows + tile.row) * size.columns + tile.column;
+        write_total(total, size.columns, columns_left, rows_left, tile.slot >= size.num_added, at, parity);
+      } else {
+        write_boxes(map_out, columns_left, tile, size.num_totals, rows_left, at, parity);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.written + half * 8);
+    } else if (next >= 0) {  // the last tile is not theirs
+      write_rows<KIND, ACT, false>(pointers, size, tile, at, parity);
     }
   }
 }

@@ -4,9 +4,10 @@
 // One block a multiprocessor stays for many tiles of 128 x 256. One thread fetches blocks of depth 64 of both factors into
 // stages of shared memory; two warpgroups multiply them, each 64 rows of the tile, and leave the result in shared memory,
 // from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied;
-// weights in bfloat16 are stored by the copy engine, which takes them out of shared memory sooner than they reach memory.
-// A warpgroup whose rows all lie behind the slot's last one does not multiply. Counts are read on the device; a block takes
-// its next tile by a counter when it nears the end of one, as tiles take different times; of weights the longest come first.
+// of a block's last tile each warpgroup writes its half itself. Weights in bfloat16 are stored by the copy engine, which takes
+// them out of shared memory sooner than they reach memory. A warpgroup whose rows all lie behind the slot's last one does not
+// multiply. Counts are read on the device; a block takes its next tile by a counter when it nears the end of one, as tiles
+// take different times; of weights the longest come first.
 // Those come in halves that would leave much of the device idle, if whole: the last ones of rows, and of weights the last deep
 // ones of a slot that has most of the rows.
 #include <cuda.h>
@@ -35,8 +36,10 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
     turns.tell(at, index);
     const int blocks = walk.blocks_deep(tile);
     for (int i = 0; i < blocks; ++i, ring.step()) {
-      // early enough that the answer is there when it is needed
-      if (i == max(0, blocks - kStages)) index = gridDim.x + atomicAdd(counter, 1);
+      if (i == max(0, blocks - kStages)) {  // early enough that the answer is there when it is needed
+        grid_wait();                        // for clear_kernel
+        index = gridDim.x + atomicAdd(counter, 1);
+      }
       const int depth = i * kDepth;
       const uint32_t a = at.a + ring.stage * kABytes, b = at.b + ring.stage * kBBytes, full = at.full + ring.stage * 8;
       barrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
@@ -63,13 +66,14 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
       }
     }
   }
+  grid_wait();
   turns.tell(at, -1);
 }
 
-// Zero the values of k from `from` on of a stage, for one warpgroup: in rows of 128 bytes of its box of a and the boxes of b,
+// Zero the values of k in [from, end) of a stage, for one warpgroup: in rows of 128 bytes of its box of a and the boxes of b,
 // whatever the swizzle inside a row. That the other writes the same zeros into b needs no order between them.
-__device__ __forceinline__ void clear_depth(uint32_t a, uint32_t b, int from, int thread) {
-  const int pieces = (kDepth - from) * 8;
+__device__ __forceinline__ void clear_depth(uint32_t a, uint32_t b, int from, int end, int thread) {
+  const int pieces = (end - from) * 8;
   for (int i = thread % 128; i < (1 + kTileColumns / kBox) * pieces; i += 128) {
     const int box = i / pieces;
     const uint32_t start = box ? b + (box - 1) * kBoxBytes : a;
@@ -79,14 +83,15 @@ __device__ __forceinline__ void clear_depth(uint32_t a, uint32_t b, int from, in
   threads_sync(1 + thread / 128, 128);
 }
 
-template <Kind KIND, bool NARROW>
+// Add the products of STEPS times 16 of k.
+template <Kind KIND, bool NARROW, int STEPS = kDepth / 16>
 __device__ __forceinline__ void multiply_block(float (&sum)[128], uint32_t a, uint32_t b, bool keep) {
   // 16 of k further: 16 rows of 128 bytes, or 32 bytes along each row
   constexpr int kStepA = (KIND == kWeights ? 16 * 128 : 32) >> 4, kStepB = (KIND == kRowsTransposed ? 32 : 16 * 128) >> 4;
   const uint64_t matrix_a = matrix_at(a, kBoxBytes), matrix_b = matrix_at(b, kBoxBytes);
   products_begin();
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
+  for (int k = 0; k < STEPS; ++k) {
     if constexpr (NARROW) {
       multiply_narrow<KIND == kWeights, KIND != kRowsTransposed>(sum, matrix_a + k * kStepA, matrix_b + k * kStepB, keep || k);
     } else {
@@ -97,8 +102,8 @@ __device__ __forceinline__ void multiply_block(float (&sum)[128], uint32_t a, ui
 }
 
 // A multiplying warpgroup's part.
-template <Kind KIND>
-__device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
+template <Kind KIND, int ACT>
+__device__ __forceinline__ void consume(const Pointers& pointers, Walk<KIND> walk, const Shared& at) {
   const int thread = threadIdx.x, warpgroup = thread / 128, lane = thread % 32;
   // each warp for itself: nothing keeps the warps of a warpgroup together
   const auto release = [&](int stage) {
@@ -106,7 +111,7 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
   };
   float sum[128];
   Ring ring;
-  Tile tile;
+  Tile tile{};
   Turns turns;
   int written_parity = 1;
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
@@ -121,15 +126,38 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
       continue;
     }
     const auto multiply_all = [&](auto narrow) {
+      constexpr bool kNarrow = decltype(narrow)::value;
+      // the last block of weights' depth may be a part: as many steps of 16 as that takes
+      const int left = KIND == kWeights ? __shfl_sync(0xffffffff, count - (blocks - 1) * kDepth, 0) : kDepth;
+      const int num_whole = left < kDepth ? blocks - 1 : blocks;
       int last = -1;
-      for (int i = 0; i < blocks; ++i, ring.step()) {
+      const auto multiply_next = [&](auto multiply_stage) {
         const uint32_t a = at.a + ring.stage * kABytes + warpgroup * kBoxBytes, b = at.b + ring.stage * kBBytes;
         barrier_wait(at.full + ring.stage * 8, ring.parity);
-        if (KIND == kWeights && count - i * kDepth < kDepth) clear_depth(a, b, count - i * kDepth, thread);
-        multiply_block<KIND, decltype(narrow)::value>(sum, a, b, i > 0);
+        multiply_stage(a, b);
         products_wait<1>();
         if (last >= 0) release(last);
         last = ring.stage;
+        ring.step();
+      };
+      for (int i = 0; i < num_whole; ++i) {
+        multiply_next([&](uint32_t a, uint32_t b) { multiply_block<KIND, kNarrow>(sum, a, b, i > 0); });
+      }
+      if (KIND == kWeights && left < kDepth) {
+        multiply_next([&](uint32_t a, uint32_t b) {
+          const int steps = max(1, (left + 15) / 16);
+          if (left < steps * 16) clear_depth(a, b, left, steps * 16, thread);
+          const bool keep = num_whole > 0;
+          if (steps == 1) {
+            multiply_block<KIND, kNarrow, 1>(sum, a, b, keep);
+          } else if (steps == 2) {
+            multiply_block<KIND, kNarrow, 2>(sum, a, b, keep);
+          } else if (steps == 3) {
+            multiply_block<KIND, kNarrow, 3>(sum, a, b, keep);
+          } else {
+            multiply_block<KIND, kNarrow>(sum, a, b, keep);
+          }
+        });
       }
       products_wait<0>();
       release(last);
@@ -177,6 +205,11 @@ __device__ __forceinline__ void consume(Walk<KIND> walk, const Shared& at) {
     if (KIND == kWeights) fence_shared();
     end_writing();
   }
+  if constexpr (KIND != kWeights) {
+    threads_sync(1 + warpgroup, 128);
+    int parity = 0;  // of no use here: a warpgroup does not wait for its own half
+    if (thread % 128 < 32 * kWriters) write_rows<KIND, ACT, true>(pointers, walk.size, tile, at, parity);
+  }
 }
 
 // For all threads of a block, which go on together.
@@ -222,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kMultiply = 128 * kWarpgroups, kWrite = kMultiply + 32 * kWriters;
   if (threadIdx.x < kMultiply) {
     take_registers<176>();
-    consume<KIND>(walk, at);
+    consume<KIND, ACT>(pointers, walk, at);
   } else {
     give_registers<152>();
     if (threadIdx.x < kWrite) {
@@ -234,8 +267,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2.
-__global__ void clear_kernel(int* counter) { *counter = 0; }
+// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2, and nothing where the next one begins beside it.
+__global__ void clear_kernel(int* counter) {
+#ifdef SMARTMOE_MULTIPLIES
+  grid_hurry();
+#endif
+  *counter = 0;
+}
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -270,8 +308,19 @@ cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUt
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   clear_kernel<<<1, 1, 0, stream>>>(pointers.counter);
-  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, map_out, end_L, pointers, size);
-  return cudaGetLastError();
+  if ((error = cudaGetLastError()) != cudaSuccess) return error;
+  // all but the counter was there before clear_kernel began
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = num_sms;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_out, end_L, pointers, size);
 }
 
 }  // namespace
