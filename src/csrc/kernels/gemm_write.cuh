@@ -195,6 +195,7 @@ template <int ACT, bool OWN>
 __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Tile& tile, int columns, const Shared& at,
                                              int& parity) {
   constexpr bool kGated = ACT == kSwiglu;
+  // OWN: with 3 some registers would be spilled
   constexpr int kGroup = kGated ? (OWN ? 2 : 3) : 4, kStep = kGroup * kWriters;
   const int lane = threadIdx.x % 32, warp = writing_warp(), begin = first_half<OWN>() * 64;
   const int column = tile.column + lane * 8, pitch = kGated ? 2 * columns : columns;
@@ -295,7 +296,7 @@ __device__ __forceinline__ void write(const Pointers& pointers, const CUtensorMa
   Turns turns;
   int parity = 0;
   for (int index = turns.hear(at), next; index >= 0; index = next) {
-    next = turns.hear(at);
+    next = turns.hear(at);  // told before the last products of this one: no longer a wait
     walk.seek(index, tile);
     if constexpr (KIND == kWeights) {
       const int rows_left = size.rows - tile.row;

@@ -4,10 +4,10 @@
 // One block a multiprocessor stays for many tiles of 128 x 256. One thread fetches blocks of depth 64 of both factors into
 // stages of shared memory; two warpgroups multiply them, each 64 rows of the tile, and leave the result in shared memory,
 // from where three warps write it row by row, so that rows of other slots stay untouched, while the next tile is multiplied;
-// of a block's last tile each warpgroup writes its half itself. Weights in bfloat16 are stored by the copy engine, which takes
-// them out of shared memory sooner than they reach memory. A warpgroup whose rows all lie behind the slot's last one does not
-// multiply. Counts are read on the device; a block takes its next tile by a counter when it nears the end of one, as tiles
-// take different times; of weights the longest come first.
+// of a block's last tile of rows each warpgroup writes its half itself. Weights in bfloat16 are stored by the copy engine,
+// which takes them out of shared memory sooner than they reach memory. A warpgroup whose rows all lie behind the slot's last
+// one does not multiply. Counts are read on the device; a block takes its next tile by a counter when it nears the end of
+// one, as tiles take different times; of weights the longest come first.
 // Those come in halves that would leave much of the device idle, if whole: the last ones of rows, and of weights the last deep
 // ones of a slot that has most of the rows.
 #include <cuda.h>
@@ -66,7 +66,7 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
       }
     }
   }
-  grid_wait();
+  grid_wait();  // also where there was no tile: once all blocks have ended, the counter's memory is another's
   turns.tell(at, -1);
 }
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ void consume(const Pointers& pointers, Walk<KIND> wal
   };
   float sum[128];
   Ring ring;
-  Tile tile{};
+  Tile tile{};  // without rows, for a block that gets none
   Turns turns;
   int written_parity = 1;
   for (int index = turns.hear(at); index >= 0; index = turns.hear(at)) {
@@ -127,7 +127,8 @@ __device__ __forceinline__ void consume(const Pointers& pointers, Walk<KIND> wal
     }
     const auto multiply_all = [&](auto narrow) {
       constexpr bool kNarrow = decltype(narrow)::value;
-      // the last block of weights' depth may be a part: as many steps of 16 as that takes
+      // the last block of weights' depth may be a part: as many steps of 16 as that takes, of an empty slot one. By the shuffle
+      // the compiler learns that a warp agrees.
       const int left = KIND == kWeights ? __shfl_sync(0xffffffff, count - (blocks - 1) * kDepth, 0) : kDepth;
       const int num_whole = left < kDepth ? blocks - 1 : blocks;
       int last = -1;
@@ -208,6 +209,7 @@ __device__ __forceinline__ void consume(const Pointers& pointers, Walk<KIND> wal
   if constexpr (KIND != kWeights) {
     threads_sync(1 + warpgroup, 128);
     int parity = 0;  // of no use here: a warpgroup does not wait for its own half
+    // as many warps as elsewhere, so that a sum has the same bits whoever adds it
     if (thread % 128 < 32 * kWriters) write_rows<KIND, ACT, true>(pointers, walk.size, tile, at, parity);
   }
 }
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2, and nothing where the next one begins beside it.
+// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2, and less where the next one begins beside it.
 __global__ void clear_kernel(int* counter) {
 #ifdef SMARTMOE_MULTIPLIES
   grid_hurry();

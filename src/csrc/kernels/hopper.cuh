@@ -1,5 +1,5 @@
-// Instructions of compute capability 9.0 that CUDA C++ has no names for: barriers in shared memory, bulk copies, products
-// of a warpgroup. Addresses of shared memory are 32-bit; code that uses these must be compiled for sm_90a.
+// Instructions of compute capability 9.0, most of which CUDA C++ has no names for: barriers in shared memory, bulk copies,
+// products of a warpgroup. Addresses of shared memory are 32-bit; code that uses these must be compiled for sm_90a.
 #pragma once
 
 #include <cuda_bf16.h>
