@@ -48,7 +48,7 @@ def count_of(share: float) -> np.ndarray:
 
 
 def peak_of_step(mode: str, share: float, world_rank: int) -> int:
-    """Bytes that torch holds at most, of a layer and a step on it. The least of five tries: the threads of gloo may keep a
+    """Bytes that torch holds at most, of a layer and a step on it. The least of fifteen tries: the threads of gloo may keep a
     message for a moment after it has been received."""
 
     def run():
@@ -66,7 +66,7 @@ def peak_of_step(mode: str, share: float, world_rank: int) -> int:
             grads = [param.grad for param in layer.experts.weights()]
             return_all([layer.replication], [grads], layer.ep_group)
 
-    return min(peak_of(run) for _ in range(5))
+    return min(peak_of(run) for _ in range(15))
 
 
 def peak_of(run) -> int:
