@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2, and less where the next one begins beside it.
+// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2. The product begins beside it.
 __global__ void clear_kernel(int* counter) {
 #ifdef SMARTMOE_MULTIPLIES
   grid_hurry();
