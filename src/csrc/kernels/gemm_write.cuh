@@ -83,16 +83,6 @@ __device__ __forceinline__ uint4 slopes_of(const uint4& grad, Pair& hidden, cons
 // The number of this warp among those that write a half: that do nothing else, or (OWN) of the warpgroup whose half it is.
 __device__ __forceinline__ int writing_warp() { return threadIdx.x / 32 % 4; }
 
-// The halves of a tile that this warp has a part in.
-template <bool OWN>
-__device__ __forceinline__ int first_half() {
-  return OWN ? threadIdx.x / 128 : 0;
-}
-template <bool OWN>
-__device__ __forceinline__ int end_half() {
-  return OWN ? threadIdx.x / 128 + 1 : kWarpgroups;
-}
-
 // Add the writing warps' sums of a half, in the order of the warps, and store them from the first.
 template <int PARTS>
 __device__ __forceinline__ void store_sums(const float (&sum)[2][8], uint32_t shared, float* to, int64_t step, bool valid) {
@@ -197,7 +187,8 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
   constexpr bool kGated = ACT == kSwiglu;
   // OWN: with 3 some registers would be spilled
   constexpr int kGroup = kGated ? (OWN ? 2 : 3) : 4, kStep = kGroup * kWriters;
-  const int lane = threadIdx.x % 32, warp = writing_warp(), begin = first_half<OWN>() * 64;
+  const int lane = threadIdx.x % 32, warp = writing_warp();
+  const int first_half = OWN ? threadIdx.x / 128 : 0, end_half = OWN ? first_half + 1 : kWarpgroups;
   const int column = tile.column + lane * 8, pitch = kGated ? 2 * columns : columns;
   const bool valid = column < columns && !(tile.is_narrow && lane >= kTileColumns / 16);
   const int num_rows = min(kTileRows, tile.end - tile.begin - tile.row);
@@ -212,9 +203,9 @@ __device__ __forceinline__ void write_slopes(const Pointers& pointers, const Til
     }
   };
   Pair hidden[kGroup];
-  load_group(hidden, begin + warp, min(begin + 64, num_rows));
+  load_group(hidden, first_half * 64 + warp, min(first_half * 64 + 64, num_rows));
 #pragma unroll 1
-  for (int half = first_half<OWN>(); half < end_half<OWN>() && half * 64 < num_rows; ++half) {
+  for (int half = first_half; half < end_half && half * 64 < num_rows; ++half) {
     const int end = min(half * 64 + 64, num_rows);
     float sum[2][8] = {};
     if (!OWN) wait_half(at, half, parity);
@@ -265,8 +256,9 @@ __device__ __forceinline__ void write_rows(const Pointers& pointers, const Sizes
   const bool valid = column < columns && !(tile.is_narrow && piece >= kTileColumns / 16);
   Pair bias{};
   if (pointers.bias && valid) bias = get<kGated>(pointers.bias + tile.slot * pitch + column, columns);
+  const int first_half = OWN ? threadIdx.x / 128 : 0, end_half = OWN ? first_half + 1 : kWarpgroups;
 #pragma unroll
-  for (int half = first_half<OWN>(); half < end_half<OWN>(); ++half) {
+  for (int half = first_half; half < end_half; ++half) {
     const int num_rows = min(64, tile.end - tile.begin - tile.row - half * 64);
     if (num_rows <= 0) break;
     const int64_t above = tile.begin + tile.row + half * 64;

@@ -36,10 +36,8 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
     turns.tell(at, index);
     const int blocks = walk.blocks_deep(tile);
     for (int i = 0; i < blocks; ++i, ring.step()) {
-      if (i == max(0, blocks - kStages)) {  // early enough that the answer is there when it is needed
-        grid_wait();                        // for clear_kernel
-        index = gridDim.x + atomicAdd(counter, 1);
-      }
+      // early enough that the answer is there when it is needed
+      if (i == max(0, blocks - kStages)) index = gridDim.x + atomicAdd(counter, 1);
       const int depth = i * kDepth;
       const uint32_t a = at.a + ring.stage * kABytes, b = at.b + ring.stage * kBBytes, full = at.full + ring.stage * 8;
       barrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
@@ -66,7 +64,6 @@ __device__ __forceinline__ void fetch(const CUtensorMap* map_a, const CUtensorMa
       }
     }
   }
-  grid_wait();  // also where there was no tile: once all blocks have ended, the counter's memory is another's
   turns.tell(at, -1);
 }
 
@@ -146,17 +143,11 @@ __device__ __forceinline__ void consume(const Pointers& pointers, Walk<KIND> wal
       }
       if (KIND == kWeights && left < kDepth) {
         multiply_next([&](uint32_t a, uint32_t b) {
+          constexpr int kStepBytes = 16 * 128;
           const int steps = max(1, (left + 15) / 16);
           if (left < steps * 16) clear_depth(a, b, left, steps * 16, thread);
-          const bool keep = num_whole > 0;
-          if (steps == 1) {
-            multiply_block<KIND, kNarrow, 1>(sum, a, b, keep);
-          } else if (steps == 2) {
-            multiply_block<KIND, kNarrow, 2>(sum, a, b, keep);
-          } else if (steps == 3) {
-            multiply_block<KIND, kNarrow, 3>(sum, a, b, keep);
-          } else {
-            multiply_block<KIND, kNarrow>(sum, a, b, keep);
+          for (int k = 0; k < steps; ++k) {
+            multiply_block<KIND, kNarrow, 1>(sum, a + k * kStepBytes, b + k * kStepBytes, num_whole > 0 || k > 0);
           }
         });
       }
@@ -269,13 +260,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2. The product begins beside it.
-__global__ void clear_kernel(int* counter) {
-#ifdef SMARTMOE_MULTIPLIES
-  grid_hurry();
-#endif
-  *counter = 0;
-}
+// A memset in a CUDA graph takes 4 us with the gaps on both sides, a kernel 2.
+__global__ void clear_kernel(int* counter) { *counter = 0; }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -311,18 +297,8 @@ cudaError_t launch(const CUtensorMap& map_a, const CUtensorMap& map_b, const CUt
   if (error != cudaSuccess) return error;
   clear_kernel<<<1, 1, 0, stream>>>(pointers.counter);
   if ((error = cudaGetLastError()) != cudaSuccess) return error;
-  // all but the counter was there before clear_kernel began
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = num_sms;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, map_a, map_b, map_out, end_L, pointers, size);
+  kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(map_a, map_b, map_out, end_L, pointers, size);
+  return cudaGetLastError();
 }
 
 }  // namespace
