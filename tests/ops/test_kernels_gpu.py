@@ -1,6 +1,7 @@
 """The kernels of the extension against the plain form beside each, in float64, over shapes that reach every branch."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_products_of_slots_are_written_or_added_in_float32(sizes):
     held = torch.tensor([-1, 3], device="cuda", dtype=torch.int32)  # of the last two slots the first is not in use
     every, some = extension._C.multiply_slots(*args, None), extension._C.multiply_slots(*args, held)
     assert torch.equal(every[:-2], some[:-2]) and torch.equal(every[-1], some[-1])
+
+
+def test_products_are_a_threads_first_use_of_cuda():
+    """As of autograd's, where a backward pass begins with one and its memory was used before."""
+    if extension.products_for(torch.empty(1, 8, device="cuda", dtype=torch.bfloat16)) is None:
+        pytest.skip("the extension was not built for 9.0a, or this is another GPU")
+    rows, weight = torch.randn(300, 64, device="cuda").bfloat16(), torch.randn(2, 64, 64, device="cuda").bfloat16()
+    end = torch.tensor([100, 300], device="cuda", dtype=torch.int32)
+    for product in (
+        lambda: extension._C.multiply_rows(rows, weight, None, end, False),
+        lambda: extension._C.multiply_slots(rows, rows, end, None, False, None),
+    ):
+        want = product().clone()
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(product).result(), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -276,6 +276,12 @@ Encode encoder() {
   return found;
 }
 
+// Maps are the driver's, which wants a context that a thread without a call to the runtime so far, as autograd's, does not have.
+bool enter_context() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 // bf16 values [z, y, x], contiguous, fetched in boxes of [1, box_y, 64]; zeros beyond the edges.
 bool make_map(CUtensorMap* map, const void* data, int64_t x, int64_t y, int64_t z, int box_y) {
   const cuuint64_t sizes[] = {cuuint64_t(x), cuuint64_t(y), cuuint64_t(z)};
@@ -319,7 +325,7 @@ cudaError_t multiply_rows(const void* rows_RX, const void* weight_LXY, const voi
   if (num_rows == 0 || num_slots <= first_slot) return cudaSuccess;
   const int width = activation == kSwiglu && !transposed ? 2 * columns : columns;  // of the product
   CUtensorMap map_a, map_b;
-  const bool made = make_map(&map_a, rows_RX, depth, num_rows, 1, kTileRows) &&
+  const bool made = enter_context() && make_map(&map_a, rows_RX, depth, num_rows, 1, kTileRows) &&
                     (transposed ? make_map(&map_b, weight_LXY, depth, width, num_slots, kTileColumns / 2)
                                 : make_map(&map_b, weight_LXY, width, depth, num_slots, kDepth));
   if (!made) return cudaErrorInvalidValue;
@@ -346,7 +352,7 @@ cudaError_t multiply_slots(const void* rows_RX, const void* grad_RY, const int* 
                            int64_t num_rows, int rows, int columns, cudaStream_t stream) {
   if (num_slots == 0) return cudaSuccess;
   CUtensorMap map_a, map_b, map_out;
-  const bool made = make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) &&
+  const bool made = enter_context() && make_map(&map_a, rows_RX, rows, num_rows, 1, kDepth) &&
                     make_map(&map_b, grad_RY, columns, num_rows, 1, kDepth) &&
                     (num_slots == num_totals || make_map(&map_out, out_LXY, columns, rows, num_slots - num_totals, 64));
   if (!made) return cudaErrorInvalidValue;
