@@ -276,7 +276,7 @@ Encode encoder() {
   return found;
 }
 
-// Maps are the driver's, which wants a context that a thread without a call to the runtime so far, as autograd's, does not have.
+// For maps, which the driver makes: a thread that has not called the runtime yet, as one of autograd's, has no context.
 bool enter_context() {
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
