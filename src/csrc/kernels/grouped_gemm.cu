@@ -276,7 +276,7 @@ Encode encoder() {
   return found;
 }
 
-// For maps, which the driver makes: a thread that has not called the runtime yet, as one of autograd's, has no context.
+// For maps, which the driver makes: a thread that has used no device through the runtime yet, as autograd's may, has no context.
 bool enter_context() {
   int device = 0;
   return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;

@@ -44,10 +44,6 @@ __device__ __forceinline__ void threads_sync(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may begin; wait until the one before is complete, and what it wrote is seen.
-__device__ __forceinline__ void grid_hurry() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // Ordinary stores to shared memory become visible to bulk copies and to products of a warpgroup.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
