@@ -241,6 +241,7 @@ def values(shape: tuple[int, ...], *key) -> torch.Tensor:
 
 
 def rank_main(rank: int, size: int, cases: list[Case], folder: Path) -> None:
+    gc.freeze()  # what Megatron imports is a lot to look through in every collection
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
     signal.alarm(500)  # a rank that waits for one that is gone ends, too

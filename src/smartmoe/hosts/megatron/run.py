@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from smartmoe import record
 from smartmoe.config import RunConfig, check, from_dict
 from smartmoe.hosts.megatron.limits import problems, words
@@ -39,11 +41,16 @@ def main(argv: list[str] | None = None, stay: bool = False) -> int:
 
 
 def forget() -> None:
-    """Take out of Megatron's modules what the last run left there: arguments, process groups, counters."""
+    """Take out of Megatron's modules what the last run left there: arguments, process groups, counters. Groups of gloo are
+    destroyed: each has a thread that wakes a hundred times a second, and the next run makes its own."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.training import training
 
     get_moe_metrics_tracker().clear()
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None and dist.get_backend(group) == "gloo":
+            dist.destroy_process_group(group)
     training.destroy_global_state()
 
 
