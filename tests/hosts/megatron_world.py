@@ -252,6 +252,8 @@ def rank_main(rank: int, size: int, cases: list[Case], folder: Path) -> None:
         for case in cases:
             start = time.perf_counter()
             run_case(case, folder)
+            groups = dist.distributed_c10d._world.pg_map
+            assert len(groups) == 1, f"{len(groups) - 1} process groups outlive their run, each with a thread that wakes often"
             print(f"## {case.name} {time.perf_counter() - start:.1f} s", flush=True)
         dist.barrier()
     except BaseException:
