@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from smartmoe.dispatch import direct_ops
@@ -108,14 +109,26 @@ def test_operations_are_what_they_say():
     slot[slot < 0] = 0  # a row that nothing stands in is NaN, which no comparison likes
     # a whole step before: what one operation returns of the weights' gradients another has sent
     _step(dispatcher, lambda *args: dispatcher.combine(*dispatcher.dispatch(*args)), x, slot, weight, grad)
-    number, room = dispatcher._number, dispatcher._num_rows
+    number, sizes = dispatcher._number, (dispatcher._num_rows, TOKENS, SLOTS)
     x.requires_grad_(), weight.requires_grad_()
     operations = torch.ops.smartmoe
-    opcheck(operations.direct_dispatch.default, (x, slot, weight, number, room))
-    rows, *plan = (tensor.detach() for tensor in direct_ops.dispatch(x, slot, weight, number, room))
+    opcheck(operations.direct_dispatch.default, (x, slot, weight, number, *sizes))
+    rows, *plan = (tensor.detach() for tensor in direct_ops.dispatch(x, slot, weight, number, *sizes))
     opcheck(operations.direct_combine.default, (rows.clone().requires_grad_(), slot, *plan, number))
     opcheck(operations.direct_weigh.default, (grad, rows, slot, *plan, number))
     opcheck(operations.direct_return.default, (rows, slot, *plan, number))
+
+
+def test_sizes_in_a_graph_are_those_of_its_arguments():
+    """A graph that one program has left on disk is taken by the next whose operations and arguments are the same."""
+    dispatcher = DirectDispatcher(None, SLOTS)
+    x, slot, weight, _ = _inputs(1, 0, "cpu")
+    dispatcher.dispatch(x, slot, weight)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (x, slot, weight)]
+        found = direct_ops.dispatch(*fakes, dispatcher._number, 50, 4 * TOKENS, 3)
+    copies = (4 * TOKENS, TOP_K)
+    assert [tuple(tensor.shape) for tensor in found] == [(50, WIDTH), copies, (50,), copies, (3,), (2,)]
 
 
 class _Late(CollectiveTransport):
@@ -136,7 +149,8 @@ def test_the_numbers_of_a_plan_are_read_behind_the_rows():
     x, slot, weight, _ = _inputs(1, 0, "cpu")
     dispatcher.dispatch(x, slot, weight)
     dispatcher.transport = _Late(None, SLOTS, TOKENS)
-    *_, count, sizes = direct_ops.dispatch(x, slot, weight, dispatcher._number, dispatcher._num_rows)
+    room = dispatcher._num_rows, TOKENS, SLOTS
+    *_, count, sizes = direct_ops.dispatch(x, slot, weight, dispatcher._number, *room)
     num_copies = int((slot >= 0).sum())
     assert count.sum() == num_copies and sizes.tolist() == [num_copies, num_copies]
 

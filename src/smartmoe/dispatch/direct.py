@@ -120,7 +120,7 @@ class DirectDispatcher:
         self.num_ranks, self.max_tokens = group_size(ep_group), max_tokens
         self.transport, self.told = None, None
         self._number = direct_ops.number_of(self)
-        self._most_needed = self._num_rows = self._num_calls = 0
+        self._capacity = self._most_needed = self._num_rows = self._num_calls = 0
 
     def __call__(self, x_TD, routing, slot_TK, experts):
         """As BasicDispatcher.__call__, with the same result up to the order of sums.
@@ -145,7 +145,8 @@ class DirectDispatcher:
         """
         if torch.compiler.is_compiling():
             slot_TK = slot_TK.contiguous()
-            rows_RD, *tensors = direct_ops.dispatch(x_TD, slot_TK, weight_TK, self._number, self._num_rows)
+            sizes = self._num_rows, self.num_ranks * self._capacity, self.slots_per_rank
+            rows_RD, *tensors = direct_ops.dispatch(x_TD, slot_TK, weight_TK, self._number, *sizes)
             return rows_RD, CompiledHandle(slot_TK, *tensors)
         transport = self._transport_for(x_TD, slot_TK, weight_TK)
         handle = Handle(transport, slot_TK.contiguous(), self.told)
@@ -245,9 +246,9 @@ class DirectDispatcher:
         num_tokens = torch.tensor([x_TD.shape[0]], device=x_TD.device)
         if self.num_ranks > 1:
             dist.all_reduce(num_tokens, op=dist.ReduceOp.MAX, group=self.group)
-        capacity = max(1, self.max_tokens or int(num_tokens))
-        self.transport = _shared_transport(self.group, self.slots_per_rank, capacity, x_TD, slot_TK.shape[1])
-        self._even_share, self.told = capacity * slot_TK.shape[1], self.transport.new_told()
+        self._capacity = max(1, self.max_tokens or int(num_tokens))
+        self.transport = _shared_transport(self.group, self.slots_per_rank, self._capacity, x_TD, slot_TK.shape[1])
+        self._even_share, self.told = self._capacity * slot_TK.shape[1], self.transport.new_told()
 
     def _is_careful(self, x_TD) -> bool:
         if self._num_calls > self.num_careful or self.row_factor >= self.num_ranks:

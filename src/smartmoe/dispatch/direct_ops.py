@@ -1,6 +1,7 @@
 """The direct exchange as operations of torch, so that torch.compile keeps one graph through it.
 
-Each of the four names its dispatcher by a number; fake results need the sizes that the dispatcher's first call agreed on.
+Each of the four names its dispatcher by a number. Sizes that the dispatcher's first call agreed on are arguments, as a compiled
+graph is kept on disk by its operations and their arguments: another program's would be of other sizes.
 What they change beside their results (the peers' memory) is read by operations that need their results, so that their order
 in a graph is the order of the exchange. Shape letters are those of `smartmoe.dispatch.transport`.
 """
@@ -37,7 +38,7 @@ def _sender(dispatcher, x_TD):
     return owner.transport
 
 
-def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
+def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound, num_tokens, num_slots):
     transport, x_TD = _sender(dispatcher, x_TD), x_TD.contiguous()
     plan = make_local_plan(transport, *transport.announce(slot_TK, weight_TK.contiguous()), row_bound)
     row_NK, copy_R, weight_NK, count_L, num_rows, num_needed = plan.tensors()
@@ -45,28 +46,28 @@ def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
     return rows_RD, row_NK, copy_R, weight_NK, count_L, torch.cat([num_rows, num_needed])
 
 
-def _fake_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound):
-    transport, top_k = _sender(dispatcher, x_TD), slot_TK.shape[1]
-    num_tokens = transport.num_ranks * transport.capacity
+def _fake_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound, num_tokens, num_slots):
+    _sender(dispatcher, x_TD)
+    top_k = slot_TK.shape[1]
     return (
         x_TD.new_empty(row_bound, x_TD.shape[1]),
         slot_TK.new_empty(num_tokens, top_k),
         slot_TK.new_empty(row_bound),
         weight_TK.new_empty(num_tokens, top_k),
-        slot_TK.new_empty(transport.slots_per_rank),
+        slot_TK.new_empty(num_slots),
         slot_TK.new_empty(2, dtype=torch.int32),
     )
 
 
 def _setup_dispatch(ctx, inputs, output):
-    _, slot_TK, _, ctx.dispatcher, _ = inputs
+    _, slot_TK, _, ctx.dispatcher, *_ = inputs
     ctx.save_for_backward(slot_TK, *output[1:])
 
 
 def _dispatch_gradients(ctx, grad_RD, *_):
     slot_TK, *plan = ctx.saved_tensors
     grad_TD, grad_TK = _return(grad_RD, slot_TK, *plan, ctx.dispatcher)
-    return grad_TD, None, grad_TK, None, None
+    return grad_TD, None, grad_TK, *[None] * 4
 
 
 def _run_return(grad_RD, slot_TK, row_NK, copy_R, weight_NK, count_L, sizes, dispatcher):
@@ -101,8 +102,8 @@ def _fake_sum(rows_RD, slot_TK):
 
 
 dispatch = register(
-    "direct_dispatch(Tensor x_TD, Tensor slot_TK, Tensor weight_TK, int dispatcher, int row_bound) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "direct_dispatch(Tensor x_TD, Tensor slot_TK, Tensor weight_TK, int dispatcher, int row_bound, "
+    "int num_tokens, int num_slots) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_dispatch,
     _fake_dispatch,
     backward=_dispatch_gradients,
