@@ -1,5 +1,6 @@
 """The CUDA sources compile, the tables of names agree, and the build says why when there is nothing to build with."""
 
+import functools
 import re
 import runpy
 import shutil
@@ -22,6 +23,13 @@ def known_targets() -> list[str]:
     return [target for target in TARGETS if f"compute_{target}" in listed]
 
 
+@functools.cache
+def without_optimisation() -> str:
+    """The option with which nvcc takes half the time and less; before 12.9 only assembling could be hurried."""
+    options = subprocess.run([NVCC, "--help"], capture_output=True, text=True, check=True).stdout
+    return "--Ofast-compile=max" if "--Ofast-compile" in options else "-Xptxas=-O0"
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_a_kernel_file_compiles(source, tmp_path):
@@ -29,8 +37,8 @@ def test_a_kernel_file_compiles(source, tmp_path):
     special = ["90a"] if "hopper.cuh" in source.read_text() else []
     targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in (*known_targets(), *special)]
     assert {"-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"} <= set(targets)
-    # code that is not optimised is assembled in a fifth of the time
-    command = [NVCC, "-std=c++17", "-Xptxas=-O0", "-Werror=all-warnings", *targets, "-c", source, "-o", tmp_path / "out.o"]
+    options = ["-std=c++17", without_optimisation(), "-Werror=all-warnings"]
+    command = [NVCC, *options, *targets, "-c", source, "-o", tmp_path / "out.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -152,24 +153,40 @@ def test_a_request_to_stop_saves_a_checkpoint(tmp_path, number, interval):
     assert not (tmp_path / "error.json").exists()
 
 
+def write_bad_run(run_dir, change):
+    table = to_dict(make_config())
+    for section, keys in change.items():
+        table[section].update(keys)
+    record.create_run(run_dir, "run", table, [])
+
+
+def assert_explained(run_dir, words, output):
+    error = json.loads((run_dir / "error.json").read_text())
+    assert words in error["message"] and words in output and error["oom"] is False
+
+
 @pytest.mark.parametrize(
     "change,words",
     [
         ({"model": {"num_expert": 4}}, "did you mean"),
-        ({"plan": {"dp": 4}, "cluster": {"ranks_per_node": 4}, "workload": {"micro_batch_size": 1}}, "needs 4 ranks"),
         ({"workload": {"data": ["absent.txt"], "global_batch_size": 16, "micro_batch_size": 4}}, "absent.txt"),
     ],
 )
-def test_a_run_that_cannot_start_says_why_in_error_json(tmp_path, change, words):
-    table = to_dict(make_config())
-    for section, keys in change.items():
-        table[section].update(keys)
-    record.create_run(tmp_path, "run", table, [])
+def test_a_run_that_cannot_start_says_why_in_error_json(tmp_path, change, words, monkeypatch, capsys):
+    write_bad_run(tmp_path, change)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(tmp_path), "--cache", str(CACHE)])
+    assert ended.value.code == 1
+    assert_explained(tmp_path, words, capsys.readouterr().err)
+
+
+def test_a_run_with_too_few_ranks_says_how_many_it_needs(tmp_path):
+    write_bad_run(tmp_path, {"plan": {"dp": 4}, "cluster": {"ranks_per_node": 4}, "workload": {"micro_batch_size": 1}})
     process = start_training(tmp_path, 1, CACHE)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    error = json.loads((tmp_path / "error.json").read_text())
-    assert words in error["message"] and words in output and error["oom"] is False
+    assert_explained(tmp_path, "needs 4 ranks", output)
 
 
 def test_running_out_of_memory_says_what_would_need_less():
