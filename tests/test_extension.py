@@ -25,7 +25,7 @@ def known_targets() -> list[str]:
 
 @functools.cache
 def without_optimisation() -> str:
-    """The option with which nvcc takes half the time and less; before 12.9 only assembling could be hurried."""
+    """The option with which nvcc takes about half the time; before 12.9 only assembling could be hurried."""
     options = subprocess.run([NVCC, "--help"], capture_output=True, text=True, check=True).stdout
     return "--Ofast-compile=max" if "--Ofast-compile" in options else "-Xptxas=-O0"
 

@@ -273,8 +273,8 @@ class MemoryMeter:
 def attempt(world: World, case: Callable[[], dict]) -> tuple[str, str, list[dict]]:
     """Run one case on all ranks: (status "ok" | "oom" | "skipped" | "failed", reason, every rank's result).
 
-    A ValueError or NotImplementedError means that the case does not exist here: "skipped". Raises LeftAloneError when
-    some ranks failed and others cannot come back from it, or a GPU no longer answers. Collective.
+    A ValueError means that the case does not exist here: "skipped". Raises LeftAloneError when some ranks failed and others
+    cannot come back from it, or a GPU no longer answers. Collective.
     """
     word = {"status": "ok", "reason": "", "result": None}
     try:
@@ -282,7 +282,7 @@ def attempt(world: World, case: Callable[[], dict]) -> tuple[str, str, list[dict
         world.synchronize()
     except torch.OutOfMemoryError as error:
         word |= {"status": "oom", "reason": _one_line(error)}
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         word |= {"status": "skipped", "reason": _one_line(error)}
     except LeftAloneError:
         raise

@@ -231,14 +231,14 @@ class DirectDispatcher:
 
     def check_tokens(self, num_tokens: int) -> None:
         """Raise ValueError when so many tokens have no room in the buffers of this rank, or there are none yet."""
-        if self.transport is None:
+        if not self._capacity:
             raise ValueError(
                 "direct dispatcher: its first call, which agrees with the other ranks on sizes, is inside torch.compile: call "
                 "it once without, with the largest batch"
             )
-        if num_tokens > self.transport.capacity:
+        if num_tokens > self._capacity:
             raise ValueError(
-                f"direct dispatcher: {int(num_tokens)} tokens, but its buffers were made for {self.transport.capacity}: "
+                f"direct dispatcher: {int(num_tokens)} tokens, but its buffers were made for {self._capacity}: "
                 f"build it with max_tokens of the largest batch, or let the first call have the largest batch"
             )
 

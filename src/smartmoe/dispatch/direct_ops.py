@@ -42,12 +42,13 @@ def _run_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound, num_tokens, n
     transport, x_TD = _sender(dispatcher, x_TD), x_TD.contiguous()
     plan = make_local_plan(transport, *transport.announce(slot_TK, weight_TK.contiguous()), row_bound)
     row_NK, copy_R, weight_NK, count_L, num_rows, num_needed = plan.tensors()
+    assert (num_tokens, num_slots) == (len(row_NK), len(count_L)), "not the sizes that the dispatcher agreed on"
     rows_RD = transport.bring(x_TD, slot_TK, plan)
     return rows_RD, row_NK, copy_R, weight_NK, count_L, torch.cat([num_rows, num_needed])
 
 
 def _fake_dispatch(x_TD, slot_TK, weight_TK, dispatcher, row_bound, num_tokens, num_slots):
-    _sender(dispatcher, x_TD)
+    _sender(dispatcher, x_TD)  # says what is wrong with a call while it is compiled
     top_k = slot_TK.shape[1]
     return (
         x_TD.new_empty(row_bound, x_TD.shape[1]),
